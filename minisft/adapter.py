@@ -1,0 +1,550 @@
+"""LoRA adapters on disk, in the layout of PEFT 0.21: a strict reader and a complete writer.
+
+A directory holds adapter_config.json, adapter_model.safetensors and README.md. A tensor's key is
+"base_model.model." + its name in minisft; there is no other mapping. Where PEFT would load a
+damaged adapter with a warning or with none, the reader here refuses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+import yaml
+from torch import Tensor
+
+from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig, UserError, load_json
+from minisft.safetensors_io import Header, iter_tensors, read_header, replace_synced, save_file
+from minisft.targets import (
+    ALL_LINEAR,
+    PATTERN_PREFIX,
+    adapter_shapes,
+    is_special,
+    match_targets,
+    split_targets,
+)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+KEY_PREFIX = "base_model.model."
+DIGEST_KEY = "minisft_digest"
+PEFT_VERSION = "0.21.2"  # whose layout is followed
+EMBED_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
+
+# What PEFT writes for a plain adapter besides the fields that `adapter_config_dict` fills in.
+_PLAIN_FIELDS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "bias": "none",
+    "corda_config": None,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": PEFT_VERSION,
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Fields that may hold anything: they do not change what the adapter computes.
+_FREE_FIELDS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision"),
+}
+_READ_FIELDS = {
+    *("lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora"),
+    "ensure_weight_tying",
+}
+# Initialisations that leave the base weights as they are; others train against a changed base.
+_PLAIN_VALUES = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+}
+
+
+# ------------------------------------------------------------------------------------- the writer
+
+
+def adapter_config_dict(
+    lora: LoraConfig,
+    cfg: ModelConfig,
+    base_model_name_or_path: str,
+    *,
+    tied: bool,
+    revision: str | None,
+) -> dict[str, Any]:
+    """The content of adapter_config.json: every key that PEFT 0.21.2 writes, and no other.
+
+    "all-linear" becomes the seven suffixes and "re:PATTERN" the bare pattern; embed_tokens and
+    lm_head are in modules_to_save only. `tied`: the base shares embedding and head.
+    Raises UserError for targets that do not fit cfg (`match_targets`) or an empty base name.
+    """
+    if not base_model_name_or_path:
+        raise UserError(
+            "base_model_name_or_path is empty; an adapter without it cannot be loaded by name. "
+            "Give the hub id or the directory of the base model"
+        )
+    match_targets(lora, cfg)
+    lora = split_targets(lora)
+    targets: str | list[str] = list(lora.target_modules)
+    if targets[0].lower() == ALL_LINEAR:
+        targets = list(LINEAR_NAMES)
+    elif targets[0].startswith(PATTERN_PREFIX):
+        targets = targets[0].removeprefix(PATTERN_PREFIX)
+    alpha = lora.lora_alpha
+    return _PLAIN_FIELDS | {
+        "base_model_name_or_path": base_model_name_or_path,
+        "ensure_weight_tying": tied and bool(lora.modules_to_save),
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # some readers want int
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "r": lora.r,
+        "revision": revision,
+        "target_modules": targets,
+        "use_rslora": lora.use_rslora,
+    }
+
+
+def save_adapter(
+    directory: str | Path,
+    tensors: dict[str, Tensor],
+    lora: LoraConfig,
+    cfg: ModelConfig,
+    base_model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    card: str | None = None,
+) -> None:
+    """Write an adapter that PEFT, transformers and vLLM load: weights, config, optional README.
+
+    tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, any float dtype and
+    device; written as float32. With a tied base the one trained copy is written under both keys.
+    The config is written last, each file whole or not at all; `card`: text from `model_card`.
+    Raises UserError if the directory cannot be written, ValueError if tensors do not fit.
+    """
+    directory, tied = Path(directory), cfg.tie_word_embeddings
+    expected = adapter_shapes(lora, cfg)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        wrong = sorted(n for n in found.keys() | expected if found.get(n) != expected.get(n))
+        raise ValueError(
+            f"tensors do not fit the LoRA config: {wrong[0]} is {found.get(wrong[0])}, expected "
+            f"{expected.get(wrong[0])} ({len(wrong)} such)"
+        )
+    config = adapter_config_dict(lora, cfg, base_model_name_or_path, tied=tied, revision=revision)
+    stored = {KEY_PREFIX + name: _to_file(tensor) for name, tensor in tensors.items()}
+    if tied and EMBED_KEY in tensors:
+        stored[KEY_PREFIX + HEAD_KEY] = stored[KEY_PREFIX + EMBED_KEY].clone()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{directory}: cannot be created ({e.strerror})") from None
+    save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", DIGEST_KEY: _digest(config)})
+    if card is not None:
+        _write_text(directory / CARD_NAME, card)
+    _write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    """README.md of an adapter: YAML front matter for the hub, then the facts as tables.
+
+    facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
+    table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
+    Raises UserError if base_model is missing.
+    """
+    base = facts.get("base_model")
+    if not base:
+        raise UserError("model card: base_model is missing; give the hub id of the base model")
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:adapter:{base}", "lora", "sft", "minisft"],
+    }
+    run = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
+    tables = {"run": run} | {k: v for k, v in facts.items() if isinstance(v, dict)}
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# LoRA adapter for {base}\n",
+        "Trained by supervised fine-tuning with minisft.\n",
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/directory")\n```\n',
+    ]
+    for title, rows in tables.items():
+        if rows:
+            lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
+            head = f"## {title.replace('_', ' ').capitalize()}\n\n| | |\n|---|---|\n"
+            sections.append(head + "\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _to_file(tensor: Tensor) -> Tensor:
+    # A copy of its own: views of one buffer would be refused as shared memory.
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace_synced(temporary, path)
+    except OSError as e:
+        reason = f"{e.strerror}; check the path and free space"
+        raise UserError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """sha256 over the fields of adapter_config.json that change the result, order-independent."""
+    targets = config["target_modules"]
+    fields = {
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "lora_alpha": float(config["lora_alpha"]),
+        "modules_to_save": sorted(config.get("modules_to_save") or []),
+        "r": config["r"],
+        "rank_pattern": config.get("rank_pattern") or {},
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "use_rslora": bool(config.get("use_rslora")),
+    }
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# ------------------------------------------------------------------------------------- the reader
+
+
+def read_adapter_config(directory: str | Path) -> dict[str, Any]:
+    """The raw content of adapter_config.json, unchecked but for being a JSON object.
+
+    For facts that `load_adapter` does not return, such as base_model_name_or_path and revision.
+    Raises UserError if the file is missing or malformed.
+    """
+    path = Path(directory) / CONFIG_NAME
+    raw = load_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read an adapter directory written by minisft or PEFT -> (lora, tensors).
+
+    tensors: the names and shapes of `adapter_shapes(lora, cfg)`, float32 on CPU, owning their
+    memory (float16 and bfloat16 files are upcast). Only adapter_config.json and
+    adapter_model.safetensors are opened.
+    Raises UserError naming the field or tensor for anything that would change or lose part of the
+    adapter; warns about what is harmless: a surplus target, a tensor of no known meaning.
+    """
+    directory = Path(directory)
+    raw, source = read_adapter_config(directory), str(directory / CONFIG_NAME)
+    lora = _parse_config(raw, source)
+    path = directory / WEIGHTS_NAME
+    if not path.exists() and (directory / PICKLE_NAME).exists():
+        raise UserError(
+            f"{directory / PICKLE_NAME}: a pickle can run code and is never opened; convert it to "
+            f"{WEIGHTS_NAME} (PEFT: save_pretrained) in an environment that you trust"
+        )
+    header = read_header(path)
+    stored = _stored_names(header, path)
+    adapted = _adapted_modules(stored, path, cfg)
+    lora = _without_dead_targets(lora, adapted, source)
+    _check_targets(lora, cfg, adapted, source)
+    expected = adapter_shapes(lora, cfg)
+    if cfg.tie_word_embeddings and lora.modules_to_save:
+        _check_tying(raw, stored, source)
+        expected |= {HEAD_KEY: (cfg.vocab_size, cfg.hidden_size)}
+    _check_names(stored, expected, cfg, path)
+    _check_shapes(stored, expected, header, path, lora.r)
+    _check_digest(raw, lora, header, source)
+    tensors = _read_tensors(stored, expected, path)
+    if cfg.tie_word_embeddings and lora.modules_to_save:
+        head = tensors.pop(HEAD_KEY)
+        if not torch.equal(head, tensors[EMBED_KEY]):
+            raise UserError(
+                f"{path}: {KEY_PREFIX + HEAD_KEY} and {KEY_PREFIX + EMBED_KEY} differ, but this "
+                "base ties them. Train with ensure_weight_tying=True, or use an untied base"
+            )
+    return lora, tensors
+
+
+def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
+    """adapter_config.json -> LoraConfig; refuses every variant that is not plain LoRA."""
+    if "peft_type" not in raw:
+        raise UserError(f"{source}: peft_type is missing; expected 'LORA'. Is this an adapter?")
+    for key, value in raw.items():
+        if key in _FREE_FIELDS or key in _READ_FIELDS:
+            continue
+        empty = value is None or value is False or value in ({}, [])  # 0 is a layer, not empty
+        plain = (empty and key != "peft_type") or value in _PLAIN_VALUES.get(key, ())
+        if not plain:
+            wanted = " or ".join(repr(v) for v in _PLAIN_VALUES.get(key, (None,)))
+            raise UserError(
+                f"{source}: {key} is {_short(value)}; only plain LoRA is implemented (expected "
+                f"{wanted}). Merge the adapter with the tool that wrote it, or train without {key}"
+            )
+    r, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout") or 0.0
+    if type(r) is not int or r < 1:
+        raise UserError(f"{source}: r is {_stated(raw, 'r')}; expected a positive integer")
+    if not (_is_number(alpha) and alpha > 0):
+        stated = _stated(raw, "lora_alpha")
+        raise UserError(f"{source}: lora_alpha is {stated}; expected a positive number")
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        raise UserError(f"{source}: lora_dropout is {_short(dropout)}; expected 0 <= p < 1")
+    for key in ("use_rslora", "ensure_weight_tying"):
+        if not isinstance(raw.get(key), bool | None):
+            raise UserError(f"{source}: {key} is {_short(raw[key])}; expected true or false")
+    saved = raw.get("modules_to_save")
+    if saved is not None and not _are_names(saved):
+        raise UserError(f"{source}: modules_to_save is {_short(saved)}; expected a list of names")
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=float(dropout),
+        use_rslora=bool(raw.get("use_rslora")),
+        target_modules=(),
+        modules_to_save=tuple(saved or ()),
+    )
+    # Names among the targets stay there: in a file they mean LoRA on the embedding, not a copy.
+    try:
+        lora = split_targets(lora)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
+    return dataclasses.replace(lora, target_modules=_parse_targets(raw, source))
+
+
+def _parse_targets(raw: dict[str, Any], source: str) -> tuple[str, ...]:
+    targets = raw.get("target_modules")
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return (ALL_LINEAR,)
+    if isinstance(targets, str):
+        return (PATTERN_PREFIX + targets,)
+    # Inside a list PEFT takes every item literally, so the two special forms are not allowed there.
+    if targets and _are_names(targets) and not any(map(is_special, targets)):
+        return tuple(targets)
+    stated = _stated(raw, "target_modules")
+    raise UserError(f"{source}: target_modules is {stated}; expected a list of names or a pattern")
+
+
+def _stored_names(header: Header, path: Path) -> dict[str, str]:
+    """Name in minisft -> key in the file; keys without the prefix keep their whole name."""
+    names: dict[str, str] = {}
+    for key in header.tensors:
+        # PEFT drops its adapter name on saving; other tools forget to.
+        name = re.sub(r"\.(lora_[AB]|modules_to_save)\.default\.", r".\1.", key)
+        name = name.removeprefix(KEY_PREFIX).replace(".modules_to_save.", ".")
+        if not key.startswith(KEY_PREFIX) and (".lora_" in key or name in (EMBED_KEY, HEAD_KEY)):
+            raise UserError(
+                f"{path}: tensor {key!r} lacks the prefix {KEY_PREFIX!r}, so PEFT would ignore it. "
+                "Rename the tensors, or export the adapter again"
+            )
+        if name in names:
+            raise UserError(f"{path}: tensors {names[name]!r} and {key!r} are the same one")
+        names[name] = key
+    return names
+
+
+def _adapted_modules(stored: dict[str, str], path: Path, cfg: ModelConfig) -> list[str]:
+    """Paths of the modules that have LoRA tensors in the file; refuses unknown kinds and places."""
+    linears, adapted = cfg.linear_paths(), {}
+    for name, key in stored.items():
+        if ".lora_" not in name:
+            continue
+        module, _, kind = name.partition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise UserError(
+                f"{path}: tensor {key!r} belongs to a LoRA variant that is not implemented; "
+                "expected lora_A.weight and lora_B.weight of linear modules"
+            )
+        if module not in linears:
+            raise UserError(
+                f"{path}: tensor {key!r} adapts {module!r}, which is no linear of this model "
+                f"({cfg.num_hidden_layers} layers). Was the adapter trained on another base?"
+            )
+        adapted[module] = None
+    if not adapted:
+        raise UserError(
+            f"{path}: holds no adapter tensors ({len(stored)} others); expected keys such as "
+            f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight. Export the adapter again"
+        )
+    return list(adapted)
+
+
+def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: str) -> LoraConfig:
+    """Drop list items whose module name has no tensor in any layer: PEFT leaves those at zero."""
+    if is_special(lora.target_modules[0]):
+        return lora
+    trained = {path.rsplit(".", 1)[-1] for path in adapted}
+    live = tuple(item for item in lora.target_modules if item.rsplit(".", 1)[-1] in trained)
+    dead = [item for item in lora.target_modules if item not in live]
+    if dead:
+        warnings.warn(
+            f"{source}: target_modules names {', '.join(dead)}, for which the file has no tensors; "
+            "ignored",
+            stacklevel=3,
+        )
+    return dataclasses.replace(lora, target_modules=live)
+
+
+def _check_targets(lora: LoraConfig, cfg: ModelConfig, adapted: list[str], source: str) -> None:
+    try:
+        targeted = set(match_targets(lora, cfg)) if lora.target_modules else set()
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
+    for module in adapted:
+        if module not in targeted:
+            name = module.rsplit(".", 1)[-1]
+            raise UserError(
+                f"{source}: target_modules does not cover {module!r}, but {WEIGHTS_NAME} holds its "
+                f"LoRA tensors and PEFT would drop them. Add {name!r} to target_modules"
+            )
+
+
+def _check_tying(raw: dict[str, Any], stored: dict[str, str], source: str) -> None:
+    """A tied base has one trained copy; refuse a file where embedding and head went apart."""
+    if not raw.get("ensure_weight_tying") and not {EMBED_KEY, HEAD_KEY} <= stored.keys():
+        raise UserError(
+            f"{source}: modules_to_save is {raw['modules_to_save']} with ensure_weight_tying false "
+            "on a tied base, so embedding and head differ; only tied copies are implemented. "
+            "Train with ensure_weight_tying=True"
+        )
+
+
+def _check_names(
+    stored: dict[str, str], expected: dict[str, tuple[int, ...]], cfg: ModelConfig, path: Path
+) -> None:
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise UserError(
+            f"{path}: tensor {KEY_PREFIX + missing[0]!r} is missing ({len(missing)} in all); "
+            f"{CONFIG_NAME} asks for it. The adapter is incomplete: export it again"
+        )
+    base = cfg.weight_shapes().keys() | {HEAD_KEY}
+    for name, key in stored.items():
+        if name in expected:
+            continue
+        if name in base or name.replace(".base_layer.", ".") in base:
+            raise UserError(
+                f"{path}: tensor {key!r} replaces a weight of the base model, but modules_to_save "
+                f"in {CONFIG_NAME} does not name it. Name it there, or remove the tensor"
+            )
+        if ".token_adapter." in name:
+            raise UserError(
+                f"{path}: tensor {key!r} holds trained tokens, which are not implemented. Merge "
+                "the adapter with the tool that wrote it"
+            )
+        warnings.warn(f"{path}: tensor {key!r} has no known meaning; ignored", stacklevel=3)
+
+
+def _check_shapes(
+    stored: dict[str, str],
+    expected: dict[str, tuple[int, ...]],
+    header: Header,
+    path: Path,
+    r: int,
+) -> None:
+    for name, shape in expected.items():
+        info = header.tensors[stored[name]]
+        if info.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(
+                f"{path}: tensor {stored[name]!r} is {info.dtype}; expected float32, float16 or "
+                "bfloat16"
+            )
+        if info.shape == shape:
+            continue
+        remedy = "Was the adapter trained on another base?"
+        if info.shape == shape[::-1]:
+            remedy = "It is transposed: export the adapter again"
+        elif ".lora_" in name:
+            axis = 0 if name.endswith("lora_A.weight") else 1
+            if len(info.shape) == 2 and info.shape[1 - axis] == shape[1 - axis]:
+                remedy = f"Its rank is {info.shape[axis]}, {CONFIG_NAME} says r={r}"
+        raise UserError(
+            f"{path}: tensor {stored[name]!r} is {list(info.shape)}, expected {list(shape)}. "
+            f"{remedy}"
+        )
+
+
+def _check_digest(raw: dict[str, Any], lora: LoraConfig, header: Header, source: str) -> None:
+    """A changed alpha fits every shape; only the digest of an adapter written here betrays it."""
+    targets = raw["target_modules"]
+    effective = raw | {
+        "modules_to_save": list(lora.modules_to_save),
+        "target_modules": targets if isinstance(targets, str) else list(lora.target_modules),
+    }
+    if header.metadata.get(DIGEST_KEY, _digest(effective)) != _digest(effective):
+        raise UserError(
+            f"{source}: adapter_config.json was changed after training: r={lora.r}, "
+            f"lora_alpha={lora.lora_alpha}, use_rslora={lora.use_rslora}, target_modules and "
+            "modules_to_save do not give the digest in the weights file. Restore the original"
+        )
+
+
+def _read_tensors(
+    stored: dict[str, str], expected: dict[str, tuple[int, ...]], path: Path
+) -> dict[str, Tensor]:
+    tensors = {}
+    by_key = {stored[name]: name for name in expected}
+    for key, tensor in iter_tensors(path, by_key):
+        tensor = tensor.to(torch.float32, copy=True)  # off the mapped file
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: tensor {key!r} holds NaN or infinite values; the training run diverged. "
+                "Use an earlier checkpoint"
+            )
+        tensors[by_key[key]] = tensor
+    return tensors
+
+
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _stated(raw: dict[str, Any], key: str) -> str:
+    return _short(raw[key]) if key in raw else "missing"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,150 @@
+"""Which modules an adapter touches: target names, suffixes and patterns -> module paths.
+
+Standard library only. The matching rules are PEFT's (list: equal or dotted suffix; string: the
+whole path must match the pattern), so an exported config means the same thing there as here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+
+from minisft.config import EMBEDDING_NAMES, LINEAR_NAMES, LoraConfig, ModelConfig, UserError
+
+ALL_LINEAR = "all-linear"
+PATTERN_PREFIX = "re:"
+PATTERN_EXAMPLE = r"re:.*\.(q_proj|v_proj)"
+EMBEDDING_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+
+
+def split_targets(lora: LoraConfig) -> LoraConfig:
+    """Move embed_tokens and lm_head from target_modules to modules_to_save.
+
+    Both are trained as full copies here, so naming one among the targets means the same as naming
+    it in modules_to_save. The full path "model.embed_tokens" counts as embed_tokens; the result
+    has each name once, in the order of EMBEDDING_NAMES.
+    Raises UserError if modules_to_save names any other module.
+    """
+    short = {path: name for name, path in EMBEDDING_PATHS.items()}
+    targets = [short.get(item, item) for item in lora.target_modules]
+    saved = [short.get(item, item) for item in lora.modules_to_save]
+    for name in saved:
+        if name not in EMBEDDING_NAMES:
+            raise UserError(
+                f"modules_to_save names {name!r}; trained copies are implemented for "
+                f"{' and '.join(EMBEDDING_NAMES)}. Remove it"
+            )
+    return dataclasses.replace(
+        lora,
+        target_modules=tuple(item for item in targets if item not in EMBEDDING_NAMES),
+        modules_to_save=tuple(n for n in EMBEDDING_NAMES if n in saved or n in targets),
+    )
+
+
+def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    """The module paths that LoRA adapts, in the order of `cfg.linear_paths()`.
+
+    Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
+    or one "re:PATTERN" that must match a whole path. embed_tokens and lm_head are set aside first
+    (`split_targets`).
+    Raises UserError for an item that matches nothing, for a pattern that is malformed or reaches
+    a module that LoRA cannot adapt, and if nothing is left to adapt.
+    """
+    lora = split_targets(lora)
+    items, paths = lora.target_modules, list(cfg.linear_paths())
+    if not items:
+        raise UserError(
+            "target_modules names no linear module; LoRA needs at least one of "
+            f"{', '.join(LINEAR_NAMES)}, or {ALL_LINEAR!r}"
+        )
+    special = [item for item in items if is_special(item)]
+    if special and len(items) > 1:
+        raise UserError(
+            f"target_modules mixes {special[0]!r} with other items ({', '.join(items)}); it must "
+            "stand alone. Give either it or a list of names"
+        )
+    if special and special[0].startswith(PATTERN_PREFIX):
+        return _match_pattern(special[0].removeprefix(PATTERN_PREFIX), lora, cfg)
+    if special:
+        return paths
+    for item in items:
+        if not any(is_target(path, [item]) for path in paths):
+            raise UserError(_unknown_target(item, paths))
+    return [path for path in paths if is_target(path, items)]
+
+
+def is_special(item: str) -> bool:
+    """Whether a target item is "all-linear" or a "re:PATTERN" and not a module name."""
+    return item.lower() == ALL_LINEAR or item.startswith(PATTERN_PREFIX)
+
+
+def is_target(path: str, items: Iterable[str]) -> bool:
+    """Whether a module path equals one of the items or ends in a dot and that item."""
+    return any(path == item or path.endswith("." + item) for item in items)
+
+
+def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
+
+    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], then the trained
+    copies under their checkpoint names [vocab, hidden]. With a tied base there is one copy,
+    "model.embed_tokens.weight", whichever of the two names was asked for.
+    Raises UserError as `match_targets` does.
+    """
+    linears, shapes = cfg.linear_paths(), {}
+    for path in match_targets(lora, cfg):
+        out_features, in_features = linears[path]
+        shapes[f"{path}.lora_A.weight"] = (lora.r, in_features)
+        shapes[f"{path}.lora_B.weight"] = (out_features, lora.r)
+    for name in split_targets(lora).modules_to_save:
+        path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
+        shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
+    return shapes
+
+
+def module_paths(cfg: ModelConfig) -> list[str]:
+    """The path of every module of the Hugging Face model, containers and norms included."""
+    layer_parts = ["", ".self_attn", ".mlp", ".mlp.act_fn"]
+    layer_parts += [".input_layernorm", ".post_attention_layernorm"]
+    layers = [
+        f"model.layers.{i}{part}" for i in range(cfg.num_hidden_layers) for part in layer_parts
+    ]
+    outside = ["model", "model.layers", "model.norm", "model.rotary_emb", *EMBEDDING_PATHS.values()]
+    return [*outside, *layers, *cfg.linear_paths()]
+
+
+def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as e:
+        where = "" if e.pos is None else f" at position {e.pos}"
+        raise UserError(
+            f"target_modules pattern {pattern!r} is not a regular expression: {e.msg}{where}"
+        ) from None
+    linears = cfg.linear_paths()
+    copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}
+    matched = [p for p in module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
+    others = [path for path in matched if path not in linears]
+    if others:
+        raise UserError(
+            f"target_modules pattern {pattern!r} also matches {others[0]!r}, which LoRA cannot "
+            f"adapt; narrow it to the linears, as {PATTERN_EXAMPLE} does"
+        )
+    if not matched:
+        raise UserError(
+            f"target_modules pattern {pattern!r} matches no module; it must match a whole path, "
+            f"such as 'model.layers.0.self_attn.q_proj', as {PATTERN_EXAMPLE} does"
+        )
+    return matched
+
+
+def _unknown_target(item: str, paths: list[str]) -> str:
+    known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
+    near = difflib.get_close_matches(item, known + paths, n=1, cutoff=0.5)
+    guess = f" Perhaps you meant {near[0]!r}." if near else ""
+    return (
+        f"target_modules item {item!r} matches no linear of this model.{guess} Known names: "
+        f"{', '.join(known)}, or a pattern as {PATTERN_PREFIX}PATTERN"
+    )
