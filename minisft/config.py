@@ -148,14 +148,19 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
             "implements 'llama' (LlamaForCausalLM). Use a Llama checkpoint"
         )
     if architectures and architectures != ["LlamaForCausalLM"] and architectures != ["LlamaModel"]:
-        raise UserError(f"{source}: architectures is {architectures}; expected ['LlamaForCausalLM']")
+        raise UserError(
+            f"{source}: architectures is {architectures}; expected ['LlamaForCausalLM']"
+        )
     if raw.get("quantization_config"):
         method = (raw["quantization_config"] or {}).get("quant_method")
         raise UserError(
             f"{source}: quantization_config says quant_method={method!r}; this version reads 16- and "
             "32-bit checkpoints. Use the unquantised base"
         )
-    values = {key: _typed(raw, key, kind, required, source) for key, (kind, required) in _MODEL_FIELDS.items()}
+    values = {
+        key: _typed(raw, key, kind, required, source)
+        for key, (kind, required) in _MODEL_FIELDS.items()
+    }
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
         if values[key] < 1:
             raise UserError(f"{source}: {key} is {values[key]}; expected a positive integer")
@@ -177,7 +182,9 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         raise UserError(f"{source}: head_dim={values['head_dim']} is odd; RoPE needs an even one")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
-        raise UserError(f"{source}: hidden_act is {activation!r}; the Llama block here computes 'silu'")
+        raise UserError(
+            f"{source}: hidden_act is {activation!r}; the Llama block here computes 'silu'"
+        )
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     given = {k: (v if v is not None else defaults[k]) for k, v in values.items()}
     eos = raw.get("eos_token_id")
@@ -284,3 +291,189 @@ class LoraConfig:
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one fine-tuning run; each field is a flag of scripts/train.py.
+
+    Names and meanings are Hugging Face's (TRL, PEFT, Trainer) wherever they have one.
+    """
+
+    # --- model
+    model: str = ""
+    """Base model: a local directory (config.json, safetensors, tokenizer.json) or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: str = "auto"
+    """Compute dtype: auto, bfloat16, float16 or float32. auto is bfloat16 on GPUs that have it,
+    float16 on those that do not, float32 on CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    max_length: int = 2048
+    """Longest row in tokens; longer rows are truncated, and counted."""
+
+    # --- what is trained
+    lora_r: int = 16
+    """LoRA rank."""
+    lora_alpha: float = 16
+    """LoRA scale numerator: the update is scaled by alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA branch."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    target_modules: tuple[str, ...] = LINEAR_NAMES
+    """Module name suffixes, `all-linear`, or one `re:PATTERN`. embed_tokens and lm_head here mean
+    trained copies, as in --modules-to-save."""
+    modules_to_save: tuple[str, ...] = ()
+    """embed_tokens and/or lm_head, trained in full beside the adapter."""
+    full_finetuning: bool = False
+    """Train every weight instead of an adapter."""
+
+    # --- data
+    dataset: str = ""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    dataset_split: str = "train"
+    """Split of a hub dataset."""
+    eval_dataset: str = ""
+    """Rows to evaluate on, before the first step and after the last; a file or a hub id."""
+    dataset_text_field: str = "text"
+    """Column that holds the text of plain-text rows."""
+    columns: tuple[str, ...] = ()
+    """Column renames, e.g. `prompt=question completion=answer`."""
+    packing: bool = False
+    """Pack several rows into one of max_length tokens, document boundaries kept."""
+    packing_strategy: str = "bfd"
+    """bfd (best-fit decreasing), bfd_split or wrapped."""
+
+    # --- the run
+    output_dir: str = "outputs"
+    """Where checkpoints, logs and the final adapter go."""
+    overwrite_output_dir: bool = False
+    """Start anew in a directory that holds a finished or interrupted run (its files are removed)."""
+    resume_from_checkpoint: str = ""
+    """`auto` for the newest complete checkpoint in the output directory, or a checkpoint's path."""
+    max_steps: int = -1
+    """Optimizer steps; -1 means num_train_epochs."""
+    num_train_epochs: float = 1.0
+    """Passes over the rows."""
+    per_device_train_batch_size: int = 2
+    """Rows per micro-batch."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches per optimizer step. The loss is the token mean over the whole step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are not decayed."""
+    warmup_steps: float = 0
+    """Steps of linear warm-up; below 1, a share of all steps."""
+    lr_scheduler_type: str = "linear"
+    """linear, cosine or constant (constant_with_warmup)."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 measures without clipping."""
+    adam_beta1: float = 0.9
+    """AdamW beta1."""
+    adam_beta2: float = 0.999
+    """AdamW beta2."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon."""
+    gradient_checkpointing: str = "none"
+    """none, or block: keep only each block's input and recompute the rest in the backward pass."""
+    seed: int = 3407
+    """Seed of row order, adapter initialisation and dropout."""
+    logging_steps: int = 1
+    """Write a metrics line every N steps (the mean over them)."""
+    save_steps: int = 500
+    """Write a checkpoint every N steps, and at the end."""
+    save_total_limit: int = 0
+    """Keep at most N checkpoints, the newest always among them; 0 keeps all."""
+    eval_generate: int = 0
+    """Answer the first N eval prompts greedily before and after training and count exact matches."""
+
+    def __post_init__(self):
+        # The command line gives "a,b" as well as "a b"; Python callers may give one string.
+        for name in ("target_modules", "modules_to_save", "columns"):
+            object.__setattr__(self, name, split_list(getattr(self, name)))
+        choices = {
+            "dtype": ("auto", "bfloat16", "float16", "float32"),
+            "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+            "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+            "gradient_checkpointing": ("none", "block"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{flag(name)} is {value!r}; expected one of {', '.join(allowed)}")
+        at_least = {
+            "max_length": 2, "lora_r": 1, "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
+            "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
+            "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "eval_generate": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not value >= least or not math.isfinite(value):
+                raise UserError(f"{flag(name)} is {value}; expected at least {least}")
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}; expected below 1")
+        if not self.max_grad_norm >= 0 or not math.isfinite(self.max_grad_norm):
+            raise UserError(f"--max-grad-norm is {self.max_grad_norm}; expected 0 or more")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(
+                f"--max-steps is {self.max_steps}; expected a positive number, or -1 for epochs"
+            )
+        if not self.num_train_epochs > 0 or not math.isfinite(self.num_train_epochs):
+            raise UserError(f"--num-train-epochs is {self.num_train_epochs}; expected more than 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}; expected 0 to 2**63 - 1")
+        for name in self.modules_to_save:
+            if name not in EMBEDDING_NAMES:
+                raise UserError(
+                    f"--modules-to-save is {name!r}; expected {' and/or '.join(EMBEDDING_NAMES)}"
+                )
+        if self.full_finetuning and self.modules_to_save:
+            raise UserError(
+                "--modules-to-save has no meaning with --full-finetuning, which trains every weight; drop one"
+            )
+        if self.eval_generate and not self.eval_dataset:
+            raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
+        self.column_map  # noqa: B018  (raises on a malformed --columns)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's settings, or None with full_finetuning."""
+        if self.full_finetuning:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
+        )
+
+    @property
+    def column_map(self) -> dict[str, str]:
+        """`--columns prompt=question` as {"prompt": "question"}."""
+        pairs = [item.split("=", 1) for item in self.columns]
+        for item, pair in zip(self.columns, pairs, strict=True):
+            if len(pair) != 2 or not all(pair):
+                raise UserError(
+                    f"--columns is {item!r}; expected NAME=COLUMN, such as prompt=question"
+                )
+        return {ours: theirs for ours, theirs in pairs}
+
+
+def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a `re:` pattern keeps its commas."""
+    items = [value] if isinstance(value, str) else list(value)
+    if any(item.startswith("re:") for item in items):
+        return tuple(items)
+    return tuple(part for item in items for part in item.split(",") if part)
+
+
+def flag(name: str) -> str:
+    """lora_r -> --lora-r."""
+    return "--" + name.replace("_", "-")

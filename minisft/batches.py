@@ -1,0 +1,200 @@
+"""Which rows a step trains on, and how they become tensors: pure functions of (seed, step).
+
+Row order is Hugging Face Trainer's: epoch e visits a permutation seeded with seed + e, in batches of
+per_device_train_batch_size; rank r of W takes batches r, r + W, …; gradient_accumulation_steps of
+them are one optimizer step, and an epoch's last step may be shorter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisft.data import TokenizedDataset
+from minisft.llama import Tokens
+from minisft.nn import Documents, mix64
+
+IGNORED = -100  # Hugging Face's label of a token that is not trained
+
+
+class MicroBatch(NamedTuple):
+    """Rows side by side, and which hidden states predict what.
+
+    hidden state target_rows_M[i] (an index into T) predicts token targets_M[i]; int64 both. Tokens
+    without a trained label, and the first token of every document, are nobody's target.
+    """
+
+    tokens: Tokens
+    target_rows_M: Tensor
+    targets_M: Tensor
+
+
+class StepBatch(NamedTuple):
+    """One rank's share of one optimizer step.
+
+    num_loss_tokens counts the targets of all ranks and micro-batches: the loss is their mean.
+    num_tokens counts all tokens of all ranks; rows are this rank's dataset rows in order.
+    """
+
+    micro_batches: list[MicroBatch]
+    num_loss_tokens: int
+    num_tokens: int
+    rows: list[int]
+    epoch: float  # after this step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rows of every step, as a pure function of the step number (from 0)."""
+
+    num_rows: int
+    batch_size: int
+    accumulation: int
+    seed: int
+    world: int = 1
+
+    @property
+    def micro_steps_per_epoch(self) -> int:
+        return math.ceil(math.ceil(self.num_rows / self.batch_size) / self.world)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.micro_steps_per_epoch / self.accumulation)
+
+    def rows(self, step: int, rank: int = 0) -> list[list[int]]:
+        """The dataset rows of each micro-batch of `step` on `rank`, in the order they are visited."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_rows, self.seed + epoch)
+        start = first * self.accumulation
+        stop = min(start + self.accumulation, self.micro_steps_per_epoch)
+        batches = [(micro * self.world + rank) * self.batch_size for micro in range(start, stop)]
+        return [order[b : b + self.batch_size] for b in batches if b < self.num_rows]
+
+    def epoch_after(self, step: int) -> float:
+        """Epochs completed once `step` is done, as Trainer logs it."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        done = min((first + 1) * self.accumulation, self.micro_steps_per_epoch)
+        return epoch + done / self.micro_steps_per_epoch
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int) -> list[int]:
+    """torch's random permutation of the rows under that seed (Trainer's order)."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`batch(step, rank)`: the tensors of a step, made on the CPU and moved to `device`.
+
+    max_tokens: rows are laid side by side, in order, into as few micro-batches of at most this many
+    tokens as they fit (a longer row is one of its own). The cut changes memory and speed; loss and
+    gradients are those of the token mean over the step, whatever the cut.
+    """
+
+    dataset: TokenizedDataset
+    schedule: Schedule
+    max_tokens: int
+    device: torch.device
+    dropout: bool = False
+
+    @cached_property
+    def _trained_per_row(self) -> Tensor:
+        return trained_per_row(self.dataset)
+
+    @cached_property
+    def _tokens_per_row(self) -> Tensor:
+        return self.dataset.document_offsets[self.dataset.row_offsets].diff()
+
+    def batch(self, step: int, rank: int = 0) -> StepBatch:
+        """The micro-batches of one step on one rank; raises nothing that data loading did not."""
+        everyone = [
+            row for r in range(self.schedule.world) for b in self.schedule.rows(step, r) for row in b
+        ]
+        mine = [row for rows in self.schedule.rows(step, rank) for row in rows]
+        lengths = [int(self._tokens_per_row[row]) for row in mine]
+        return StepBatch(
+            micro_batches=[
+                make_micro_batch(
+                    self.dataset,
+                    rows,
+                    self.device,
+                    dropout_seed=(self.schedule.seed, step) if self.dropout else None,
+                )
+                for rows in cut_by_tokens(mine, lengths, self.max_tokens)
+            ],
+            num_loss_tokens=int(self._trained_per_row[everyone].sum()),
+            num_tokens=int(self._tokens_per_row[everyone].sum()),
+            rows=mine,
+            epoch=self.schedule.epoch_after(step),
+        )
+
+
+def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive groups of rows of at most max_tokens tokens each (or one row)."""
+    groups: list[list[int]] = []
+    room = 0
+    for row, length in zip(rows, lengths, strict=True):
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(row)
+        room -= length
+    return groups
+
+
+def trained_per_row(dataset: TokenizedDataset) -> Tensor:
+    """How many targets each row has: labels that are not ignored and not first in a document."""
+    trained = dataset.labels != IGNORED
+    starts = dataset.document_offsets[:-1]
+    starts = starts[starts < len(trained)]
+    trained[starts] = False
+    running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
+    return running[dataset.document_offsets[dataset.row_offsets]].diff()
+
+
+def make_micro_batch(
+    dataset: TokenizedDataset,
+    rows: list[int],
+    device: torch.device,
+    *,
+    dropout_seed: tuple[int, int] | None = None,
+) -> MicroBatch:
+    """Lay dataset rows side by side. dropout_seed: (seed, step), or None where nothing is dropped."""
+    spans = [
+        (int(dataset.document_offsets[d]), int(dataset.document_offsets[d + 1]))
+        for row in rows
+        for d in range(int(dataset.row_offsets[row]), int(dataset.row_offsets[row + 1]))
+    ]
+    spans = [(a, b) for a, b in spans if b > a]
+    ids = torch.cat([dataset.input_ids[a:b] for a, b in spans]).long()
+    labels = torch.cat([dataset.labels[a:b] for a, b in spans]).long()
+    lengths = tuple(b - a for a, b in spans)
+    cu = torch.tensor((0, *lengths)).cumsum(0)
+    labels[cu[:-1]] = IGNORED
+    predicted = (labels != IGNORED).nonzero().squeeze(1)
+    keys = None if dropout_seed is None else _dropout_keys(dataset, rows, dropout_seed).to(device)
+    tokens = Tokens(
+        ids.to(device),
+        torch.cat([torch.arange(n) for n in lengths]).to(device),
+        Documents(cu.int().to(device), lengths),
+        keys,
+    )
+    return MicroBatch(tokens, (predicted - 1).to(device), labels[predicted].to(device))
+
+
+def _dropout_keys(dataset: TokenizedDataset, rows: list[int], seed_step: tuple[int, int]) -> Tensor:
+    """int64 [T]: a number per token that only (seed, step, row, place in the row) decide."""
+    keys = []
+    for row in rows:
+        first, last = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+        name = ",".join(map(str, (*seed_step, row))).encode()
+        base = int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
+        keys.append(mix64(torch.arange(last - first) + base))
+    return torch.cat(keys)

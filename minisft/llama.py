@@ -1,0 +1,190 @@
+"""The Llama forward pass: pure functions over two dicts of tensors keyed by Hugging Face names.
+
+frozen     weights that never change, "model.layers.0.self_attn.q_proj.weight" -> Tensor
+trainable  what the optimizer moves: "….q_proj.lora_A.weight", "….lora_B.weight" [fp32 masters],
+           trained copies, or (full fine-tuning) every weight under its own name
+
+A trained tensor stands in for the frozen one of the same name, so full fine-tuning, trained
+embeddings and adapters are one code path.
+
+T tokens (documents side by side)  D hidden  N query heads  K key/value heads  H head_dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minisft.config import ModelConfig
+from minisft.nn import (
+    Adapter,
+    Documents,
+    Linear,
+    Lora,
+    apply_rope,
+    linear,
+    packed_attention,
+    rms_norm,
+    rope_table,
+    swiglu,
+)
+
+Weights = dict[str, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T,N,H], k [T,K,H], v [T,K,H] -> [T,N,H]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the forward pass is computed, apart from the weights: fixed for a run."""
+
+    model: ModelConfig
+    dtype: torch.dtype = torch.float32
+    lora_scaling: float = 1.0
+    lora_dropout: float = 0.0  # 0 outside training
+    checkpoint_blocks: bool = False
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder block. A view: nothing is copied."""
+
+    input_layernorm: Tensor
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    post_attention_layernorm: Tensor
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+class Tokens(NamedTuple):
+    """A micro-batch as the model sees it: documents side by side, no padding."""
+
+    input_ids_T: Tensor  # int64
+    position_ids_T: Tensor  # int64, from 0 in every document
+    documents: Documents
+    dropout_keys_T: Tensor | None = None  # int64, with LoRA dropout only
+
+
+def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
+    """The trained tensor of that name if there is one, else the frozen one (KeyError if neither)."""
+    return trainable[name] if name in trainable else frozen[name]
+
+
+def linear_view(trainable: Weights, frozen: Weights, path: str) -> Linear:
+    """Weight, bias and adapter of the linear at a module path such as model.layers.0.mlp.up_proj."""
+    bias_name = f"{path}.bias"
+    has_bias = bias_name in frozen or bias_name in trainable
+    A, B = trainable.get(f"{path}.lora_A.weight"), trainable.get(f"{path}.lora_B.weight")
+    return Linear(
+        weight=leaf(trainable, frozen, f"{path}.weight"),
+        bias=leaf(trainable, frozen, bias_name) if has_bias else None,
+        lora=None if A is None or B is None else Lora(A, B, module_key(path)),
+    )
+
+
+def module_key(path: str) -> int:
+    """A 62-bit number that names the module in dropout draws, the same in every process."""
+    return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def layer_view(trainable: Weights, frozen: Weights, i: int) -> Layer:
+    """The leaves of decoder layer i."""
+    prefix = f"model.layers.{i}."
+    attn = {n: linear_view(trainable, frozen, f"{prefix}self_attn.{n}") for n in Layer._fields[1:5]}
+    mlp = {n: linear_view(trainable, frozen, f"{prefix}mlp.{n}") for n in Layer._fields[6:9]}
+    norms = {
+        n: leaf(trainable, frozen, f"{prefix}{n}.weight")
+        for n in ("input_layernorm", "post_attention_layernorm")
+    }
+    return Layer(**norms, **attn, **mlp)
+
+
+def block(
+    x_TD: Tensor,
+    layer: Layer,
+    rope: tuple[Tensor, Tensor],
+    attend: Attend,
+    adapter: Adapter,
+    cfg: ModelConfig,
+) -> Tensor:
+    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)). [T, D] -> [T, D]."""
+    h_TD = rms_norm(x_TD, layer.input_layernorm, cfg.rms_norm_eps)
+    q_TNH, k_TKH, v_TKH = (
+        linear(h_TD, projection, adapter).unflatten(-1, (-1, cfg.head_dim))
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    q_TNH, k_TKH = apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope)
+    o_TNH = attend(q_TNH, k_TKH, v_TKH)
+    x_TD = x_TD + linear(o_TNH.flatten(-2), layer.o_proj, adapter)
+    h_TD = rms_norm(x_TD, layer.post_attention_layernorm, cfg.rms_norm_eps)
+    gate_TF, up_TF = linear(h_TD, layer.gate_proj, adapter), linear(h_TD, layer.up_proj, adapter)
+    return x_TD + linear(swiglu(gate_TF, up_TF), layer.down_proj, adapter)
+
+
+def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute) -> Tensor:
+    """Final hidden states (after the last norm) of every token, [T, D] in compute.dtype."""
+    cfg = compute.model
+    documents = tokens.documents
+    adapter = Adapter(compute.lora_scaling, compute.lora_dropout, tokens.dropout_keys_T)
+    rope = rope_table(
+        tokens.position_ids_T,
+        documents.lengths,
+        cfg.rope,
+        head_dim=cfg.head_dim,
+        max_positions=cfg.max_position_embeddings,
+        dtype=compute.dtype,
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, documents)
+
+    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
+    for i in range(cfg.num_hidden_layers):
+        layer = layer_view(trainable, frozen, i)
+        if compute.checkpoint_blocks and torch.is_grad_enabled():
+            x_TD = checkpoint(  # pyright: ignore[reportAssignmentType]
+                block, x_TD, layer, rope, attend, adapter, cfg,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        else:
+            x_TD = block(x_TD, layer, rope, attend, adapter, cfg)
+    return rms_norm(x_TD, leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
+
+
+def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the embedding matrix, [T, D] in dtype."""
+    return F.embedding(input_ids_T, leaf(trainable, frozen, "model.embed_tokens.weight")).to(dtype)
+
+
+def head_weight(
+    trainable: Weights, frozen: Weights, cfg: ModelConfig, dtype: torch.dtype
+) -> Tensor:
+    """The output projection [V, D] in dtype: lm_head, or the embedding where they are tied."""
+    name = "model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"
+    return leaf(trainable, frozen, name).to(dtype)
+
+
+def logits(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute) -> Tensor:
+    """Next-token logits of every token, [T, V] in compute.dtype. Training never calls this."""
+    h_TD = hidden_states(trainable, frozen, tokens, compute)
+    return F.linear(h_TD, head_weight(trainable, frozen, compute.model, compute.dtype))
+
+
+def make_tokens(documents: list[list[int]], device: torch.device | str = "cpu") -> Tokens:
+    """Lay documents (lists of token ids) side by side, for evaluation, generation and tests."""
+    lengths = tuple(len(d) for d in documents)
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Tokens(
+        torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device),
+        torch.cat([torch.arange(n) for n in lengths]).to(device),
+        Documents(cu.to(device), lengths),
+    )

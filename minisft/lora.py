@@ -1,0 +1,113 @@
+"""What is trained, as one flat fp32 buffer with a named view per tensor.
+
+Neighbours in the model are neighbours in the buffer (the A matrices of q, k, v; of gate, up), and
+decayed tensors come before those that are not, so that an optimizer group is one contiguous slice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisft.config import LoraConfig, ModelConfig
+from minisft.targets import adapter_shapes
+
+# Trainer decays everything but biases and norms (transformers.Trainer.get_decay_parameter_names).
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
+
+
+class Flat(NamedTuple):
+    """One 1-D buffer and views into it by name, in the buffer's order."""
+
+    buffer: Tensor  # float32 [n]
+    views: dict[str, Tensor]
+
+
+class Group(NamedTuple):
+    """A slice of the flat buffer that the optimizer treats alike."""
+
+    start: int
+    stop: int
+    decayed: bool
+
+
+def trainable_shapes(lora: LoraConfig | None, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every trained tensor, in buffer order. lora None: all weights of the model.
+
+    Tied embeddings are one tensor, model.embed_tokens.weight, whichever of the two was asked for.
+    UserError for targets that match nothing.
+    """
+    if lora is None:
+        shapes = cfg.weight_shapes()
+        return dict(sorted(shapes.items(), key=lambda kv: not is_decayed(kv[0])))
+    shapes = adapter_shapes(lora, cfg)
+    return dict(sorted(shapes.items(), key=lambda kv: _place(kv[0])))
+
+
+def _place(name: str) -> tuple[int, int, bool]:
+    """Order that lays tensors that read one input side by side: A of q, k, v, then B of q, k, v."""
+    if not name.startswith("model.layers."):
+        return (1 << 30, 0, False)
+    parts = name.split(".")  # model.layers.3.self_attn.q_proj.lora_A.weight
+    group = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
+    return int(parts[2]), group.get(parts[4], 3), parts[5] == "lora_B"
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to the tensor of that name, by Trainer's rule."""
+    return _NOT_DECAYED.search(name.lower()) is None
+
+
+def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Flat:
+    """A zeroed fp32 buffer with one view per shape, in order."""
+    sizes = [math.prod(s) for s in shapes.values()]
+    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+    parts = buffer.split(sizes)
+    return Flat(buffer, {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
+
+
+def groups(shapes: dict[str, tuple[int, ...]]) -> list[Group]:
+    """The optimizer's slices of a buffer made by `allocate(shapes)`."""
+    out: list[Group] = []
+    start = 0
+    for name, shape in shapes.items():
+        stop, decayed = start + math.prod(shape), is_decayed(name)
+        if out and out[-1].decayed == decayed:
+            out[-1] = out[-1]._replace(stop=stop)
+        else:
+            out.append(Group(start, stop, decayed))
+        start = stop
+    return out
+
+
+def init_lora_(trainable: Flat, seed: int) -> None:
+    """A uniform in ±1/sqrt(in_features), B zero: PEFT's default, drawn per module from the seed.
+
+    The draw of a module depends on (seed, its name) alone, not on which others are trained or on
+    the device. Trained copies are left for the weight loader to fill.
+    """
+    for name, view in trainable.views.items():
+        if name.endswith(".lora_A.weight"):
+            digest = blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            bound = 1 / math.sqrt(view.shape[1])
+            view.copy_(torch.empty(view.shape).uniform_(-bound, bound, generator=generator))
+
+
+def place_weight(
+    name: str, tensor: Tensor, trainable: Flat, put: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Copy a base weight into its trained copy, if it has one, else return `put(tensor)` to keep.
+
+    put converts to the frozen dtype and device.
+    """
+    if name in trainable.views:
+        trainable.views[name].copy_(tensor)
+        return None
+    return put(tensor)

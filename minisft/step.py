@@ -1,0 +1,145 @@
+"""One optimizer step: gradients through one door, then clip and AdamW on the flat buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisft.batches import MicroBatch, StepBatch
+from minisft.config import TrainConfig
+from minisft.llama import Compute, Weights
+from minisft.lora import Flat, Group
+from minisft.loss import loss_sum
+from minisft.optim import adamw_, clip_, grad_norm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How gradients are computed; loss and gradients do not depend on it but for rounding."""
+
+    compute: Compute
+    loss_scale: float = 1.0  # the loss is multiplied by it before the backward pass (fp16)
+
+
+@dataclass
+class State:
+    """All that a step changes. Buffers are float32 [n], in the order of trainable.views."""
+
+    trainable: Flat
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int = 0  # optimizer steps done
+    updates: int = 0  # of those, the ones applied (fp16 skips a step whose gradients overflow)
+    loss_scale: float = 1.0
+    good_steps: int = 0  # since the loss scale last changed
+    num_tokens: int = 0  # seen so far
+    total_loss: float = 0.0  # sum over steps of the step's mean loss
+
+
+class StepResult(NamedTuple):
+    """What a step reports: the token-mean loss, the norm before clipping, whether it was applied."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+def loss_and_grads(
+    trainable: Flat, frozen: Weights, batch: StepBatch, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """The token-mean loss of a step and its gradient: the one door to both.
+
+    Returns (loss [] float32, flat gradient float32 [n] in the order of trainable.buffer). The mean
+    is over batch.num_loss_tokens, however the step is cut into micro-batches. Here: autograd over
+    the reference block, one micro-batch after another, accumulating into the flat gradient.
+    """
+    grads = Flat(torch.zeros_like(trainable.buffer), {})
+    leaves, start = {}, 0
+    for name, view in trainable.views.items():
+        leaf = view.detach().requires_grad_()
+        leaf.grad = grads.buffer[start : start + view.numel()].view(view.shape)
+        leaves[name], start = leaf, start + view.numel()
+    total = torch.zeros((), dtype=torch.float32, device=trainable.buffer.device)
+    weight = plan.loss_scale / max(1, batch.num_loss_tokens)
+    for micro in batch.micro_batches:
+        if micro.targets_M.numel() == 0:
+            continue  # contributes exactly nothing
+        loss = loss_sum(leaves, frozen, micro, plan.compute)
+        (loss * weight).backward()  # accumulates into leaf.grad, the views above
+        total += loss.detach()
+    if plan.loss_scale != 1:
+        grads.buffer.mul_(1 / plan.loss_scale)
+    return total / max(1, batch.num_loss_tokens), grads.buffer
+
+
+# torch.amp.GradScaler's constants
+_GROWTH_INTERVAL, _GROWTH, _BACKOFF, INITIAL_LOSS_SCALE = 2000, 2.0, 0.5, 2.0**16
+
+
+def train_step_(
+    state: State,
+    frozen: Weights,
+    batch: StepBatch,
+    plan: Plan,
+    groups: list[Group],
+    config: TrainConfig,
+    lr: float,
+) -> StepResult:
+    """One optimizer step on `state`, in place.
+
+    The update is skipped, and nothing but the loss scale changes, where the loss or the gradient is
+    not finite: with a loss scale (fp16) that is an overflow, else the caller's cause to stop.
+    """
+    scaled = plan.compute.dtype == torch.float16
+    plan = dataclasses.replace(plan, loss_scale=state.loss_scale)
+    loss, grads = loss_and_grads(state.trainable, frozen, batch, plan)
+    norm = grad_norm(grads)
+    loss_value, norm_value = torch.stack((loss, norm)).tolist()  # the step's one device sync
+    applied = _finite(loss_value) and _finite(norm_value)
+    if applied:
+        clip_(grads, norm, config.max_grad_norm)
+        state.updates += 1
+        adamw_(
+            state.trainable.buffer,
+            grads,
+            state.exp_avg,
+            state.exp_avg_sq,
+            groups,
+            step=state.updates,
+            lr=lr,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+    if scaled:
+        state.good_steps = state.good_steps + 1 if applied else 0
+        if not applied:
+            state.loss_scale *= _BACKOFF
+        elif state.good_steps == _GROWTH_INTERVAL:
+            state.loss_scale, state.good_steps = state.loss_scale * _GROWTH, 0
+    state.step += 1
+    state.num_tokens += batch.num_tokens
+    state.total_loss += loss_value
+    return StepResult(loss_value, norm_value, applied)
+
+
+def _finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")
+
+
+@torch.no_grad()
+def mean_loss(
+    trainable: Weights, frozen: Weights, batches: list[MicroBatch], compute: Compute
+) -> tuple[float, int]:
+    """Token-weighted mean loss over micro-batches, and the number of targets (0 targets: nan)."""
+    compute = dataclasses.replace(compute, lora_dropout=0.0)
+    total, count = 0.0, 0
+    for micro in batches:
+        total += loss_sum(trainable, frozen, micro, compute).item()
+        count += micro.targets_M.numel()
+    return (total / count if count else float("nan")), count

@@ -1,0 +1,187 @@
+"""Checkpoints in: config.json and safetensors, one tensor at a time.
+
+Local directories and hub ids, single files and shards with an index. Names, shapes and dtypes are
+checked against config.json before a byte of data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisft.config import ModelConfig, UserError, load_json, parse_model_config
+from minisft.safetensors_io import iter_tensors, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "additional_chat_templates/*",
+]
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """The local directory of a model: the path itself, or a hub id downloaded into the hub's cache.
+
+    A local directory never touches the network. UserError if it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        found = "is a file" if path.exists() else "does not exist"
+        raise UserError(
+            f"--model {name!r} {found}; expected a directory with config.json and safetensors, "
+            "or a hub id such as meta-llama/Llama-3.2-1B"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as e:  # the hub's many errors: none is ours, all end in one line
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"--model {name!r} is no local directory, and the hub does not give it: {reason}"
+        ) from e
+
+
+def load_model_config(directory: Path) -> ModelConfig:
+    """config.json of a checkpoint directory; its eos ids widened by generation_config.json's."""
+    path = Path(directory) / "config.json"
+    cfg = parse_model_config(load_json(path), str(path))
+    generation = Path(directory) / "generation_config.json"
+    if generation.exists():
+        raw = load_json(generation)
+        eos = raw.get("eos_token_id") if isinstance(raw, dict) else None
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        more = [i for i in eos if isinstance(i, int) and i not in cfg.eos_token_ids]
+        cfg = dataclasses.replace(cfg, eos_token_ids=(*cfg.eos_token_ids, *more))
+    return cfg
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where every tensor of a checkpoint lies: our key -> (file, key in that file).
+
+    cfg is config.json's, but for `tie_word_embeddings` where the files overrule it.
+    """
+
+    places: dict[str, tuple[Path, str]]
+    cfg: ModelConfig
+
+
+def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
+    """Find and check every tensor against config.json by the files' headers alone.
+
+    Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as transformers
+    does. A tied model that carries a head of its own is opened untied (the returned cfg says so).
+    UserError names the first missing, unexpected or misshapen tensor and how many more there are.
+    """
+    directory = Path(directory)
+    headers = {file: read_header(file).tensors for file in _weight_files(directory)}
+    bare = not any(n.startswith("model.") for header in headers.values() for n in header)
+    places: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, header in headers.items():
+        for name, info in header.items():
+            key = f"model.{name}" if bare and not name.startswith("lm_head.") else name
+            if key.endswith("rotary_emb.inv_freq"):
+                continue
+            if info.dtype not in _FLOATS:
+                raise UserError(
+                    f"{file}: {name} is stored as {info.dtype}; expected float32, float16 or bfloat16. "
+                    "Use an unquantised checkpoint"
+                )
+            if key in places:
+                raise UserError(f"{file}: {name} is also in {places[key][0].name}")
+            places[key], shapes[key] = (file, name), tuple(info.shape)
+    cfg = _settle_tying(places, cfg)
+    _check_shapes(directory, shapes if not cfg.tie_word_embeddings else _untied(shapes), cfg)
+    return Checkpoint({k: v for k, v in places.items() if k in cfg.weight_shapes()}, cfg)
+
+
+def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield (HF key, tensor as stored, on CPU) one at a time, file by file.
+
+    The caller converts and places each before asking for the next: no more than one tensor waits
+    in host memory. UserError names a file that is damaged.
+    """
+    for file in sorted({file for file, _ in checkpoint.places.values()}):
+        names = {name: key for key, (f, name) in checkpoint.places.items() if f == file}
+        for name, tensor in iter_tensors(file, list(names)):
+            yield names[name], tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.exists():
+        if (directory / SINGLE).exists():
+            return [directory / SINGLE]
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which is never read: convert it" if pickles else ""
+        raise UserError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
+    raw = load_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: no weight_map; expected tensor names mapped to shard files")
+    files = []
+    for name in sorted({str(v) for v in weight_map.values()}):
+        path = directory / name
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: shard {name!r} is not a plain .safetensors file name; refused")
+        if not path.exists():
+            raise UserError(f"{index}: shard {name} is missing from {directory}")
+        files.append(path)
+    return files
+
+
+def _settle_tying(places: dict[str, tuple[Path, str]], cfg: ModelConfig) -> ModelConfig:
+    """Decide whether the head is the embedding, as transformers v5 does on loading.
+
+    Tied in config.json and only one of the two present: that one serves as both. Both present and
+    different: not tied.
+    """
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not cfg.tie_word_embeddings or head not in places:
+        return cfg
+    if embedding not in places:
+        places[embedding] = places.pop(head)
+        return cfg
+    pair = [dict(iter_tensors(file, [name]))[name] for file, name in (places[embedding], places[head])]
+    if torch.equal(*pair):
+        return cfg
+    return dataclasses.replace(cfg, tie_word_embeddings=False)
+
+
+def _untied(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    shapes = dict(shapes)
+    head = shapes.pop("lm_head.weight", None)
+    if head is not None:
+        shapes.setdefault("model.embed_tokens.weight", head)
+    return shapes
+
+
+def _check_shapes(directory: Path, shapes: dict[str, tuple[int, ...]], cfg: ModelConfig) -> None:
+    expected = cfg.weight_shapes()
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is not a Llama weight under config.json" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]} but config.json implies {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise UserError(
+            f"{directory}: {problems[0]}{more}; config.json says hidden_size={cfg.hidden_size}, "
+            f"intermediate_size={cfg.intermediate_size}, layers={cfg.num_hidden_layers}, heads="
+            f"{cfg.num_attention_heads}/{cfg.num_key_value_heads}, head_dim={cfg.head_dim}, vocab="
+            f"{cfg.vocab_size}, tied={cfg.tie_word_embeddings}. Is it another model's config.json?"
+        )
