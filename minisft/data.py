@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -283,7 +283,8 @@ def _read_hub(source: str, split: str) -> Rows:
         ) from None
     if not len(dataset):
         raise UserError(f"{source}: split {split!r} holds no rows")
-    return Rows(source, dataset, tuple(dataset.column_names))
+    records = cast(Sequence[dict], dataset)
+    return Rows(source, records, tuple(dataset.column_names))
 
 
 # ----------------------------------------------------------------------------------- tokenising
@@ -327,7 +328,7 @@ class _Document(NamedTuple):
 
 
 def tokenize_rows(
-    rows: Rows,
+    rows: Sequence[dict],
     tokenizer: Tokenizer,
     *,
     format: str | None,
@@ -335,67 +336,55 @@ def tokenize_rows(
     max_length: int | None,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
-    drop_untrained: bool = True,
+    keep_untrained: bool = False,
     skip_bad: bool = False,
+    source: str,
 ) -> TokenizedDataset:
     """Token ids and labels of every row, one document per row; as TRL 1.16's SFTTrainer.
 
-    format: one of formats.FORMATS, None to detect it from the columns. Rows are cut to max_length
-    (None: not cut) after labels are built; then rows without a trained label are dropped if
-    drop_untrained. For packing pass max_length=None, drop_untrained=False: `pack` cuts.
-    Rows with a blank completion are dropped and counted. Special-token strings inside messages
-    stay text. skip_bad: leave out and count rows at fault instead of stopping.
-    Raises UserError naming the row, and if no row is left.
+    rows: what `read_rows` gives, or a list of dicts named by source in messages. format: one of
+    formats.FORMATS; None detects it. Rows are cut to max_length (None: not cut) once labelled, and
+    dropped if no trained label is left; with keep_untrained, for `pack`, neither is done here.
+    A row with a blank completion is dropped; skip_bad drops rows at fault too. All are counted.
+    Raises UserError naming the row, and if no row or no trained token is left.
     """
+    rows = rows if isinstance(rows, Rows) else _named_rows(rows, source)
     format = _checked_format(rows, format, text_field)
     if completion_only_loss is None:
-        completion_only_loss = not formats.missing_columns("prompt-completion", rows.columns)
-    settings = _Settings(format, text_field, completion_only_loss, assistant_only_loss)
+        completion_only = not formats.missing_columns("prompt-completion", rows.columns)
+    else:
+        completion_only = completion_only_loss
+    settings = _Settings(format, text_field, completion_only, assistant_only_loss, skip_bad)
     _check_settings(settings, tokenizer, rows)
-    dropped: Counter[str] = Counter({"malformed": rows.skipped} if rows.skipped else {})
+    counts = _Counts(Counter({"malformed": rows.skipped}), Counter())
     documents: list[_Document] = []
-    counts: Counter[str] = Counter()
     for begin in range(0, len(rows), _GROUP_ROWS):
-        examples = _read_examples(rows, begin, settings, skip_bad, dropped)
-        for document in _tokenize_group(rows, examples, tokenizer, settings, skip_bad, dropped):
-            counts["longest"] = max(counts["longest"], len(document.ids))
-            cut = document._replace(
-                ids=document.ids[:max_length], labels=document.labels[:max_length]
-            )
-            if drop_untrained and not (cut.labels != IGNORED).any():
-                reason = "truncated" if len(cut.ids) < len(document.ids) else "untrained"
-                dropped[_NO_LABEL[reason]] += 1
-                continue
-            counts["truncated"] += len(cut.ids) < len(document.ids)
-            counts["lost_prompt_tokens"] += document.lost_prompt_tokens
-            counts["special_text"] += document.special_text
-            counts["double_bos"] += _starts_twice(cut.ids, tokenizer.bos_token_id)
-            documents.append(cut)
-    stats = {
-        "format": format,
-        "rows_read": len(rows) + rows.skipped,
-        "rows_kept": len(documents),
-        "dropped": dict(dropped),
-        "truncated": counts["truncated"],
-        "longest": counts["longest"],
-        "packing_efficiency": None,
-    }
-    if not documents:
-        raise UserError(
-            f"{rows.source}: no row is left to train on: {stats['rows_read']} read, dropped "
-            f"{dict(dropped)}; the longest row has {counts['longest']} tokens, "
-            f"--max-length is {max_length}"
+        examples = _read_examples(rows, begin, settings, counts)
+        found = _tokenize_group(rows, examples, tokenizer, settings, counts)
+        counts.seen["longest"] = max([counts.seen["longest"], *(len(d.ids) for d in found)])
+        if not keep_untrained:
+            found = _cut_and_drop(found, max_length, counts)
+        documents += found
+    stats = _stats(rows, settings, documents, counts, tokenizer.bos_token_id)
+    if completion_only_loss and format in ("text", "messages"):
+        stats["warnings"].append(
+            f"completion_only_loss has no effect on format {format!r}: every token is trained; "
+            "use prompt and completion columns, or assistant_only_loss"
         )
-    stats["duplicates"] = len(documents) - len({d.ids.tobytes() for d in documents})
-    stats["warnings"] = _warnings(settings, counts, len(documents))
-    lengths = [len(document.ids) for document in documents]
-    return _dataset(
-        np.concatenate([document.ids for document in documents]),
-        np.concatenate([document.labels for document in documents]),
-        np.concatenate([[0], np.cumsum(lengths)]),
+    dataset = _dataset(
+        _joined([document.ids for document in documents]),
+        _joined([document.labels for document in documents]),
+        np.cumsum([0, *(len(document.ids) for document in documents)]),
         np.arange(len(documents) + 1),
         stats,
     )
+    if not dataset.stats["num_trained_tokens"]:
+        raise UserError(
+            f"{rows.source}: nothing is left to train: {stats['rows_read']} rows read, "
+            f"{len(documents)} kept, dropped {stats['dropped']}; the longest row has "
+            f"{stats['longest']} tokens, --max-length is {max_length}"
+        )
+    return dataset
 
 
 class _Settings(NamedTuple):
@@ -403,12 +392,77 @@ class _Settings(NamedTuple):
     text_field: str
     completion_only_loss: bool
     assistant_only_loss: bool
+    skip_bad: bool
 
 
-_NO_LABEL = {
-    "truncated": "nothing to train within max_length",
-    "untrained": "nothing to train",
-}
+class _Counts(NamedTuple):
+    dropped: Counter[str]  # by reason
+    seen: Counter[str]
+
+
+def _named_rows(records: Sequence[dict], source: str) -> Rows:
+    return Rows(source, records, tuple(dict.fromkeys(name for r in records for name in r)))
+
+
+def _cut_and_drop(
+    documents: list[_Document], max_length: int | None, counts: _Counts
+) -> list[_Document]:
+    kept = []
+    for document in documents:
+        too_long = max_length is not None and len(document.ids) > max_length
+        cut = document._replace(ids=document.ids[:max_length], labels=document.labels[:max_length])
+        if (cut.labels != IGNORED).any():
+            kept.append(cut)
+            counts.seen["truncated"] += too_long
+        else:
+            reason = "nothing to train within max_length" if too_long else "nothing to train"
+            counts.dropped[reason] += 1
+    return kept
+
+
+def _stats(
+    rows: Rows, settings: _Settings, documents: list[_Document], counts: _Counts, bos: int | None
+) -> dict[str, Any]:
+    kept = len(documents)
+    twice = sum(len(d.ids) > 1 and d.ids[0] == bos == d.ids[1] for d in documents)
+    lost = sum(d.lost_prompt_tokens for d in documents)
+    literal = sum(d.special_text for d in documents)
+    return {
+        "format": settings.format,
+        "rows_read": len(rows) + rows.skipped,
+        "rows_kept": kept,
+        "dropped": {reason: n for reason, n in counts.dropped.items() if n},
+        "truncated": counts.seen["truncated"],
+        "longest": counts.seen["longest"],  # before it is cut
+        "duplicates": kept - len({d.ids.tobytes() for d in documents}),
+        "packing_efficiency": None,
+        "warnings": _warnings(kept, lost=lost, twice=twice, literal=literal),
+    }
+
+
+def _warnings(kept: int, *, lost: int, twice: int, literal: int) -> list[str]:
+    warnings = []
+    if lost:
+        warnings.append(
+            f"in {lost} of {kept} rows the prompt's last tokens change when the completion "
+            "follows, and count as completion; end the prompt at a token boundary, for instance "
+            "with the blank at the start of the completion"
+        )
+    if twice:
+        warnings.append(
+            f"{twice} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
+            "it out of the text"
+        )
+    if literal:
+        warnings.append(
+            f"{literal} of {kept} chats hold special-token strings in their messages; they are "
+            "encoded as plain text"
+        )
+    return warnings
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
 
 
 def _checked_format(rows: Rows, format: str | None, text_field: str) -> str:
@@ -434,9 +488,7 @@ def _check_settings(settings: _Settings, tokenizer: Tokenizer, rows: Rows) -> No
         )
 
 
-def _read_examples(
-    rows: Rows, begin: int, settings: _Settings, skip_bad: bool, dropped: Counter[str]
-) -> dict[int, Any]:
+def _read_examples(rows: Rows, begin: int, settings: _Settings, counts: _Counts) -> dict[int, Any]:
     """Row number -> Example, or _Document for rows that hold token ids."""
     readers = {
         "text": lambda r: formats.read_text(r, text_field=settings.text_field),
@@ -450,12 +502,12 @@ def _read_examples(
         try:
             example = read(rows[i])
         except UserError as e:
-            if not skip_bad:
+            if not settings.skip_bad:
                 raise UserError(f"{rows.where(i)}: {e}") from None
-            dropped["malformed"] += 1
+            counts.dropped["malformed"] += 1
             continue
         if isinstance(example, Example) and formats.is_empty(example):
-            dropped["empty"] += 1
+            counts.dropped["empty"] += 1
             continue
         examples[i] = example
     return examples
@@ -492,8 +544,7 @@ def _tokenize_group(
     examples: dict[int, Any],
     tokenizer: Tokenizer,
     settings: _Settings,
-    skip_bad: bool,
-    dropped: Counter[str],
+    counts: _Counts,
 ) -> list[_Document]:
     """Documents of one group, in row order. Prompts and whole texts go through one batch each."""
     if settings.format == "input_ids":
@@ -503,9 +554,9 @@ def _tokenize_group(
         try:
             prepared[i] = _prepare(example, tokenizer, settings)
         except UserError as e:
-            if not skip_bad:
+            if not settings.skip_bad:
                 raise UserError(f"{rows.where(i)}: {e}") from None
-            dropped["malformed"] += 1
+            counts.dropped["malformed"] += 1
     wholes = _encode_all(tokenizer, [p.whole for p in prepared.values()])
     prompts = iter(
         _encode_all(tokenizer, [p.prompt for p in prepared.values() if p.prompt is not None])
@@ -637,36 +688,6 @@ def _label(
     return _Document(whole, labels, lost, TEXT_OPEN in prepared.whole.text)
 
 
-def _starts_twice(ids: np.ndarray, bos: int | None) -> bool:
-    return bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
-
-
-def _warnings(settings: _Settings, counts: Counter[str], num_rows: int) -> list[str]:
-    warnings = []
-    if lost := counts["lost_prompt_tokens"]:
-        warnings.append(
-            f"in {lost} of {num_rows} rows the prompt's last tokens change when the completion "
-            "follows; they are trained with it. End the prompt at a token boundary, for instance "
-            "with the blank at the start of the completion"
-        )
-    if twice := counts["double_bos"]:
-        warnings.append(
-            f"{twice} of {num_rows} rows start with two BOS tokens; the tokenizer adds one, so "
-            "leave it out of the text"
-        )
-    if literal := counts["special_text"]:
-        warnings.append(
-            f"{literal} of {num_rows} chats hold special-token strings in their messages; they "
-            "are encoded as plain text"
-        )
-    if settings.completion_only_loss and settings.format in ("text", "messages"):
-        warnings.append(
-            f"completion_only_loss has no effect on format {settings.format!r}: every token is "
-            "trained; use prompt and completion columns, or assistant_only_loss"
-        )
-    return warnings
-
-
 def _dataset(
     ids: np.ndarray,
     labels: np.ndarray,
@@ -736,10 +757,10 @@ def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> Tokeni
     if strategy == "bfd":
         stats["truncated"] = int((np.diff(offsets) > max_length).sum())
     return _dataset(
-        np.concatenate([ids[a:b] for a, b in fragments] or [ids[:0]]),
-        np.concatenate([labels[a:b] for a, b in fragments] or [labels[:0]]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        np.concatenate([[0], np.cumsum([len(row) for row in packed])]),
+        _joined([ids[a:b] for a, b in fragments]),
+        _joined([labels[a:b] for a, b in fragments]),
+        np.cumsum([0, *lengths]),
+        np.cumsum([0, *(len(row) for row in packed)]),
         stats,
     )
 
