@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -416,7 +416,7 @@ def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: str) -> 
     dead = [item for item in lora.target_modules if item not in live]
     if dead:
         warnings.warn(
-            f"{source}: target_modules names {', '.join(dead)}, for which the file has no tensors; "
+            f"{source}: target_modules names {', '.join(map(repr, dead))}, for which the file has no tensors; "
             "ignored",
             stacklevel=3,
         )
@@ -538,7 +538,7 @@ def _are_names(value: Any) -> TypeGuard[list[str]]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _stated(raw: dict[str, Any], key: str) -> str:

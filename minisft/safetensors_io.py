@@ -127,7 +127,10 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)  # the library makes files that only their owner can read
         replace_synced(temporary, path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: cannot be written ({e}); check the path and free space") from None
@@ -138,12 +141,9 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
 def replace_synced(temporary: Path, path: Path) -> None:
     """Rename a finished file over `path`, both the bytes and the rename synced to disk.
 
-    The file gets the permissions that a plain open() would give. Raises OSError.
+    Whoever reads `path`, at any moment, finds the old file or the new one. Raises OSError.
     """
-    umask = os.umask(0)  # can only be read by setting it
-    os.umask(umask)
     with open(temporary, "rb") as file:
-        os.fchmod(file.fileno(), 0o666 & ~umask)  # the library creates its files with mode 600
         os.fsync(file.fileno())
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -174,7 +174,10 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         raise _malformed(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _malformed(path, f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        raise UserError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}, which is not read; known: "
+            f"{', '.join(DTYPES)}"
+        )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _malformed(path, f"tensor {name!r} has shape {shape!r}, data_offsets {offsets!r}")
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
