@@ -115,7 +115,10 @@ class Batches:
     def batch(self, step: int, rank: int = 0) -> StepBatch:
         """The micro-batches of one step on one rank; raises nothing that data loading did not."""
         everyone = [
-            row for r in range(self.schedule.world) for b in self.schedule.rows(step, r) for row in b
+            row
+            for r in range(self.schedule.world)
+            for b in self.schedule.rows(step, r)
+            for row in b
         ]
         mine = [row for rows in self.schedule.rows(step, rank) for row in rows]
         lengths = [int(self._tokens_per_row[row]) for row in mine]

@@ -195,16 +195,17 @@ def rope_table(
     head_dim: int,
     max_positions: int,
     dtype: torch.dtype,
+    contexts: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's angles, [T, H] in `dtype` (formed in float32, then rounded).
 
-    positions_T: int64 [T], restarting at 0 in every document. lengths: tokens per document; the
-    `dynamic` type takes its frequencies from them, document by document.
+    positions_T: int64 [T], restarting at 0 in every document. lengths: tokens per document.
+    contexts: what the `dynamic` type takes for a document's length where some of it is cached.
     """
     if rope.rope_type == "dynamic":
         rows = [
-            rope_inverse_frequencies(rope, head_dim, max_positions, n)[0].expand(n, -1)
-            for n in lengths
+            rope_inverse_frequencies(rope, head_dim, max_positions, context)[0].expand(n, -1)
+            for n, context in zip(lengths, contexts or lengths, strict=True)
         ]
         frequencies, factor = torch.cat(rows).to(positions_T.device), 1.0
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ def _finite(x: float) -> bool:
 
 @torch.no_grad()
 def mean_loss(
-    trainable: Weights, frozen: Weights, batches: list[MicroBatch], compute: Compute
+    trainable: Weights, frozen: Weights, batches: Iterable[MicroBatch], compute: Compute
 ) -> tuple[float, int]:
     """Token-weighted mean loss over micro-batches, and the number of targets (0 targets: nan)."""
     compute = dataclasses.replace(compute, lora_dropout=0.0)

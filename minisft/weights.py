@@ -135,7 +135,9 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in sorted({str(v) for v in weight_map.values()}):
         path = directory / name
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: shard {name!r} is not a plain .safetensors file name; refused")
+            raise UserError(
+                f"{index}: shard {name!r} is not a plain .safetensors file name; refused"
+            )
         if not path.exists():
             raise UserError(f"{index}: shard {name} is missing from {directory}")
         files.append(path)
@@ -154,7 +156,9 @@ def _settle_tying(places: dict[str, tuple[Path, str]], cfg: ModelConfig) -> Mode
     if embedding not in places:
         places[embedding] = places.pop(head)
         return cfg
-    pair = [dict(iter_tensors(file, [name]))[name] for file, name in (places[embedding], places[head])]
+    pair = [
+        dict(iter_tensors(file, [name]))[name] for file, name in (places[embedding], places[head])
+    ]
     if torch.equal(*pair):
         return cfg
     return dataclasses.replace(cfg, tie_word_embeddings=False)
@@ -171,7 +175,9 @@ def _untied(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 def _check_shapes(directory: Path, shapes: dict[str, tuple[int, ...]], cfg: ModelConfig) -> None:
     expected = cfg.weight_shapes()
     problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [f"{name} is not a Llama weight under config.json" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is not a Llama weight under config.json" for name in shapes if name not in expected
+    ]
     problems += [
         f"{name} is {shapes[name]} but config.json implies {shape}"
         for name, shape in expected.items()

@@ -1,0 +1,210 @@
+"""Checkpoints that are complete or absent.
+
+OUTPUT_DIR/checkpoint-N/ holds the model files (an adapter that PEFT loads, or model.safetensors),
+optimizer.safetensors (exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
+manifest.json with the SHA-256 of each. It is written under a temporary name, synced, and renamed:
+a directory of that name is whole, and the digests prove it again on reading. safetensors and JSON
+only. There is no random state to keep: every draw is a function of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minisft.config import UserError, load_json
+from minisft.safetensors_io import iter_tensors, save_file
+from minisft.step import State
+
+MANIFEST = "manifest.json"
+_COUNTERS = ("step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss")
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = "tmp-checkpoint-"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: State,
+    write_model: Callable[[Path], None],
+    facts: dict[str, Any],
+) -> Path:
+    """Write checkpoint-{state.step} and return its path.
+
+    write_model(directory) writes the trained tensors; facts (JSON) are kept in trainer_state.json.
+    UserError if the disk is full or read-only: the older checkpoints stay as they were.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    temporary = output_dir / f"{_TEMPORARY}{state.step}-{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_model(temporary)
+        save_file(_optimizer_tensors(state), temporary / "optimizer.safetensors", {"format": "pt"})
+        counters = {name: getattr(state, name) for name in _COUNTERS}
+        write_json(temporary / "trainer_state.json", {**counters, **facts})
+        files = sorted(p for p in temporary.iterdir())
+        write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
+        for path in [*files, temporary / MANIFEST]:
+            sync(path)
+        sync(temporary)
+        if final.exists():  # a damaged one that was skipped on resuming
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync(output_dir)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be written ({e.strerror or e}); earlier checkpoints are intact. "
+            "Free space or change --output-dir, then resume with --resume-from-checkpoint auto"
+        ) from e
+    return final
+
+
+def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> dict[str, Any]:
+    """Fill `state` from a verified checkpoint and return the facts stored with it.
+
+    model_file holds the trained tensors under prefix + name. UserError names what does not fit.
+    """
+    facts = load_json(path / "trainer_state.json")
+    for name in _COUNTERS:
+        setattr(state, name, facts.pop(name))
+    views = state.trainable.views
+    _fill(path / model_file, {prefix + n: v for n, v in views.items()})
+    sizes = [v.numel() for v in views.values()]
+    moments = {}
+    for kind, buffer in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        parts = buffer.split(sizes)
+        moments |= {
+            f"{kind}.{n}": p.view(v.shape) for (n, v), p in zip(views.items(), parts, strict=True)
+        }
+    _fill(path / "optimizer.safetensors", moments)
+    return facts
+
+
+def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that --resume-from-checkpoint means: `auto` or a path.
+
+    auto: the newest that verifies; damaged ones are skipped with a line each; None if there is
+    none. A path must verify: UserError says what is wrong with it.
+    """
+    if which != "auto":
+        path = Path(which)
+        if not path.is_dir():
+            raise UserError(
+                f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N directory or `auto`"
+            )
+        problem = verify(path)
+        if problem:
+            raise UserError(
+                f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
+            )
+        return path
+    for path in reversed(list_checkpoints(output_dir)):
+        problem = verify(path)
+        if not problem:
+            return path
+        say(f"skipping {path.name}: {problem}")
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """checkpoint-N directories, oldest first."""
+    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found) if p.is_dir()]
+
+
+def verify(path: Path) -> str:
+    """Why a checkpoint cannot be trusted, or "" if every file matches the manifest's digest."""
+    try:
+        manifest = load_json(path / MANIFEST)
+        files = manifest["files"]
+        for name, digest in files.items():
+            if Path(name).name != name:
+                return f"its manifest names {name!r}, outside the directory"
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file_digest(path / name) != digest:
+                return f"{name} does not match its digest (damaged)"
+        if not {"optimizer.safetensors", "trainer_state.json"} <= set(files):
+            return "its manifest is incomplete"
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as e:
+        return f"no usable {MANIFEST} ({e})"
+    return ""
+
+
+def clean_temporaries(output_dir: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for path in output_dir.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int) -> None:
+    """Remove the oldest checkpoints beyond `limit` (0 keeps all); the newest always stays.
+
+    A directory is renamed away first, so that a kill while deleting leaves no half checkpoint.
+    """
+    for path in list_checkpoints(output_dir)[: -limit or None] if limit else []:
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON under a temporary name, sync, rename: the old file or all of the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _optimizer_tensors(state: State) -> dict[str, Any]:
+    sizes = [v.numel() for v in state.trainable.views.values()]
+    out = {}
+    for kind, buffer in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        for (name, view), part in zip(
+            state.trainable.views.items(), buffer.split(sizes), strict=True
+        ):
+            out[f"{kind}.{name}"] = part.view(view.shape).clone()  # safetensors wants owned storage
+    return out
+
+
+def _fill(file: Path, targets: dict[str, Any]) -> None:
+    missing = set(targets)
+    for name, tensor in iter_tensors(file):
+        if name not in targets:
+            continue
+        if targets[name].shape != tensor.shape:
+            raise UserError(
+                f"{file}: {name} is {tuple(tensor.shape)}, this run's is {tuple(targets[name].shape)}; "
+                "resume with the settings the checkpoint was made with"
+            )
+        targets[name].copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise UserError(
+            f"{file}: {min(missing)} is missing; resume with the checkpoint's own settings"
+        )

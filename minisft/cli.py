@@ -1,0 +1,151 @@
+"""Flags and exit codes, shared by the scripts: tyro parses, errors are one line.
+
+Exit codes: 0 done, 2 the user can mend it, 3 a guard stopped training, 75 preempted with a good
+checkpoint, 1 unexpected (with a traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minisft.config import UserError, flag
+
+Config = TypeVar("Config")
+
+
+def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: Config) -> Config:
+    """`--config FILE.yaml` first, then flags, onto `default`; hyphens and underscores are the same.
+
+    cls: a dataclass whose fields are the flags. Raises UserError in one line for an unknown flag or
+    key (with the nearest name) and for a value of the wrong type; SystemExit(0) after --help.
+    """
+    import tyro
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    argv, config_file = _take_config(list(argv))
+    if config_file is not None:
+        default = _with_yaml(default, config_file, fields)
+    for word in argv:
+        if word.startswith("--"):
+            _check_known(word, fields)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(cls, args=argv, prog=prog, default=default, description=cls.__doc__)
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise UserError(_one_line(captured.getvalue())) from None
+
+
+def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
+    """Call `main` and turn how it ended into an exit code; user errors are one line on stderr.
+
+    stopped: exception type -> exit code for endings that are neither success nor the user's error.
+    """
+    try:
+        main()
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except tuple(stopped) as e:
+        print(f"{e}", file=sys.stderr)
+        return next(code for kind, code in stopped.items() if isinstance(e, kind))
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config: expected a YAML file after it")
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+        if word.startswith("--config="):
+            return argv[:i] + argv[i + 1 :], word.removeprefix("--config=")
+    return argv, None
+
+
+def _check_known(word: str, fields: dict[str, Any]) -> None:
+    name = word.split("=", 1)[0].removeprefix("--").replace("-", "_")
+    positive = name.removeprefix("no_")
+    switch = positive in fields and fields[positive].type in ("bool", bool)
+    if name in fields or name == "help" or switch:
+        return
+    guess = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
+    hint = f"did you mean {flag(guess[0])}?" if guess else "see --help for the list"
+    raise UserError(f"unknown flag {word.split('=', 1)[0]}; {hint}")
+
+
+def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"--config {file}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"--config {file}: not UTF-8 at byte {e.start}") from None
+    except yaml.YAMLError as e:
+        where = getattr(e, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        raise UserError(
+            f"--config {file}{line}: malformed YAML ({getattr(e, 'problem', e)})"
+        ) from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"--config {file}: expected `name: value` lines, found {type(raw).__name__}"
+        )
+    values = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            guess = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {guess[0]}?" if guess else ""
+            raise UserError(f"--config {file}: unknown key {key!r}{hint}")
+        values[name] = _coerce(value, str(fields[name].type), f"--config {file}: {key}")
+    return dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]
+
+
+def _coerce(value: Any, kind: str, what: str) -> Any:
+    """A YAML value as the field's type; YAML 1.1 reads 2e-4 as a string, which it is not here."""
+    try:
+        if kind == "bool" and isinstance(value, bool):
+            return value
+        if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+        if kind == "float" and not isinstance(value, bool):
+            return float(value)
+        if kind.startswith("tuple"):
+            if isinstance(value, dict):  # columns: {prompt: question}
+                return tuple(f"{k}={v}" for k, v in value.items())
+            items = value if isinstance(value, list) else [value]
+            if all(isinstance(i, str) for i in items):
+                return tuple(items)
+        if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if kind == "str | None" and (value is None or isinstance(value, str)):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{what} is {value!r}; expected {kind.removesuffix(' | None')}")
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message without the box."""
+    words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box)
+    lines = [" ".join(line.split()) for line in words.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("For full helptext")]
+    return (
+        "; ".join(lines).removeprefix("Parsing error; ").removeprefix("Parsing error ")
+        or "bad flags"
+    )

@@ -1,0 +1,140 @@
+"""The result of a run, in the files that other programs load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisft.adapter import model_card, save_adapter
+from minisft.checkpoint import write_json
+from minisft.config import LoraConfig, ModelConfig, load_json
+from minisft.lora import Flat
+from minisft.safetensors_io import save_file
+from minisft.tokenizer import Tokenizer, export_tokenizer_files
+
+_MAX_SHARD_BYTES = 5 * 10**9
+
+
+def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
+    """(file, key prefix) under which a checkpoint or a result keeps the trained tensors."""
+    return ("adapter_model.safetensors", "base_model.model.") if lora else ("model.safetensors", "")
+
+
+def write_trained(
+    directory: Path,
+    trainable: Flat,
+    lora: LoraConfig | None,
+    cfg: ModelConfig,
+    base: str,
+    revision: str | None,
+    card: str | None = None,
+) -> None:
+    """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors."""
+    if lora:
+        save_adapter(directory, trainable.views, lora, cfg, base, revision=revision, card=card)
+        return
+    tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def export_adapter(
+    directory: Path,
+    trainable: Flat,
+    lora: LoraConfig,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    base: str,
+    revision: str | None,
+    facts: dict[str, Any],
+) -> None:
+    """adapter_model.safetensors, adapter_config.json, tokenizer files, chat template, model card."""
+    _write_files(directory, export_tokenizer_files(tokenizer))
+    card = model_card({"base_model": base, **facts})
+    write_trained(directory, trainable, lora, cfg, base, revision, card)
+
+
+def export_model(
+    directory: Path,
+    trainable: Flat,
+    base_directory: Path,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """A complete transformers directory with every weight in `dtype`, sharded above 5 GB."""
+    _write_files(directory, export_tokenizer_files(tokenizer))
+    raw = load_json(base_directory / "config.json")
+    raw |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+    }
+    raw.pop("torch_dtype", None)
+    generation = base_directory / "generation_config.json"
+    if generation.exists():
+        write_json(directory / generation.name, load_json(generation))
+    save_shards(directory, trainable.views.items(), dtype)
+    write_json(directory / "config.json", raw)
+
+
+def save_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    max_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
+
+    A tensor larger than max_bytes is a shard of its own. One shard is in host memory at a time.
+    """
+    named = list(tensors)
+    shards = list(_shards(named, dtype.itemsize, max_bytes))
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        host = {n: t.detach().to("cpu", dtype, copy=True).contiguous() for n, t in shard}
+        save_file(host, directory / name, {"format": "pt"})
+        weight_map |= {n: name for n, _ in shard}
+    if len(shards) > 1:
+        count = sum(t.numel() for _, t in named)
+        meta = {"total_size": count * dtype.itemsize, "total_parameters": count}
+        index = {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _shards(
+    named: list[tuple[str, Tensor]], itemsize: int, max_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    shard, size = [], 0
+    for name, tensor in named:
+        nbytes = tensor.numel() * itemsize
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, tensor))
+        size += nbytes
+    yield shard
+
+
+def _write_files(directory: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def describe_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that a model card lists: those that are not empty."""
+    return {k: v for k, v in config.items() if v not in ("", None, (), [])}
+
+
+def to_json_line(value: dict[str, Any]) -> str:
+    """One line of JSON; numbers that are not finite become null, as JSON has no spelling for them."""
+    clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in value.items()}
+    return json.dumps(clean) + "\n"

@@ -1,0 +1,92 @@
+"""The base model of a run, loaded: frozen weights, trainable state, tokenizer, device and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
+from minisft.llama import Compute, Weights
+from minisft.lora import allocate, init_lora_, trainable_shapes
+from minisft.step import INITIAL_LOSS_SCALE, State
+from minisft.targets import split_targets
+from minisft.tokenizer import Tokenizer, load_tokenizer
+from minisft.weights import load_model_config, open_checkpoint, resolve_model, stream_weights
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model of a run: config, frozen weights, tokenizer, and how to compute with it."""
+
+    directory: Path
+    frozen: Weights
+    tokenizer: Tokenizer
+    compute: Compute
+    device: torch.device
+    lora: LoraConfig | None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.compute.model
+
+
+def load_model(config: TrainConfig) -> tuple[Model, State]:
+    """Weights to the device one tensor at a time, the trained ones as fp32 views of a flat buffer."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    directory = resolve_model(config.model, config.revision)
+    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    tokenizer = load_tokenizer(directory)
+    lora = None if config.lora is None else split_targets(config.lora)
+    shapes = trainable_shapes(lora, checkpoint.cfg)
+    flat = allocate(shapes, device)
+    frozen: Weights = {}
+    for name, tensor in stream_weights(checkpoint):
+        if name in flat.views:
+            flat.views[name].copy_(tensor)
+        else:
+            frozen[name] = tensor.to(device, dtype, copy=True)
+    init_lora_(flat, config.seed)
+    compute = Compute(
+        model=checkpoint.cfg,
+        dtype=dtype,
+        lora_scaling=lora.scaling if lora else 1.0,
+        lora_dropout=lora.lora_dropout if lora else 0.0,
+        checkpoint_blocks=config.gradient_checkpointing == "block",
+    )
+    zeros = [torch.zeros_like(flat.buffer) for _ in range(2)]
+    scale = INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0
+    state = State(flat, *zeros, loss_scale=scale)
+    return Model(directory, frozen, tokenizer, compute, device, lora), state
+
+
+def resolve_device(name: str) -> torch.device:
+    """--device as a torch.device; auto takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"--device is {name!r}, but torch sees {count} CUDA devices; use --device cpu"
+            )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype as a torch.dtype; auto: bfloat16 or float16 by the GPU, float32 on CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )

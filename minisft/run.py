@@ -1,0 +1,390 @@
+"""A whole run, from settings to exported result: `train(config)` is its table of contents."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from minisft.batches import Batches, Schedule
+from minisft.checkpoint import (
+    find_checkpoint,
+    load_checkpoint_,
+    rotate,
+    save_checkpoint,
+    write_json,
+)
+from minisft.config import TrainConfig, UserError, flag
+from minisft.data import TokenizedDataset, data_hash, pack, read_rows, tokenize_rows
+from minisft.evaluate import evaluate_after, evaluate_before
+from minisft.export import (
+    describe_config,
+    export_adapter,
+    export_model,
+    trained_file,
+    write_trained,
+)
+from minisft.loop import Preempted, due, steps_, stop_signals
+from minisft.model import Model, load_model
+from minisft.outputs import (
+    OUTPUT,
+    base_digest,
+    output_directory,
+    plain,
+    plain_config,
+    write_run_record,
+)
+from minisft.report import Reporter, reporting, say
+from minisft.step import State
+
+# A checkpoint made under other values of these is not a checkpoint of this run.
+_FIXED_ON_RESUME = (
+    "dtype", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+    "modules_to_save", "full_finetuning", "packing", "packing_strategy",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+)  # fmt: skip
+
+
+class TrainOutput(NamedTuple):
+    """What `train` returns: steps done, mean loss over them, and the run's closing numbers."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenised rows of a run, and what identifies them."""
+
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
+    hash: str
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of the data."""
+        stats = self.eval.stats if self.eval else None
+        return {"data_hash": self.hash, "data": self.train.stats, "eval_data": stats}
+
+
+def train(config: TrainConfig) -> TrainOutput:
+    """Fine-tune as `config` says and write everything to config.output_dir.
+
+    Raises UserError for what the user can mend, TrainingStopped when a guard ends training,
+    Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
+    changes nothing and returns its result.
+    """
+    check_required(config)
+    with output_directory(config) as out:
+        if (done := finished(out, config)) is not None:
+            return done
+        model, state = load_model(config)
+        data = load_data(config, model)
+        batches, total_steps = plan_steps(config, data, model.device)
+        resume_(state, out, config, model, data)
+        write_run_record(out, config, model, data.record(), total_steps)
+        describe(config, model, data, state, batches, total_steps)
+        with reporting(out, total_steps, state.step) as report, stop_signals() as stopping:
+            before = evaluate_before(config, model, data.eval, state, out, report)
+            started, first = time.perf_counter(), state.step
+            for results in steps_(state, model, batches, config, total_steps, report):
+                if due(state.step, config.save_steps, total_steps) or stopping:
+                    save(out, state, config, model, data, report)
+                if stopping and state.step < total_steps:
+                    raise Preempted(f"stopped by {stopping[0]} after step {state.step}; {results}")
+            seconds = time.perf_counter() - started
+            epoch = batches.schedule.epoch_after(state.step - 1)
+            after = evaluate_after(config, model, data.eval, state, epoch, report)
+        metrics = closing_metrics(state, first, seconds, before, after, config)
+        export(out, config, model, data, state, metrics)
+        return finish(out, state, metrics, config)
+
+
+# --------------------------------------------------------------------------------- before the loop
+
+
+def check_required(config: TrainConfig) -> None:
+    """The two settings that have no default."""
+    if not config.model:
+        raise UserError(
+            "--model is missing: give a directory or a hub id (no flags at all run the demo)"
+        )
+    if not config.dataset:
+        raise UserError(
+            "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub id"
+        )
+
+
+def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
+    """The result of a complete run that is being resumed, or None."""
+    if not config.resume_from_checkpoint or not (out / OUTPUT).exists():
+        return None
+    raw = json.loads((out / OUTPUT).read_text())
+    if raw["global_step"] < (config.max_steps if config.max_steps > 0 else raw["total_steps"]):
+        return None
+    say(f"{out}: complete already ({raw['global_step']} steps); nothing to do")
+    return TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
+
+
+def load_data(config: TrainConfig, model: Model) -> Data:
+    """Read, render, tokenise and (with --packing) pack the rows; UserError if nothing is trained."""
+    train_set = load_dataset(config, config.dataset, config.dataset_split, model, config.packing)
+    eval_set = None
+    if config.eval_dataset:
+        eval_set = load_dataset(config, config.eval_dataset, config.dataset_split, model, False)
+    return Data(train_set, eval_set, data_hash(train_set))
+
+
+def load_dataset(
+    config: TrainConfig, source: str, split: str, model: Model, packing: bool
+) -> TokenizedDataset:
+    """One source as token rows; ids are checked against the embedding matrix."""
+    rows = read_rows(source, split=split, columns=config.column_map)
+    dataset = tokenize_rows(
+        rows,
+        model.tokenizer,
+        format=None,
+        text_field=config.dataset_text_field,
+        max_length=None if packing else config.max_length,  # packing cuts by itself
+        drop_untrained=not packing,
+    )
+    highest = dataset.max_token_id
+    if highest >= model.cfg.vocab_size:
+        raise UserError(
+            f"{source}: token id {highest} does not exist in the model, whose embedding has "
+            f"{model.cfg.vocab_size} rows; use the model's own tokenizer"
+        )
+    if packing:
+        dataset = pack(dataset, max_length=config.max_length, strategy=config.packing_strategy)
+    return dataset
+
+
+def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[Batches, int]:
+    """Which rows each step sees, and how many steps there are."""
+    schedule = Schedule(
+        num_rows=len(data.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+    batches = Batches(
+        data.train,
+        schedule,
+        max_tokens=config.per_device_train_batch_size * config.max_length,
+        device=device,
+        dropout=config.lora_dropout > 0 and not config.full_finetuning,
+    )
+    epochs = math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
+    return batches, config.max_steps if config.max_steps > 0 else epochs
+
+
+def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Data) -> None:
+    """Continue from the checkpoint that was asked for, if there is one; refuse another run's."""
+    if not config.resume_from_checkpoint:
+        return
+    path = find_checkpoint(out, config.resume_from_checkpoint, say)
+    if path is None:
+        say(f"{out} holds no complete checkpoint: starting from step 0")
+        return
+    file, prefix = trained_file(model.lora)
+    if not (path / file).exists():
+        raise UserError(
+            f"{path}: no {file}; was it made with{'' if model.lora else 'out'} --full-finetuning?"
+        )
+    facts = json.loads((path / "trainer_state.json").read_text())
+    problems = _resume_problems(facts, config, model, data)
+    if problems:
+        raise UserError(
+            f"{path} was made with other settings: {'; '.join(problems)}. Use the same, or a new --output-dir"
+        )
+    load_checkpoint_(path, state, file, prefix)
+    say(f"resuming from {path} at step {state.step}")
+    changed = {
+        k: (v, now)
+        for k, v in facts["config"].items()
+        if (now := plain(getattr(config, k, v))) != v
+    }
+    for name, (then, now) in changed.items():
+        if name not in ("resume_from_checkpoint", "overwrite_output_dir"):
+            say(f"{flag(name)} is {now!r} now; the checkpoint was made with {then!r}")
+
+
+def _resume_problems(facts: dict, config: TrainConfig, model: Model, data: Data) -> list[str]:
+    then = facts["config"]
+    found = [
+        f"{flag(name)} was {then[name]!r}, now {plain(getattr(config, name))!r}"
+        for name in _FIXED_ON_RESUME
+        if then[name] != plain(getattr(config, name))
+    ]
+    if facts["data_hash"] != data.hash:
+        found.append("the training rows differ (their hash has changed)")
+    if facts["base_digest"] != base_digest(model.directory):
+        found.append("the base model's config.json differs")
+    return found
+
+
+def describe(
+    config: TrainConfig, model: Model, data: Data, state: State, batches: Batches, steps: int
+) -> None:
+    """The few lines a reader wants before the first step."""
+    cfg = model.cfg
+    trained, frozen = state.trainable.buffer.numel(), sum(w.numel() for w in model.frozen.values())
+    share = trained / (trained + frozen)
+    say(
+        f"model   {config.model}: {cfg.num_hidden_layers} layers, hidden {cfg.hidden_size}, "
+        f"{trained + frozen:,} parameters, {trained:,} trained ({share:.2%}), "
+        f"{str(model.compute.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    if model.lora and model.lora.modules_to_save:
+        names = ", ".join(model.lora.modules_to_save)
+        tied = " (tied: one matrix)" if cfg.tie_word_embeddings else ""
+        say(f"        trained copies beside the adapter: {names}{tied}")
+    for what, source, dataset in (
+        ("data ", config.dataset, data.train),
+        ("eval ", config.eval_dataset, data.eval),
+    ):
+        if dataset is not None:
+            say(f"{what}   {source}: {describe_stats(dataset.stats)}")
+            for warning in dataset.stats["warnings"]:
+                say(f"warning: {warning}")
+    schedule = batches.schedule
+    say(
+        f"steps   {steps} ({schedule.steps_per_epoch} an epoch), {schedule.batch_size} x "
+        f"{schedule.accumulation} rows each, learning rate {config.learning_rate:g} "
+        f"{config.lr_scheduler_type}, output {config.output_dir}"
+    )
+    if len(data.train) < schedule.batch_size * schedule.accumulation:
+        say(
+            f"warning: only {len(data.train)} rows, fewer than one step's {schedule.batch_size} x {schedule.accumulation}; each step is shorter"
+        )
+
+
+def describe_stats(stats: dict[str, Any]) -> str:
+    """Rows kept, dropped, truncated; tokens and the share of them that is trained."""
+    tokens = max(1, stats["num_tokens"])
+    text = (
+        f"{stats['rows_kept']:,} rows, {stats['num_tokens']:,} tokens, "
+        f"{stats['num_trained_tokens'] / tokens:.0%} trained, longest {stats['longest']:,}"
+    )
+    for reason, count in stats.get("dropped", {}).items():
+        text += f"; {count:,} dropped ({reason})" if count else ""
+    if stats.get("truncated"):
+        text += f"; {stats['truncated']:,} truncated to --max-length"
+    if stats.get("packing_efficiency"):
+        text += f"; packed {stats['packing_efficiency']:.1%} full"
+    return text
+
+
+def save(
+    out: Path, state: State, config: TrainConfig, model: Model, data: Data, report: Reporter
+) -> None:
+    """One complete checkpoint, then rotation."""
+    report.sync()
+    facts = {
+        "config": plain_config(config),
+        "data_hash": data.hash,
+        "base_digest": base_digest(model.directory),
+    }
+
+    def write_model(directory: Path) -> None:
+        write_trained(
+            directory, state.trainable, model.lora, model.cfg, config.model, config.revision
+        )
+
+    save_checkpoint(out, state, write_model, facts)
+    rotate(out, config.save_total_limit)
+
+
+# ---------------------------------------------------------------------------------- after the loop
+
+
+def closing_metrics(
+    state: State, first: int, seconds: float, before: dict, after: dict, config: TrainConfig
+) -> dict[str, Any]:
+    """The numbers of train_output.json; times are those of this process's steps."""
+    steps = state.step - first
+    metrics: dict[str, Any] = {
+        "train_runtime": seconds,
+        "train_steps_per_second": steps / seconds if seconds else 0.0,
+        "train_loss": state.total_loss / max(1, state.step),
+        "num_tokens": state.num_tokens,
+    }
+    if "eval_loss" in after:
+        metrics |= {"eval_loss_before": before["eval_loss"], "eval_loss": after["eval_loss"]}
+    if "answers" in after:
+        metrics |= {
+            "answers": len(after["answers"]),
+            "right_before": sum(a["right"] for a in before["answers"]),
+            "right_after": sum(a["right"] for a in after["answers"]),
+            "samples": [
+                {
+                    **{k: a[k] for k in ("prompt", "expected")},
+                    "before": b["answer"],
+                    "after": a["answer"],
+                }
+                for b, a in zip(before["answers"], after["answers"], strict=True)
+            ],
+        }
+    return metrics
+
+
+def export(
+    out: Path, config: TrainConfig, model: Model, data: Data, state: State, metrics: dict[str, Any]
+) -> None:
+    """The final adapter (or model) with tokenizer and card, at the top of the output directory."""
+    if model.lora is None:
+        export_model(
+            out, state.trainable, model.directory, model.cfg, model.tokenizer, model.compute.dtype
+        )
+        return
+    facts = {
+        "data_hash": data.hash,
+        "steps": state.step,
+        "losses": {k: v for k, v in metrics.items() if "loss" in k},
+        "config": describe_config(plain_config(config)),
+    }
+    export_adapter(
+        out,
+        state.trainable,
+        model.lora,
+        model.cfg,
+        model.tokenizer,
+        config.model,
+        config.revision,
+        facts,
+    )
+
+
+def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig) -> TrainOutput:
+    """train_output.json, written last: it marks the run as complete."""
+    loss = metrics["train_loss"]
+    result = {
+        "global_step": state.step,
+        "total_steps": state.step,
+        "training_loss": loss,
+        "metrics": metrics,
+    }
+    write_json(out / OUTPUT, result)
+    for sample in metrics.get("samples", [])[:5]:
+        say(
+            f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}"
+        )
+    if "right_after" in metrics:
+        say(
+            f"right answers: {metrics['right_before']} of {metrics['answers']} before, {metrics['right_after']} after"
+        )
+    if "eval_loss" in metrics:
+        say(
+            f"eval loss: {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
+        )
+    say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
+    if not config.full_finetuning:
+        say(
+            f"try it: python scripts/generate.py --model {config.model} --adapter {out} --prompt '...'"
+        )
+    return TrainOutput(state.step, loss, metrics)

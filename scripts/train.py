@@ -1,0 +1,41 @@
+"""Fine-tune a Llama: `python scripts/train.py` runs the demo, `--help` lists every flag.
+
+    python scripts/train.py --model meta-llama/Llama-3.2-1B --dataset rows.jsonl --output-dir outputs
+
+What happens, in order, is `minisft.run.train`; where each part lives:
+    flags      minisft/cli.py, minisft/config.py
+    weights    minisft/weights.py      -> frozen, trainable (minisft/lora.py)
+    rows       minisft/data.py         -> batches (minisft/batches.py)
+    forward    minisft/llama.py, minisft/nn.py
+    step       minisft/loop.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
+    files      minisft/checkpoint.py, minisft/export.py
+"""
+
+import sys
+from collections.abc import Sequence
+
+from minisft.cli import parse_flags, run_main
+from minisft.config import TrainConfig
+from minisft.demo import demo_config
+from minisft.loop import Preempted, TrainingStopped
+from minisft.run import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags, train, and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        default = TrainConfig() if names_a_model(argv) else demo_config()
+        train(parse_flags(TrainConfig, argv, prog="train.py", default=default))
+
+    return run_main(run, {TrainingStopped: 3, Preempted: 75})
+
+
+def names_a_model(argv: Sequence[str]) -> bool:
+    """Whether the flags say what to train (then nothing of the demo's settings applies)."""
+    return any(word.split("=")[0] in ("--model", "--dataset", "--config") for word in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
