@@ -416,8 +416,8 @@ def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: str) -> 
     dead = [item for item in lora.target_modules if item not in live]
     if dead:
         warnings.warn(
-            f"{source}: target_modules names {', '.join(map(repr, dead))}, for which the file has no tensors; "
-            "ignored",
+            f"{source}: target_modules names {', '.join(map(repr, dead))}, for which the file has "
+            "no tensors; ignored",
             stacklevel=3,
         )
     return dataclasses.replace(lora, target_modules=live)
