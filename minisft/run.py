@@ -150,8 +150,9 @@ def load_dataset(
         model.tokenizer,
         format=None,
         text_field=config.dataset_text_field,
-        max_length=None if packing else config.max_length,  # packing cuts by itself
-        drop_untrained=not packing,
+        max_length=config.max_length,
+        keep_untrained=packing,
+        source=source,
     )
     highest = dataset.max_token_id
     if highest >= model.cfg.vocab_size:
