@@ -387,6 +387,11 @@ class TrainConfig:
     """Write a checkpoint every N steps, and at the end."""
     save_total_limit: int = 0
     """Keep at most N checkpoints, the newest always among them; 0 keeps all."""
+    eval_strategy: str = "no"
+    """With --eval-dataset: `no` evaluates before the first step and after the last; `steps` also
+    every eval_steps, `epoch` also after each pass over the rows."""
+    eval_steps: int = 0
+    """Steps between evaluations under --eval-strategy steps; 0 means logging_steps."""
     eval_generate: int = 0
     """Answer the first N eval prompts greedily before and after training and count exact matches."""
 
@@ -399,6 +404,7 @@ class TrainConfig:
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
             "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
             "gradient_checkpointing": ("none", "block"),
+            "eval_strategy": ("no", "steps", "epoch"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -409,6 +415,7 @@ class TrainConfig:
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
             "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
             "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "eval_generate": 0,
+            "eval_steps": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -436,6 +443,8 @@ class TrainConfig:
             raise UserError(
                 "--modules-to-save has no meaning with --full-finetuning, which trains every weight; drop one"
             )
+        if self.eval_strategy != "no" and not self.eval_dataset:
+            raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
         self.column_map  # noqa: B018  (raises on a malformed --columns)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minisft.batches import IGNORED, MicroBatch, cut_by_tokens, make_micro_batch
+from minisft.batches import IGNORED, MicroBatch, Schedule, cut_by_tokens, make_micro_batch
 from minisft.checkpoint import write_json
 from minisft.config import TrainConfig, UserError
 from minisft.data import TokenizedDataset
@@ -18,6 +18,8 @@ from minisft.model import Model
 from minisft.report import Reporter
 from minisft.step import State, mean_loss
 from minisft.tokenizer import decode
+
+STEP0 = "step0.json"  # eval loss and answers before training
 
 
 def evaluate(model: Model, state: State, dataset: TokenizedDataset, config: TrainConfig) -> float:
@@ -45,20 +47,40 @@ def evaluate_before(
     out: Path,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Eval loss and answers of the untrained model (from step 0 only; kept in step0.json)."""
+    """Eval loss and answers of the untrained model; a resumed run reads what it then kept."""
     if dataset is None:
         return {}
-    kept = out / ".step0.json"
-    if state.step > 0 and kept.exists():
-        return json.loads(kept.read_text())
+    kept = out / STEP0
+    if state.step > 0:
+        return json.loads(kept.read_text()) if kept.exists() else {}
     loss = evaluate(model, state, dataset, config)
     report.evaluation({"step": state.step, "epoch": 0.0, "eval_loss": loss})
     before: dict[str, Any] = {"eval_loss": loss}
     if config.eval_generate:
         before["answers"] = answer(model, state, dataset, config.eval_generate)
-    if state.step == 0:
-        write_json(kept, before)
+    write_json(kept, before)
     return before
+
+
+def evaluate_during(
+    config: TrainConfig,
+    model: Model,
+    dataset: TokenizedDataset | None,
+    state: State,
+    schedule: Schedule,
+    total_steps: int,
+    report: Reporter,
+) -> None:
+    """Eval loss where --eval-strategy asks for one after this step (the last has its own)."""
+    if dataset is None or state.step == total_steps or config.eval_strategy == "no":
+        return
+    every = config.eval_steps or config.logging_steps
+    if config.eval_strategy == "epoch":
+        every = schedule.steps_per_epoch
+    if state.step % every == 0:
+        loss = evaluate(model, state, dataset, config)
+        epoch = schedule.epoch_after(state.step - 1)
+        report.evaluation({"step": state.step, "epoch": epoch, "eval_loss": loss})
 
 
 def evaluate_after(

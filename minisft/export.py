@@ -89,35 +89,41 @@ def save_shards(
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
-    A tensor larger than max_bytes is a shard of its own. One shard is in host memory at a time.
+    A tensor larger than max_bytes is a shard of its own. `tensors` may be made as they are asked
+    for: no more than one shard is in host memory at a time. Shards get their final names at the
+    end, once their number is known.
     """
-    named = list(tensors)
-    shards = list(_shards(named, dtype.itemsize, max_bytes))
+    parts: list[tuple[Path, list[str]]] = []
+    count = 0
+    for shard in _shards(tensors, dtype, max_bytes):
+        path = directory / f".part-{len(parts)}.safetensors"
+        save_file(shard, path, {"format": "pt"})
+        parts.append((path, list(shard)))
+        count += sum(t.numel() for t in shard.values())
     weight_map = {}
-    for i, shard in enumerate(shards):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        host = {n: t.detach().to("cpu", dtype, copy=True).contiguous() for n, t in shard}
-        save_file(host, directory / name, {"format": "pt"})
-        weight_map |= {n: name for n, _ in shard}
-    if len(shards) > 1:
-        count = sum(t.numel() for _, t in named)
+    for i, (path, names) in enumerate(parts):
+        final = "model.safetensors"
+        if len(parts) > 1:
+            final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        path.replace(directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(parts) > 1:
         meta = {"total_size": count * dtype.itemsize, "total_parameters": count}
         index = {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / "model.safetensors.index.json", index)
 
 
 def _shards(
-    named: list[tuple[str, Tensor]], itemsize: int, max_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    shard, size = [], 0
-    for name, tensor in named:
-        nbytes = tensor.numel() * itemsize
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * dtype.itemsize
         if shard and size + nbytes > max_bytes:
             yield shard
-            shard, size = [], 0
-        shard.append((name, tensor))
+            shard, size = {}, 0
+        shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         size += nbytes
     yield shard
 

@@ -21,7 +21,7 @@ from minisft.checkpoint import (
 )
 from minisft.config import TrainConfig, UserError, flag
 from minisft.data import TokenizedDataset, data_hash, pack, read_rows, tokenize_rows
-from minisft.evaluate import evaluate_after, evaluate_before
+from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during
 from minisft.export import (
     describe_config,
     export_adapter,
@@ -92,11 +92,18 @@ def train(config: TrainConfig) -> TrainOutput:
         with reporting(out, total_steps, state.step) as report, stop_signals() as stopping:
             before = evaluate_before(config, model, data.eval, state, out, report)
             started, first = time.perf_counter(), state.step
-            for results in steps_(state, model, batches, config, total_steps, report):
+            for result in steps_(state, model, batches, config, total_steps, report):
+                evaluate_during(
+                    config, model, data.eval, state, batches.schedule, total_steps, report
+                )
                 if due(state.step, config.save_steps, total_steps) or stopping:
                     save(out, state, config, model, data, report)
                 if stopping and state.step < total_steps:
-                    raise Preempted(f"stopped by {stopping[0]} after step {state.step}; {results}")
+                    raise Preempted(
+                        f"stopped by {stopping[0]} after step {state.step} (loss {result.loss:.4f}); "
+                        f"checkpoint-{state.step} is complete: run again with "
+                        "--resume-from-checkpoint auto"
+                    )
             seconds = time.perf_counter() - started
             epoch = batches.schedule.epoch_after(state.step - 1)
             after = evaluate_after(config, model, data.eval, state, epoch, report)
@@ -316,8 +323,8 @@ def closing_metrics(
         "num_tokens": state.num_tokens,
     }
     if "eval_loss" in after:
-        metrics |= {"eval_loss_before": before["eval_loss"], "eval_loss": after["eval_loss"]}
-    if "answers" in after:
+        metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
+    if "answers" in after and "answers" in before:
         metrics |= {
             "answers": len(after["answers"]),
             "right_before": sum(a["right"] for a in before["answers"]),
@@ -372,14 +379,13 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
     }
     write_json(out / OUTPUT, result)
     for sample in metrics.get("samples", [])[:5]:
-        say(
-            f"  {sample['prompt']!r}\n    before: {sample['before']!r}\n    after:  {sample['after']!r}"
-        )
+        prompt, before, after = (shorten(sample[k]) for k in ("prompt", "before", "after"))
+        say(f"  {prompt}\n    before: {before}\n    after:  {after}")
     if "right_after" in metrics:
         say(
             f"right answers: {metrics['right_before']} of {metrics['answers']} before, {metrics['right_after']} after"
         )
-    if "eval_loss" in metrics:
+    if metrics.get("eval_loss_before") is not None:
         say(
             f"eval loss: {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
         )
@@ -389,3 +395,8 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
             f"try it: python scripts/generate.py --model {config.model} --adapter {out} --prompt '...'"
         )
     return TrainOutput(state.step, loss, metrics)
+
+
+def shorten(text: str, width: int = 90) -> str:
+    """One quoted line of at most `width` characters."""
+    return repr(text if len(text) <= width else text[: width - 1] + "…")
