@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -18,11 +19,12 @@ import jinja2.nodes
 import jinja2.sandbox
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.parser import Parser
+from jinja2.visitor import NodeTransformer
 
 from minisft.config import UserError
 
 MAX_CHARS = 10_000_000  # of one rendered chat, and of any string that a template builds
-MAX_STEPS = 10_000_000  # loop turns and calls in one rendering: a few seconds
+MAX_STEPS = 2_000_000  # loop turns and calls in one rendering: a few seconds
 # Around a generation block while spans are recorded: plane-16 private use, never assigned.
 _OPEN, _CLOSE = "\U0010fdd2", "\U0010fdd3"
 # What Python raises when a template meets data that it was not written for.
@@ -34,6 +36,7 @@ _TEMPLATE_FAULTS = (
     AttributeError,
     RecursionError,
 )
+_WIDE_FORMAT = re.compile(r"%[-+# 0-9.]*(\d{6}|\*)")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -177,17 +180,29 @@ def _check_length(length: int) -> None:
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Counts the steps of one rendering, and sizes what repetition and calls would build."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
     steps = 0
 
     def tick(self) -> None:
         """Called once per loop turn; `call` does the counting."""
+
+    def join_values(self, *values: Any) -> str:
+        """The `~` operator."""
+        return self.concat([str(value) for value in values])
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """jinja2's own hook: what macros and `{% set %}` blocks collect goes through it."""
+        pieces = list(pieces)
+        _check_length(sum(map(len, pieces)))
+        return "".join(pieces)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # jinja2 passes the template's own keywords along, which may be called "self".
         __self.steps += 1
         if __self.steps > MAX_STEPS:
             raise SecurityError(f"it runs for more than {MAX_STEPS:,} steps")
+        if getattr(__obj, "__func__", None) is _Environment.tick:
+            return None
         on_string = isinstance(getattr(__obj, "__self__", None), str)
         if on_string and any(type(arg) is int and arg > MAX_CHARS for arg in args):
             raise SecurityError(f"it pads a string to more than {MAX_CHARS:,} characters")
@@ -197,10 +212,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if (
+            operator == "+"
+            and isinstance(left, (str, list, tuple))
+            and isinstance(right, type(left))
+        ):
+            _check_length(len(left) + len(right))
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, (str, list, tuple)) and isinstance(other, int):
                     _check_length(len(one) * max(other, 0))
+        if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+            raise SecurityError("it pads a number with % to a width of its own")
         if operator == "**" and isinstance(right, (int, float)) and abs(right) > 1000:
             raise SecurityError(f"the power {right} is too large")
         result = super().call_binop(context, operator, left, right)
@@ -209,15 +232,25 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return result
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        """Every loop turn begins with a tick, so that nested loops end."""
+        """Every loop turn begins with a tick, so that nested loops end; `~` is sized."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
-            tick = jinja2.nodes.Call(
-                jinja2.nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=loop.lineno
-            )
+            tick = _environment_call("tick", [], loop.lineno)
             loop.body.insert(0, jinja2.nodes.ExprStmt(tick, lineno=loop.lineno))
+        tree = _BoundConcat().visit(tree)
         tree.set_environment(self)
         return tree
+
+
+class _BoundConcat(NodeTransformer):
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        return _environment_call("join_values", node.nodes, node.lineno)
+
+
+def _environment_call(name: str, arguments: list, line: int) -> jinja2.nodes.Call:
+    function = jinja2.nodes.EnvironmentAttribute(name, lineno=line)
+    return jinja2.nodes.Call(function, arguments, [], None, None, lineno=line)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -288,7 +321,7 @@ def _tojson(
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _compile(template: str, marks_generation: bool) -> jinja2.Template:
     # One environment per template: its step count belongs to one rendering at a time.
     environment = _Environment(
