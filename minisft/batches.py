@@ -1,8 +1,8 @@
 """Which rows a step trains on, and how they become tensors: pure functions of (seed, step).
 
-Row order is Hugging Face Trainer's: epoch e visits a permutation seeded with seed + e, in batches of
-per_device_train_batch_size; rank r of W takes batches r, r + W, …; gradient_accumulation_steps of
-them are one optimizer step, and an epoch's last step may be shorter.
+Row order is Hugging Face Trainer's: epoch e visits a permutation seeded with seed + e, in batches
+of per_device_train_batch_size; rank r of W takes batches r, r + W, …; gradient_accumulation_steps
+of them are one optimizer step, and an epoch's last step may be shorter.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Schedule:
         return math.ceil(self.micro_steps_per_epoch / self.accumulation)
 
     def rows(self, step: int, rank: int = 0) -> list[list[int]]:
-        """The dataset rows of each micro-batch of `step` on `rank`, in the order they are visited."""
+        """The dataset rows of each micro-batch of `step` on `rank`, in visiting order."""
         epoch, first = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.num_rows, self.seed + epoch)
         start = first * self.accumulation
@@ -169,7 +169,7 @@ def make_micro_batch(
     *,
     dropout_seed: tuple[int, int] | None = None,
 ) -> MicroBatch:
-    """Lay dataset rows side by side. dropout_seed: (seed, step), or None where nothing is dropped."""
+    """Lay dataset rows side by side. dropout_seed: (seed, step), or None for no dropout."""
     spans = [
         (int(dataset.document_offsets[d]), int(dataset.document_offsets[d + 1]))
         for row in rows

@@ -97,7 +97,8 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
         path = Path(which)
         if not path.is_dir():
             raise UserError(
-                f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N directory or `auto`"
+                f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
+                "directory or `auto`"
             )
         problem = verify(path)
         if problem:
@@ -199,8 +200,8 @@ def _fill(file: Path, targets: dict[str, Any]) -> None:
             continue
         if targets[name].shape != tensor.shape:
             raise UserError(
-                f"{file}: {name} is {tuple(tensor.shape)}, this run's is {tuple(targets[name].shape)}; "
-                "resume with the settings the checkpoint was made with"
+                f"{file}: {name} is {tuple(tensor.shape)}, this run's is "
+                f"{tuple(targets[name].shape)}; resume with the checkpoint's own settings"
             )
         targets[name].copy_(tensor)
         missing.discard(name)

@@ -154,8 +154,8 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
     if raw.get("quantization_config"):
         method = (raw["quantization_config"] or {}).get("quant_method")
         raise UserError(
-            f"{source}: quantization_config says quant_method={method!r}; this version reads 16- and "
-            "32-bit checkpoints. Use the unquantised base"
+            f"{source}: quantization_config says quant_method={method!r}; this version reads 16- "
+            "and 32-bit checkpoints. Use the unquantised base"
         )
     values = {
         key: _typed(raw, key, kind, required, source)
@@ -208,7 +208,8 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise UserError(
-            f"{source}: RoPE type {rope_type!r} is not implemented; known types: {', '.join(ROPE_TYPES)}"
+            f"{source}: RoPE type {rope_type!r} is not implemented; known types: "
+            f"{', '.join(ROPE_TYPES)}"
         )
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -350,7 +351,7 @@ class TrainConfig:
     output_dir: str = "outputs"
     """Where checkpoints, logs and the final adapter go."""
     overwrite_output_dir: bool = False
-    """Start anew in a directory that holds a finished or interrupted run (its files are removed)."""
+    """Start anew in a directory that holds a run already (its results are removed)."""
     resume_from_checkpoint: str = ""
     """`auto` for the newest complete checkpoint in the output directory, or a checkpoint's path."""
     max_steps: int = -1
@@ -393,7 +394,7 @@ class TrainConfig:
     eval_steps: int = 0
     """Steps between evaluations under --eval-strategy steps; 0 means logging_steps."""
     eval_generate: int = 0
-    """Answer the first N eval prompts greedily before and after training and count exact matches."""
+    """Answer the first N eval prompts greedily, before and after training; count exact matches."""
 
     def __post_init__(self):
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
@@ -414,8 +415,8 @@ class TrainConfig:
             "max_length": 2, "lora_r": 1, "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
             "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
-            "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "eval_generate": 0,
-            "eval_steps": 0,
+            "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
+            "eval_generate": 0, "eval_steps": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -441,7 +442,8 @@ class TrainConfig:
                 )
         if self.full_finetuning and self.modules_to_save:
             raise UserError(
-                "--modules-to-save has no meaning with --full-finetuning, which trains every weight; drop one"
+                "--modules-to-save has no meaning with --full-finetuning, which trains every "
+                "weight; drop one"
             )
         if self.eval_strategy != "no" and not self.eval_dataset:
             raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")

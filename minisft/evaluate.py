@@ -116,7 +116,8 @@ def answer(
         first = int((dataset.labels[start:stop] != IGNORED).nonzero()[0])
         if first == 0:
             raise UserError(
-                "--eval-generate needs eval rows with a prompt and a completion; these rows are trained from their first token"
+                "--eval-generate needs eval rows with a prompt and a completion; these rows are "
+                "trained from their first token"
             )
         prompts.append(ids[:first])
         expected.append(ids[first:])

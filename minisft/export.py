@@ -52,7 +52,7 @@ def export_adapter(
     revision: str | None,
     facts: dict[str, Any],
 ) -> None:
-    """adapter_model.safetensors, adapter_config.json, tokenizer files, chat template, model card."""
+    """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
     _write_files(directory, export_tokenizer_files(tokenizer))
     card = model_card({"base_model": base, **facts})
     write_trained(directory, trainable, lora, cfg, base, revision, card)
@@ -141,6 +141,6 @@ def describe_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json_line(value: dict[str, Any]) -> str:
-    """One line of JSON; numbers that are not finite become null, as JSON has no spelling for them."""
+    """One line of JSON; numbers that are not finite become null: JSON has no spelling for them."""
     clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in value.items()}
     return json.dumps(clean) + "\n"

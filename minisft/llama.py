@@ -75,12 +75,12 @@ class Tokens(NamedTuple):
 
 
 def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
-    """The trained tensor of that name if there is one, else the frozen one (KeyError if neither)."""
+    """The trained tensor of that name if there is one, else the frozen one (else KeyError)."""
     return trainable[name] if name in trainable else frozen[name]
 
 
 def linear_view(trainable: Weights, frozen: Weights, path: str) -> Linear:
-    """Weight, bias and adapter of the linear at a module path such as model.layers.0.mlp.up_proj."""
+    """Weight, bias and adapter of the linear at a path such as model.layers.0.mlp.up_proj."""
     bias_name = f"{path}.bias"
     has_bias = bias_name in frozen or bias_name in trainable
     A, B = trainable.get(f"{path}.lora_A.weight"), trainable.get(f"{path}.lora_B.weight")

@@ -33,7 +33,7 @@ class Model:
 
 
 def load_model(config: TrainConfig) -> tuple[Model, State]:
-    """Weights to the device one tensor at a time, the trained ones as fp32 views of a flat buffer."""
+    """Weights to the device one tensor at a time; the trained ones as views of a flat buffer."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     directory = resolve_model(config.model, config.revision)

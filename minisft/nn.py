@@ -42,7 +42,7 @@ class Lora(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """One projection: a frozen or trained weight [O, I], an optional bias [O], an optional adapter."""
+    """One projection: a frozen or trained weight [O, I], and perhaps a bias [O] and an adapter."""
 
     weight: Tensor
     bias: Tensor | None
@@ -60,7 +60,7 @@ class Documents(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What every adapted linear shares: the LoRA scale, the dropout rate, the tokens' dropout keys."""
+    """What all adapted linears share: LoRA scale, dropout rate, and the tokens' dropout keys."""
 
     scaling: float
     dropout: float

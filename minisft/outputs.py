@@ -42,7 +42,8 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"--output-dir {out}: another run is writing there; wait for it or choose another directory"
+                f"--output-dir {out}: another run is writing there; wait for it or choose "
+                "another directory"
             ) from None
         clean_temporaries(out)
         if not config.resume_from_checkpoint:
@@ -60,7 +61,7 @@ def _refuse_or_clear(out: Path, overwrite: bool) -> None:
     if products and not overwrite:
         raise UserError(
             f"--output-dir {out} holds a run already ({products[-1].name}); continue it with "
-            "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or choose another"
+            "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or take another"
         )
     for path in products:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -65,7 +65,7 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
         step = line.get("step", 0)
         if step == first_step == total_steps:
             return "loss" in line  # the closing evaluation is made again
-        return 0 < first_step and step <= first_step
+        return first_step > 0 and step <= first_step
 
     _keep_lines(path, keep)
     with open(path, "a", encoding="utf-8") as metrics:

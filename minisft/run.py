@@ -100,8 +100,8 @@ def train(config: TrainConfig) -> TrainOutput:
                     save(out, state, config, model, data, report)
                 if stopping and state.step < total_steps:
                     raise Preempted(
-                        f"stopped by {stopping[0]} after step {state.step} (loss {result.loss:.4f}); "
-                        f"checkpoint-{state.step} is complete: run again with "
+                        f"stopped by {stopping[0]} after step {state.step} "
+                        f"(loss {result.loss:.4f}): checkpoint-{state.step} is complete: run again with "
                         "--resume-from-checkpoint auto"
                     )
             seconds = time.perf_counter() - started
@@ -139,7 +139,7 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
 
 
 def load_data(config: TrainConfig, model: Model) -> Data:
-    """Read, render, tokenise and (with --packing) pack the rows; UserError if nothing is trained."""
+    """Read, render, tokenise and (with --packing) pack the rows; UserError if none is trained."""
     train_set = load_dataset(config, config.dataset, config.dataset_split, model, config.packing)
     eval_set = None
     if config.eval_dataset:
@@ -208,7 +208,8 @@ def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Da
     problems = _resume_problems(facts, config, model, data)
     if problems:
         raise UserError(
-            f"{path} was made with other settings: {'; '.join(problems)}. Use the same, or a new --output-dir"
+            f"{path} was made with other settings: {'; '.join(problems)}. "
+            "Use the same, or a new --output-dir"
         )
     load_checkpoint_(path, state, file, prefix)
     say(f"resuming from {path} at step {state.step}")
@@ -267,9 +268,7 @@ def describe(
         f"{config.lr_scheduler_type}, output {config.output_dir}"
     )
     if len(data.train) < schedule.batch_size * schedule.accumulation:
-        say(
-            f"warning: only {len(data.train)} rows, fewer than one step's {schedule.batch_size} x {schedule.accumulation}; each step is shorter"
-        )
+        say(f"warning: {len(data.train)} rows do not fill one step; every step is shorter")
 
 
 def describe_stats(stats: dict[str, Any]) -> str:
@@ -383,7 +382,8 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
         say(f"  {prompt}\n    before: {before}\n    after:  {after}")
     if "right_after" in metrics:
         say(
-            f"right answers: {metrics['right_before']} of {metrics['answers']} before, {metrics['right_after']} after"
+            f"right answers: {metrics['right_before']} of {metrics['answers']} before, "
+            f"{metrics['right_after']} after"
         )
     if metrics.get("eval_loss_before") is not None:
         say(
@@ -392,7 +392,8 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
     say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
     if not config.full_finetuning:
         say(
-            f"try it: python scripts/generate.py --model {config.model} --adapter {out} --prompt '...'"
+            f"try it: python scripts/generate.py --model {config.model} --adapter {out} "
+            "--prompt '...'"
         )
     return TrainOutput(state.step, loss, metrics)
 

@@ -42,7 +42,7 @@ class State:
 
 
 class StepResult(NamedTuple):
-    """What a step reports: the token-mean loss, the norm before clipping, whether it was applied."""
+    """What a step reports: token-mean loss, norm before clipping, whether it was applied."""
 
     loss: float
     grad_norm: float

@@ -80,8 +80,9 @@ class Checkpoint:
 def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
     """Find and check every tensor against config.json by the files' headers alone.
 
-    Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as transformers
-    does. A tied model that carries a head of its own is opened untied (the returned cfg says so).
+    Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as
+    transformers does. A tied model that carries a head of its own is opened untied (the returned
+    cfg says so).
     UserError names the first missing, unexpected or misshapen tensor and how many more there are.
     """
     directory = Path(directory)
@@ -96,8 +97,8 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
                 continue
             if info.dtype not in _FLOATS:
                 raise UserError(
-                    f"{file}: {name} is stored as {info.dtype}; expected float32, float16 or bfloat16. "
-                    "Use an unquantised checkpoint"
+                    f"{file}: {name} is stored as {info.dtype}; expected float32, float16 or "
+                    "bfloat16. Use an unquantised checkpoint"
                 )
             if key in places:
                 raise UserError(f"{file}: {name} is also in {places[key][0].name}")

@@ -27,7 +27,7 @@ class GenerateConfig:
     """Continue a prompt; with a chat template, the prompt is a user's message."""
 
     model: str = ""
-    """Base model: a directory or a hub id; the adapter's own base if it is left out, else the demo."""
+    """Base model: a directory or a hub id; left out, the adapter's own base, else the demo."""
     adapter: str = ""
     """A PEFT adapter directory, such as a run's output directory."""
     prompt: tuple[str, ...] = ()

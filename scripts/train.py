@@ -1,6 +1,6 @@
 """Fine-tune a Llama: `python scripts/train.py` runs the demo, `--help` lists every flag.
 
-    python scripts/train.py --model meta-llama/Llama-3.2-1B --dataset rows.jsonl --output-dir outputs
+    python scripts/train.py --model meta-llama/Llama-3.2-1B --dataset rows.jsonl
 
 What happens, in order, is `minisft.run.train`; where each part lives:
     flags      minisft/cli.py, minisft/config.py

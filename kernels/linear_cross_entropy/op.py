@@ -1,4 +1,4 @@
-"""The public function: differentiable in hidden and head, gradients made during the forward pass."""
+"""The public function: differentiable in hidden and head; the forward pass makes the gradients."""
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def linear_cross_entropy(
     V = head_VD.shape[0]
     if head_VD.shape[1] != D or targets_M.shape != (M,):
         raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden_MD.shape)}, head {tuple(head_VD.shape)} and "
-            f"targets {tuple(targets_M.shape)} do not fit as [M, D], [V, D], [M]"
+            f"linear_cross_entropy: hidden {tuple(hidden_MD.shape)}, head {tuple(head_VD.shape)} "
+            f"and targets {tuple(targets_M.shape)} do not fit as [M, D], [V, D], [M]"
         )
     if targets_M.dtype != torch.int64 or hidden_MD.dtype != head_VD.dtype:
         raise ValueError(

@@ -72,7 +72,7 @@ def test_packed_attention_forward_and_gradients(dtype, case, head_dim):
     truth = run(lambda *x: reference_attention(*x, lengths), torch.float64)
     plain = run(lambda *x: reference_attention(*x, lengths), dtype)
     ours = run(lambda *x: packed_attention(*x, documents(lengths, "cuda")), dtype)
-    for name, t, p, o in zip("y dq dk dv".split(), truth, plain, ours, strict=True):
+    for name, t, p, o in zip(("y", "dq", "dk", "dv"), truth, plain, ours, strict=True):
         assert relative(o, t) <= 3 * relative(p, t) + 1e-5, name
 
 

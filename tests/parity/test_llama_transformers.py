@@ -1,4 +1,4 @@
-"""Logits equal to transformers' bit for bit, gradients to 1e-5, RoPE frequencies compared directly."""
+"""Logits equal to transformers bit for bit, gradients to 1e-5, RoPE frequencies compared."""
 
 import json
 
@@ -55,14 +55,20 @@ CONFIGS = {
     "llama3": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
     "yarn_mscale": {
-        "rope_parameters": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 20, "truncate": False}
+        "rope_parameters": {
+            **YARN,
+            "mscale": 1.2,
+            "mscale_all_dim": 0.7,
+            "beta_fast": 20,
+            "truncate": False,
+        }
     },
 }
 LENGTH = 48
 
 
 def save_random_llama(directory, seed=0, **changes):
-    """A random Llama in transformers' own files. Norms and biases are random too: ones hide bugs."""
+    """A random Llama in transformers' files; norms and biases are random too: ones hide bugs."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))
     with torch.no_grad():
@@ -84,7 +90,9 @@ def test_logits_equal_transformers(name, dtype, tmp_path):
     save_random_llama(tmp_path, **CONFIGS[name])
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     cfg, weights = load_minisft(tmp_path, dtype)
-    ids = torch.randint(0, BASE["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, BASE["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         want = reference(input_ids=ids, use_cache=False).logits[0]
         got = logits({}, weights, make_tokens([ids[0].tolist()]), Compute(cfg, dtype))
@@ -97,14 +105,18 @@ def test_gradients_match_transformers(name, tmp_path):
     save_random_llama(tmp_path, **CONFIGS[name])
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     cfg, weights = load_minisft(tmp_path, torch.float32)
-    ids = torch.randint(0, BASE["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, BASE["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(1)
+    )
     loss = reference(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     from minisft.llama import head_weight, hidden_states
 
     trained = {n: w.clone().requires_grad_() for n, w in weights.items()}
     h = hidden_states(trained, {}, make_tokens([ids[0].tolist()]), Compute(cfg))
-    ours = linear_cross_entropy(h[:-1], head_weight(trained, {}, cfg, torch.float32), ids[0, 1:], chunk=7)
+    ours = linear_cross_entropy(
+        h[:-1], head_weight(trained, {}, cfg, torch.float32), ids[0, 1:], chunk=7
+    )
     (ours / (LENGTH - 1)).backward()
     assert abs(ours.item() / (LENGTH - 1) - loss.item()) < 1e-5
     want = dict(reference.named_parameters())
@@ -119,15 +131,21 @@ def test_gradients_match_transformers(name, tmp_path):
 def test_inverse_frequencies_equal_transformers(name, length):
     hf = LlamaConfig(**{**BASE, **CONFIGS[name]})
     cfg = parse_model_config(json.loads(hf.to_json_string(use_diff=False)))
-    ours, factor = rope_inverse_frequencies(cfg.rope, cfg.head_dim, cfg.max_position_embeddings, length)
+    ours, factor = rope_inverse_frequencies(
+        cfg.rope, cfg.head_dim, cfg.max_position_embeddings, length
+    )
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type == "default":
         dim = cfg.head_dim
-        want = 1.0 / (cfg.rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+        want = 1.0 / (
+            cfg.rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+        )
         want_factor = 1.0
     else:
         want, want_factor = ROPE_INIT_FUNCTIONS[rope_type](
-            hf, device="cpu", seq_len=torch.tensor(length)  # a tensor, as the forward pass gives it
+            hf,
+            device="cpu",
+            seq_len=torch.tensor(length),  # a tensor, as the forward pass gives it
         )
     assert torch.equal(ours, want)
     assert factor == want_factor
