@@ -185,7 +185,7 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         raise UserError(
             f"{source}: hidden_act is {activation!r}; the Llama block here computes 'silu'"
         )
-    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     given = {k: (v if v is not None else defaults[k]) for k, v in values.items()}
     eos = raw.get("eos_token_id")
     return ModelConfig(

@@ -99,13 +99,24 @@ def module_key(path: str) -> int:
 def layer_view(trainable: Weights, frozen: Weights, i: int) -> Layer:
     """The leaves of decoder layer i."""
     prefix = f"model.layers.{i}."
-    attn = {n: linear_view(trainable, frozen, f"{prefix}self_attn.{n}") for n in Layer._fields[1:5]}
-    mlp = {n: linear_view(trainable, frozen, f"{prefix}mlp.{n}") for n in Layer._fields[6:9]}
-    norms = {
-        n: leaf(trainable, frozen, f"{prefix}{n}.weight")
-        for n in ("input_layernorm", "post_attention_layernorm")
-    }
-    return Layer(**norms, **attn, **mlp)
+
+    def norm(name: str) -> Tensor:
+        return leaf(trainable, frozen, f"{prefix}{name}.weight")
+
+    def projection(name: str) -> Linear:
+        return linear_view(trainable, frozen, prefix + name)
+
+    return Layer(
+        input_layernorm=norm("input_layernorm"),
+        q_proj=projection("self_attn.q_proj"),
+        k_proj=projection("self_attn.k_proj"),
+        v_proj=projection("self_attn.v_proj"),
+        o_proj=projection("self_attn.o_proj"),
+        post_attention_layernorm=norm("post_attention_layernorm"),
+        gate_proj=projection("mlp.gate_proj"),
+        up_proj=projection("mlp.up_proj"),
+        down_proj=projection("mlp.down_proj"),
+    )
 
 
 def block(

@@ -56,9 +56,12 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         lora_dropout=lora.lora_dropout if lora else 0.0,
         checkpoint_blocks=config.gradient_checkpointing == "block",
     )
-    zeros = [torch.zeros_like(flat.buffer) for _ in range(2)]
-    scale = INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0
-    state = State(flat, *zeros, loss_scale=scale)
+    state = State(
+        trainable=flat,
+        exp_avg=torch.zeros_like(flat.buffer),
+        exp_avg_sq=torch.zeros_like(flat.buffer),
+        loss_scale=INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0,
+    )
     return Model(directory, frozen, tokenizer, compute, device, lora), state
 
 
