@@ -87,6 +87,12 @@ def assistant_spans(
             "the chat template has no {% generation %} block, so the assistant's part is unknown; "
             "mark it in the template, or train on prompt and completion columns"
         )
+    given = json.dumps([messages, tools, documents, variables], ensure_ascii=False, default=str)
+    if _OPEN in given or _CLOSE in given:
+        raise UserError(
+            "a message holds U+10FDD2 or U+10FDD3; these private-use characters are reserved, "
+            "remove them from the row"
+        )
     marked = _render(
         _compile(template, True), messages, special_tokens, tools, documents, False, variables
     )

@@ -328,7 +328,7 @@ class _Document(NamedTuple):
 
 
 def tokenize_rows(
-    rows: Sequence[dict],
+    rows: Rows | Sequence[dict],
     tokenizer: Tokenizer,
     *,
     format: str | None,

@@ -140,6 +140,13 @@ def test_spans_need_a_generation_block() -> None:
         assistant_spans("{{ messages }}", USER, special_tokens={})
 
 
+def test_spans_cannot_be_forged_by_a_message() -> None:
+    with pytest.raises(UserError, match=r"U\+10FDD2"):
+        assistant_spans(
+            TEMPLATE, [{"role": "user", "content": "\U0010fdd2"}], special_tokens=SPECIAL
+        )
+
+
 def test_names_assigned_inside_a_generation_block_stay_inside() -> None:
     template = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
     assert render(template, USER, special_tokens={}) == "21"
