@@ -100,8 +100,8 @@ def train(config: TrainConfig) -> TrainOutput:
                     save(out, state, config, model, data, report)
                 if stopping and state.step < total_steps:
                     raise Preempted(
-                        f"stopped by {stopping[0]} after step {state.step} (loss {result.loss:.4f}) with "
-                        f"checkpoint-{state.step} complete: continue with "
+                        f"{stopping[0]}: stopped after step {state.step}, loss {result.loss:.4f}; "
+                        f"checkpoint-{state.step} is complete: continue with "
                         "--resume-from-checkpoint auto"
                     )
             seconds = time.perf_counter() - started
