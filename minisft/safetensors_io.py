@@ -11,9 +11,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -119,23 +118,41 @@ def iter_tensors(
 def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Write one safetensors file so that `path` holds the old content or all of the new.
 
-    tensors: contiguous, no two sharing storage, any device and dtype. The bytes go to a temporary
-    name in the same directory, are synced, then renamed over `path`.
+    tensors: any device and dtype of DTYPES. The same tensors and metadata give the same bytes. They
+    go to a temporary name in the same directory, are synced, then renamed over `path`.
     Raises UserError if the file cannot be written (disk full, no such directory); the old one
     then stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(mode)  # the library makes files that only their owner can read
+        with open(temporary, "wb") as file:
+            _write(file, tensors, metadata)
         replace_synced(temporary, path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cannot be written ({e}); check the path and free space") from None
+    except OSError as e:
+        reason = f"{e.strerror or e}; check the path and free space"
+        raise UserError(f"{path}: cannot be written ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # Not the library's writer: its metadata are in random order, so that equal content gives
+    # different files. Wide dtypes come first, as there, which keeps every tensor aligned.
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        dtype, shape = names[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in order:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def replace_synced(temporary: Path, path: Path) -> None:
