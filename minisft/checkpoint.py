@@ -24,7 +24,7 @@ from minisft.step import State
 
 MANIFEST = "manifest.json"
 _COUNTERS = ("step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss")
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _TEMPORARY = "tmp-checkpoint-"
 
 
@@ -53,8 +53,6 @@ def save_checkpoint(
         for path in [*files, temporary / MANIFEST]:
             sync(path)
         sync(temporary)
-        if final.exists():  # a damaged one that was skipped on resuming
-            shutil.rmtree(final)
         os.rename(temporary, final)
         sync(output_dir)
     except OSError as e:
@@ -116,8 +114,22 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """checkpoint-N directories, oldest first."""
-    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found) if p.is_dir()]
+    found = [p for p in output_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=_number)
+
+
+def set_aside_newer(output_dir: Path, step: int) -> list[str]:
+    """Rename the checkpoints beyond `step` to abandoned-checkpoint-N; the names they had.
+
+    They are damaged, or of a course that resuming from `step` gives up: neither `auto` nor rotation
+    may take them for the newest of what is trained from here.
+    """
+    newer = [p for p in list_checkpoints(output_dir) if _number(p) > step]
+    for path in newer:
+        aside = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return [p.name for p in newer]
 
 
 def verify(path: Path) -> str:
@@ -180,6 +192,10 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _optimizer_tensors(state: State) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from minisft.checkpoint import (
     load_checkpoint_,
     rotate,
     save_checkpoint,
+    set_aside_newer,
     write_json,
 )
 from minisft.config import TrainConfig, UserError, flag
@@ -198,6 +199,7 @@ def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Da
     path = find_checkpoint(out, config.resume_from_checkpoint, say)
     if path is None:
         say(f"{out} holds no complete checkpoint: starting from step 0")
+        _set_aside(out, 0)
         return
     file, prefix = trained_file(model.lora)
     if not (path / file).exists():
@@ -213,6 +215,7 @@ def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Da
         )
     load_checkpoint_(path, state, file, prefix)
     say(f"resuming from {path} at step {state.step}")
+    _set_aside(out, state.step)
     changed = {
         k: (v, now)
         for k, v in facts["config"].items()
@@ -221,6 +224,11 @@ def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Da
     for name, (then, now) in changed.items():
         if name not in ("resume_from_checkpoint", "overwrite_output_dir"):
             say(f"{flag(name)} is {now!r} now; the checkpoint was made with {then!r}")
+
+
+def _set_aside(out: Path, step: int) -> None:
+    if names := set_aside_newer(out, step):
+        say(f"{', '.join(names)}: beyond step {step}, renamed to abandoned-checkpoint-N")
 
 
 def _resume_problems(facts: dict, config: TrainConfig, model: Model, data: Data) -> list[str]:
