@@ -196,6 +196,14 @@ def test_templates_are_found_in_every_form(form: str, tmp_path: Path) -> None:
     assert tokenizer.template_for(None) == TEMPLATE
 
 
+def test_legacy_template_file_is_the_last_resort(tmp_path: Path) -> None:
+    directory = write_byte_level(tmp_path, chat_template=None)
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert load_tokenizer(directory).chat_template == TEMPLATE
+    write_byte_level(tmp_path, chat_template="{{ 'config' }}")
+    assert load_tokenizer(directory).chat_template == "{{ 'config' }}"
+
+
 def test_no_template_is_a_user_error(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_byte_level(tmp_path, chat_template=None))
     assert tokenizer.chat_template is None
@@ -218,6 +226,8 @@ def test_export_loads_in_transformers(case: str, tmp_path: Path) -> None:
     ours = load_tokenizer(tmp_path / "out")
     strings = _strings(list(source.special_tokens.values()))
     ids = encode_batch(source, strings, add_special_tokens=True)
+    stored = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert stored["tokenizer_class"]  # older transformers cannot do without
     assert theirs(strings)["input_ids"] == ids
     assert encode_batch(ours, strings, add_special_tokens=True) == ids
     assert theirs.chat_template == ours.chat_template == source.chat_template
@@ -310,6 +320,12 @@ def test_chat_without_special_strings_takes_the_plain_path(tmp_path: Path) -> No
     ids = encode_chat(tokenizer, rendered)
     assert ids == encode(tokenizer, rendered, add_special_tokens=False)
     assert ids.count(tokenizer.bos_token_id) == 1  # the template's, not one more
+
+
+def test_special_tokens_are_back_after_a_chat_that_ends_in_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_byte_level(tmp_path))
+    assert 1 not in encode_chat(tokenizer, f"the {TEXT_OPEN}<|eot|>{TEXT_CLOSE}")
+    assert encode(tokenizer, "<|eot|>", add_special_tokens=False) == [1]
 
 
 def test_reserved_characters_in_a_message_are_refused(tmp_path: Path) -> None:
