@@ -20,7 +20,7 @@ from minisft.checkpoint import (
     set_aside_newer,
     write_json,
 )
-from minisft.config import TrainConfig, UserError, flag
+from minisft.config import TrainConfig, UserError, flag, load_json
 from minisft.data import TokenizedDataset, data_hash, pack, read_rows, tokenize_rows
 from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during
 from minisft.export import (
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> TrainOutput:
             seconds = time.perf_counter() - started
             epoch = batches.schedule.epoch_after(state.step - 1)
             after = evaluate_after(config, model, data.eval, state, epoch, report)
-        metrics = closing_metrics(state, first, seconds, before, after, config)
+        metrics = closing_metrics(state, epoch, first, seconds, before, after)
         export(out, config, model, data, state, metrics)
         return finish(out, state, metrics, config)
 
@@ -132,8 +132,12 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
     """The result of a complete run that is being resumed, or None."""
     if not config.resume_from_checkpoint or not (out / OUTPUT).exists():
         return None
-    raw = json.loads((out / OUTPUT).read_text())
-    if raw["global_step"] < (config.max_steps if config.max_steps > 0 else raw["total_steps"]):
+    raw = load_json(out / OUTPUT)
+    if config.max_steps > 0:
+        complete = raw["global_step"] >= config.max_steps
+    else:
+        complete = raw["metrics"]["epoch"] >= config.num_train_epochs
+    if not complete:
         return None
     say(f"{out}: complete already ({raw['global_step']} steps); nothing to do")
     return TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
@@ -319,7 +323,7 @@ def save(
 
 
 def closing_metrics(
-    state: State, first: int, seconds: float, before: dict, after: dict, config: TrainConfig
+    state: State, epoch: float, first: int, seconds: float, before: dict, after: dict
 ) -> dict[str, Any]:
     """The numbers of train_output.json; times are those of this process's steps."""
     steps = state.step - first
@@ -328,6 +332,7 @@ def closing_metrics(
         "train_steps_per_second": steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
+        "epoch": epoch,
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
@@ -380,7 +385,6 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
     loss = metrics["train_loss"]
     result = {
         "global_step": state.step,
-        "total_steps": state.step,
         "training_loss": loss,
         "metrics": metrics,
     }
