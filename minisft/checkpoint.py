@@ -23,7 +23,9 @@ from minisft.safetensors_io import iter_tensors, save_file
 from minisft.step import State
 
 MANIFEST = "manifest.json"
-_COUNTERS = ("step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss")
+_COUNTERS = (
+    "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
+)  # fmt: skip
 _NAME = re.compile(r"checkpoint-\d+")
 _TEMPORARY = "tmp-checkpoint-"
 

@@ -68,7 +68,6 @@ def steps_(
     """Train from state.step to total_steps, yielding after each step; logs every logging_steps."""
     plan = Plan(model.compute)
     slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()})
-    window: list[tuple[StepResult, int, int, float]] = []
     while state.step < total_steps:
         started = time.perf_counter()
         batch = batches.batch(state.step)
@@ -76,10 +75,10 @@ def steps_(
         result = train_step_(state, model.frozen, batch, plan, slices, config, lr)
         _guard(result, state, batch.rows, model.compute.dtype)
         seconds = time.perf_counter() - started
-        window.append((result, batch.num_tokens, batch.num_loss_tokens, seconds))
+        state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
         if due(state.step, config.logging_steps, total_steps):
-            report.step(_step_metrics(state, window, batch.epoch, lr, model.device))
-            window = []
+            report.step(_step_metrics(state, result.grad_norm, batch.epoch, lr, model.device))
+            state.unlogged = []
         yield result
 
 
@@ -102,13 +101,15 @@ def _guard(result: StepResult, state: State, rows: list[int], dtype: torch.dtype
     )
 
 
-def _step_metrics(state: State, window: list, epoch: float, lr: float, device) -> dict[str, Any]:
-    results, tokens, targets, seconds = zip(*window, strict=True)
+def _step_metrics(
+    state: State, grad_norm: float, epoch: float, lr: float, device: torch.device
+) -> dict[str, Any]:
+    losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
     return {
         "step": state.step,
         "epoch": epoch,
-        "loss": sum(r.loss for r in results) / len(results),
-        "grad_norm": results[-1].grad_norm,
+        "loss": sum(losses) / len(losses),
+        "grad_norm": grad_norm,
         "learning_rate": lr,
         "num_tokens": state.num_tokens,
         "num_loss_tokens": sum(targets),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class State:
     good_steps: int = 0  # since the loss scale last changed
     num_tokens: int = 0  # seen so far
     total_loss: float = 0.0  # sum over steps of the step's mean loss
+    unlogged: list[Sequence[float]] = field(default_factory=list)  # of steps not yet in the log
 
 
 class StepResult(NamedTuple):
