@@ -27,44 +27,60 @@ _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "dataset
 def output_directory(config: TrainConfig) -> Iterator[Path]:
     """The output directory, created, writable, locked against a second run, free of leftovers.
 
-    UserError if it already holds a run and neither resuming nor overwriting was asked for.
+    UserError if it holds the base model, or a run and neither resuming nor overwriting was asked
+    for. Nothing of an earlier run is removed here (`start_over`).
     """
     out = Path(config.output_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if Path(config.model).is_dir() and out.samefile(config.model):
+            raise UserError(
+                f"--output-dir {out} is the base model's own directory; choose another directory"
+            )
         lock = open(out / ".lock", "a")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output-dir {out}: another run is writing there; wait for it or choose another "
+            "directory"
+        ) from None
     except OSError as e:
         raise UserError(
             f"--output-dir {out}: not writable ({e.strerror}); choose another directory"
         ) from e
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--output-dir {out}: another run is writing there; wait for it or choose "
-                "another directory"
-            ) from None
         clean_temporaries(out)
         if not config.resume_from_checkpoint:
-            _refuse_or_clear(out, config.overwrite_output_dir)
+            _check_free(out, config.overwrite_output_dir)
         yield out
 
 
-def _refuse_or_clear(out: Path, overwrite: bool) -> None:
-    products = [
-        p
-        for p in (out / OUTPUT, out / "adapter_model.safetensors", out / "model.safetensors")
-        if p.exists()
-    ]
-    products += list_checkpoints(out)
+def start_over(out: Path, config: TrainConfig) -> None:
+    """With --overwrite-output-dir, remove what an earlier run made: once the new one can start."""
+    if config.overwrite_output_dir and not config.resume_from_checkpoint:
+        for path in _products(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    products = _products(out)
+    if products and not (out / RUN).exists():
+        raise UserError(
+            f"--output-dir {out} holds {products[-1].name} but no {RUN}, so it is no run's; choose "
+            "another directory"
+        )
     if products and not overwrite:
         raise UserError(
             f"--output-dir {out} holds a run already ({products[-1].name}); continue it with "
             "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or take another"
         )
-    for path in products:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _products(out: Path) -> list[Path]:
+    """What a run leaves that another one must not be mixed with."""
+    names = [OUTPUT, "adapter_model.safetensors", "adapter_config.json"]
+    names += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+    return [p for name in names for p in out.glob(name)] + list_checkpoints(out)
 
 
 def base_digest(directory: Path) -> str:

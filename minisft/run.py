@@ -38,6 +38,7 @@ from minisft.outputs import (
     output_directory,
     plain,
     plain_config,
+    start_over,
     write_run_record,
 )
 from minisft.report import Reporter, reporting, say
@@ -88,6 +89,7 @@ def train(config: TrainConfig) -> TrainOutput:
         data = load_data(config, model)
         batches, total_steps = plan_steps(config, data, model.device)
         resume_(state, out, config, model, data)
+        start_over(out, config)
         write_run_record(out, config, model, data.record(), total_steps)
         describe(config, model, data, state, batches, total_steps)
         with reporting(out, total_steps, state.step) as report, stop_signals() as stopping:
