@@ -33,9 +33,9 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     argv, config_file = _take_config(list(argv))
     if config_file is not None:
         default = _with_yaml(default, config_file, fields)
-    for word in argv:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--"):
-            _check_known(word, fields)
+            _check_known(word, following, fields)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -43,6 +43,8 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     except SystemExit as e:
         if e.code in (0, None):
             raise
+        if isinstance(e.__context__, UserError):  # the dataclass's own: tyro would break its lines
+            raise e.__context__ from None
         raise UserError(_one_line(captured.getvalue())) from None
 
 
@@ -73,10 +75,14 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return argv, None
 
 
-def _check_known(word: str, fields: dict[str, Any]) -> None:
-    name = word.split("=", 1)[0].removeprefix("--").replace("-", "_")
+def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
+    name, _, value = word.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
     positive = name.removeprefix("no_")
     switch = positive in fields and fields[positive].type in ("bool", bool)
+    if switch and (value or following).lower() in ("true", "false", "yes", "no", "1", "0"):
+        on = flag(positive)
+        raise UserError(f"{word}: a switch takes no value; give {on} or --no-{on[2:]}")
     if name in fields or name == "help" or switch:
         return
     guess = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
@@ -90,7 +96,7 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
     try:
         raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"--config {file}: cannot be read ({e.strerror})") from None
+        raise UserError(f"--config {file}: cannot be read ({e.strerror}); check the path") from None
     except UnicodeDecodeError as e:
         raise UserError(f"--config {file}: not UTF-8 at byte {e.start}") from None
     except yaml.YAMLError as e:
@@ -141,11 +147,10 @@ def _coerce(value: Any, kind: str, what: str) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message without the box."""
-    words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box)
-    lines = [" ".join(line.split()) for line in words.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For full helptext")]
-    return (
-        "; ".join(lines).removeprefix("Parsing error; ").removeprefix("Parsing error ")
-        or "bad flags"
-    )
+    """tyro's boxed message: its first paragraph, and what the flag expects if that is in it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box).replace("─", "-")
+    text = re.sub(r"[━-╿]", " ", text.partition("\n")[2])  # the first line is a title
+    paragraphs = [" ".join(p.split()) for p in re.split(r"(?m)^\s*-{5,}\s*$", text)]
+    message = next(filter(None, paragraphs), "malformed flags")
+    usage = re.search(r"Argument helptext:\s*(--.*)", text)
+    return f"{message}; " + (f"expected {usage[1].strip()}" if usage else "see --help")
