@@ -115,7 +115,9 @@ def load_tokenizer(directory: Path, *, pipeline: str = "hf5") -> Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as e:  # the Rust side raises a bare Exception
         reason = " ".join(str(e).split())
-        raise UserError(f"{directory / 'tokenizer.json'}: cannot be read ({reason})") from None
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: cannot be read ({reason}); copy or download it again"
+        ) from None
     backend.no_truncation()
     backend.no_padding()
     config = _json_object(directory / _CONFIG) if _CONFIG in files else {}
