@@ -219,7 +219,7 @@ HOSTILE = {
     "repetition": "{{ 'a' * 100000000 }}",
     "list repetition": "{{ ([0] * 100000000) | length }}",
     "power": "{{ 10 ** 100000000 }}",
-    "padding": "{{ 'a'.ljust(1000000000) }}",
+    "padding": "{{ 'a'.ljust(10000000000000) }}",
     "percent": "{{ '%900000000d' % 1 }}",
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
     "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
