@@ -156,9 +156,12 @@ def verify(path: Path) -> str:
 
 
 def clean_temporaries(output_dir: Path) -> None:
-    """Remove what an interrupted save left behind."""
+    """Remove what an interrupted save or export left behind."""
     for path in output_dir.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for pattern in (".*.tmp", ".part-*.safetensors"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def rotate(output_dir: Path, limit: int) -> None:
