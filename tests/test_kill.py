@@ -389,7 +389,7 @@ SCENARIOS: dict[str, Callable[[Yard, bool], dict]] = {
 
 
 def main(directory: Path, full: bool) -> dict[str, dict]:
-    """What each scenario found, or the traceback of what failed."""
+    """What each scenario found, and the traceback of what failed."""
     yard = Yard(directory)
     yard.reference()
     found = {}
