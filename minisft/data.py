@@ -749,7 +749,7 @@ def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> Tokeni
         if strategy == "wrapped":
             packed += [[piece] for piece in _cut(group[0], group[-1], max_length)]
             continue
-        pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(group) if b > a]
+        pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(group)]
         kept = 1 if strategy == "bfd" else None
         fragments = [piece for document in pieces for piece in document[:kept]]
         bins = _best_fit_decreasing([b - a for a, b in fragments], max_length)

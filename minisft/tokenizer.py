@@ -33,7 +33,7 @@ _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """A `tokenizers` pipeline with the names, templates and files that belong to it."""
 
