@@ -109,12 +109,6 @@ def read_rows(
     return _renamed(rows, columns)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file as hex, for run.json."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _extensions() -> str:
     return ", ".join(EXTENSIONS)
 
