@@ -158,13 +158,13 @@ def assert_completed(yard: Yard, out: Path) -> None:
 
 
 def kills(yard: Yard, how_many: int) -> dict:
-    """SIGKILL at moments spread over the run from its first checkpoint to its end; resume each."""
+    """SIGKILL at a random moment after each checkpoint, the export included; resume each."""
     out = yard.place()
     child = yard.start(out)
     until(lambda: newest(out) >= 1)
     started = time.perf_counter()
     assert wait(child) == 0
-    duration = time.perf_counter() - started
+    step_time = (time.perf_counter() - started) / SETTINGS["max_steps"]
     shutil.rmtree(out)
 
     draw = random.Random(0)
@@ -172,8 +172,9 @@ def kills(yard: Yard, how_many: int) -> dict:
     while hit["killed"] < how_many:
         out = yard.place()
         child = yard.start(out)
-        until(lambda out=out: newest(out) >= 1)
-        time.sleep(duration * (hit["killed"] + draw.random()) / how_many)
+        after = 1 + hit["killed"] % SETTINGS["max_steps"]
+        until(lambda out=out, after=after: newest(out) >= after)
+        time.sleep(draw.random() * step_time)
         seen = newest(out)
         os.kill(child, signal.SIGKILL)
         if wait(child) == 0:
