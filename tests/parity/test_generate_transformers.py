@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import write_model
+from safetensors.torch import load_file, save_file
 
 from minisft.generate import Sampling, generate
 from minisft.llama import Compute
@@ -37,6 +38,11 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [16] * 12]
 def test_greedy_answers_equal_transformers(name, tmp_path):
     """Beyond max_position_embeddings too, where `dynamic` stretches what is not cached yet."""
     directory = write_model(tmp_path, rope_parameters=ROPES[name], max_position_embeddings=16)
+    weights = load_file(directory / "model.safetensors")
+    for key in weights:
+        if "q_proj" in key or "k_proj" in key:  # sharp attention, so that positions decide
+            weights[key] *= 6
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     got = generate(
