@@ -222,6 +222,8 @@ def test_a_damaged_checkpoint_is_skipped_by_auto_and_refused_by_path(
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "checkpoint-5" in refused.err and "use an older checkpoint or `auto`" in refused.err
     assert (name if name != "manifest.json" else "manifest") in refused.err
+    if kind in ("missing_adapter", "missing_moments"):
+        assert f"{name} is missing" in refused.err
     assert tree(out) == before | {".lock": tree(out)[".lock"]}
 
     outcome = train(**settings, output_dir=out, resume_from_checkpoint="auto")
