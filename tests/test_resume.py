@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import call, flags, metrics, pairs, read, step_lines, train, tree, write_model, write_rows
+from safetensors.torch import load_file, save_file
 
 NUMBERS = ("epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_loss_tokens")
 # 20 rows in micro-batches of 2 x 3: four steps an epoch, the fourth a short one.
@@ -106,6 +107,26 @@ def test_full_finetuning_resumes_bit_for_bit(inputs, tmp_path):
     train(**settings, output_dir=tmp_path / "out", resume_from_checkpoint=path)
     assert_equal_runs(tmp_path / "out", tmp_path / "whole", 3)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_float16_resumes_its_loss_scale(inputs, tmp_path):
+    """A head this large overflows: steps are skipped and the scale halved until gradients fit."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs["model"], model)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= 100
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    settings = {**inputs, **SETTINGS, "model": model, "dtype": "float16", "lora_r": 4}
+    train(**settings, output_dir=tmp_path / "whole")
+    states = [read(tmp_path / f"whole/checkpoint-{k}/trainer_state.json") for k in (2, 8)]
+    assert states[0]["updates"] < 2 and 0 < states[1]["updates"] < 8
+    assert states[1]["loss_scale"] == 65536.0 / 2 ** (8 - states[1]["updates"])
+    norms = [norm for _, norm in step_lines(tmp_path / "whole", "grad_norm")]
+    assert norms.count(None) == 8 - states[1]["updates"]
+    for step in (2, 7):
+        out, path = tmp_path / f"out-{step}", tmp_path / "whole" / f"checkpoint-{step}"
+        train(**settings, output_dir=out, resume_from_checkpoint=path)
+        assert_equal_runs(out, tmp_path / "whole", step)
 
 
 def test_auto_continues_from_the_newest(whole, settings, tmp_path):
