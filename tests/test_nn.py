@@ -1,5 +1,6 @@
 """The operations of a block: norm, dropout, rotary embedding, attention, projections."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -353,3 +354,14 @@ def test_half_precision_logits_are_near(lengths):
     half = logits({}, weights, tokens, Compute(CFG, torch.bfloat16))
     assert half.dtype == torch.bfloat16
     assert relative(half, truth) < 0.03
+
+
+def test_every_weight_counts():
+    """Each tensor of a model with all biases, moved by itself, changes the logits."""
+    cfg = dataclasses.replace(CFG, attention_bias=True, mlp_bias=True)
+    weights, tokens = random_weights(cfg), make_tokens([[5, 6, 7, 8], [9, 10]])
+    base = logits({}, weights, tokens, Compute(cfg))
+    assert len(weights) == 3 + 2 * (2 * 7 + 2)
+    for name, weight in weights.items():
+        moved = logits({}, weights | {name: weight * 1.5 + 0.1}, tokens, Compute(cfg))
+        assert relative(moved, base) > 1e-4, name
