@@ -121,6 +121,7 @@ def test_float16_resumes_its_loss_scale(inputs, tmp_path):
     states = [read(tmp_path / f"whole/checkpoint-{k}/trainer_state.json") for k in (2, 8)]
     assert states[0]["updates"] < 2 and 0 < states[1]["updates"] < 8
     assert states[1]["loss_scale"] == 65536.0 / 2 ** (8 - states[1]["updates"])
+    assert states[1]["good_steps"] == states[1]["updates"]
     norms = [norm for _, norm in step_lines(tmp_path / "whole", "grad_norm")]
     assert norms.count(None) == 8 - states[1]["updates"]
     for step in (2, 7):
