@@ -129,11 +129,13 @@ def test_adamw_step_by_hand():
 # ----------------------------------------------------------------------------------------- clipping
 
 
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 5.0, 1e6])
-def test_clip_equals_torch(max_norm):
-    """To the bit where nothing is clipped; the pieces' norms are summed differently elsewhere."""
+@pytest.mark.parametrize(
+    ("size", "max_norm"), [(1, 1e-3), (1, 1.0), (1, 5.0), (1, 1e6), (1e-6, 1e-6), (1e-6, 1.0)]
+)
+def test_clip_equals_torch(size, max_norm):
+    """Small gradients too, where the 1e-6 beside the norm counts."""
     generator = torch.Generator().manual_seed(0)
-    grads = torch.randn(46, generator=generator)
+    grads = torch.randn(46, generator=generator) * size
     parameters = [torch.zeros(n) for n in (35, 11)]
     for p, g in zip(parameters, grads.split((35, 11)), strict=True):
         p.grad = g.clone()

@@ -216,10 +216,12 @@ def test_rows_without_targets_contribute_exactly_nothing():
     """T11: not NaN, and not a diluted mean: loss and gradient are equal bit for bit."""
     dataset = random_dataset([[20], [9], [14]], masked=0.5)
     dataset.labels[:20] = IGNORED
-    apart, without = step_of(dataset, [[0], [1, 2]]), step_of(dataset, [[1, 2]])
-    assert apart.num_loss_tokens == without.num_loss_tokens > 0
+    without = step_of(dataset, [[1, 2]])
     want = gradients(without)
-    assert all(map(torch.equal, gradients(apart), want))
+    for micro_batches in ([[0], [1, 2]], [[1, 2], [0]]):
+        apart = step_of(dataset, micro_batches)
+        assert apart.num_loss_tokens == without.num_loss_tokens > 0
+        assert all(map(torch.equal, gradients(apart), want))
     loss, grad = gradients(step_of(dataset, [[0, 1, 2]]))  # side by side: but for rounding
     assert abs(loss - want[0]) < 1e-6 and relative(grad, want[1]) < 1e-6
 
@@ -349,6 +351,16 @@ def test_eval_loss_does_not_depend_on_the_batch_size():
     assert set(counts) == {all_rows(dataset).num_loss_tokens}
     assert max(losses) - min(losses) < 1e-6
     assert losses[0] == pytest.approx(gradients(all_rows(dataset))[0].item(), abs=1e-6)
+
+
+def test_nothing_is_dropped_out_in_evaluation():
+    """Not even from a training batch, which carries the keys of its dropout."""
+    dataset = random_dataset(PACKED)
+    batch = all_rows(dataset, dropout=True)
+    plan = Plan(compute(DROPPED))
+    loss, _ = mean_loss(random_adapter().views, random_weights(), batch.micro_batches, plan.compute)
+    assert loss == pytest.approx(gradients(all_rows(dataset))[0].item(), abs=1e-6)
+    assert abs(gradients(batch, plan=plan)[0] - loss) > 1e-3
 
 
 def test_eval_loss_of_nothing_is_not_a_number():
