@@ -164,9 +164,9 @@ def save_adapter(
             f"{expected.get(wrong[0])} ({len(wrong)} such)"
         )
     config = adapter_config_dict(lora, cfg, base_model_name_or_path, tied=tied, revision=revision)
-    stored = {KEY_PREFIX + name: _to_file(tensor) for name, tensor in tensors.items()}
+    stored = {KEY_PREFIX + name: tensor.detach().float() for name, tensor in tensors.items()}
     if tied and EMBED_KEY in tensors:
-        stored[KEY_PREFIX + HEAD_KEY] = stored[KEY_PREFIX + EMBED_KEY].clone()
+        stored[KEY_PREFIX + HEAD_KEY] = stored[KEY_PREFIX + EMBED_KEY]
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -196,7 +196,7 @@ def model_card(facts: dict[str, Any]) -> str:
     run = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
     tables = {"run": run} | {k: v for k, v in facts.items() if isinstance(v, dict)}
     sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# LoRA adapter for {base}\n",
         "Trained by supervised fine-tuning with minisft.\n",
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
@@ -208,11 +208,6 @@ def model_card(facts: dict[str, Any]) -> str:
             head = f"## {title.replace('_', ' ').capitalize()}\n\n| | |\n|---|---|\n"
             sections.append(head + "\n".join(lines) + "\n")
     return "\n".join(sections)
-
-
-def _to_file(tensor: Tensor) -> Tensor:
-    # A copy of its own: views of one buffer would be refused as shared memory.
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -460,7 +455,7 @@ def _check_names(
     for name, key in stored.items():
         if name in expected:
             continue
-        if name in base or name.replace(".base_layer.", ".") in base:
+        if name.replace(".base_layer.", ".") in base:
             raise UserError(
                 f"{path}: tensor {key!r} replaces a weight of the base model, but modules_to_save "
                 f"in {CONFIG_NAME} does not name it. Name it there, or remove the tensor"
@@ -505,10 +500,8 @@ def _check_shapes(
 def _check_digest(raw: dict[str, Any], lora: LoraConfig, header: Header, source: str) -> None:
     """A changed alpha fits every shape; only the digest of an adapter written here betrays it."""
     targets = raw["target_modules"]
-    effective = raw | {
-        "modules_to_save": list(lora.modules_to_save),
-        "target_modules": targets if isinstance(targets, str) else list(lora.target_modules),
-    }
+    live = targets if isinstance(targets, str) else list(lora.target_modules)
+    effective = raw | {"target_modules": live}
     if header.metadata.get(DIGEST_KEY, _digest(effective)) != _digest(effective):
         raise UserError(
             f"{source}: adapter_config.json was changed after training: r={lora.r}, "

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,25 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{state.step}"
     temporary = output_dir / f"{_TEMPORARY}{state.step}-{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write_model(temporary)
-        save_file(_optimizer_tensors(state), temporary / "optimizer.safetensors", {"format": "pt"})
-        counters = {name: getattr(state, name) for name in _COUNTERS}
-        write_json(temporary / "trainer_state.json", {**counters, **facts})
-        files = sorted(p for p in temporary.iterdir())
-        write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
-        for path in [*files, temporary / MANIFEST]:
-            sync(path)
-        sync(temporary)
-        os.rename(temporary, final)
-        sync(output_dir)
-    except OSError as e:
+        with writing(final):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_model(temporary)
+            optimizer = temporary / "optimizer.safetensors"
+            save_file(_optimizer_tensors(state), optimizer, {"format": "pt"})
+            counters = {name: getattr(state, name) for name in _COUNTERS}
+            write_json(temporary / "trainer_state.json", {**counters, **facts})
+            files = sorted(p for p in temporary.iterdir())
+            write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
+            for path in [*files, temporary / MANIFEST]:
+                sync(path)
+            sync(temporary)
+            os.rename(temporary, final)
+            sync(output_dir)
+    except UserError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot be written ({e.strerror or e}); earlier checkpoints are intact. "
-            "Free space or change --output-dir, then resume with --resume-from-checkpoint auto"
+            f"{e}. Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
         ) from e
     return final
 
@@ -154,9 +156,12 @@ def verify(path: Path) -> str:
 
 
 def clean_temporaries(output_dir: Path) -> None:
-    """Remove what an interrupted save left behind."""
+    """Remove what an interrupted save or export left behind."""
     for path in output_dir.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for pattern in (".*.tmp", ".part-*.safetensors"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def rotate(output_dir: Path, limit: int) -> None:
@@ -170,15 +175,29 @@ def rotate(output_dir: Path, limit: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the OSError of a full or read-only disk into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        reason = f"{e.strerror or e}; check the path and free space"
+        raise UserError(f"{path}: cannot be written ({reason})") from e
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON under a temporary name, sync, rename: the old file or all of the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            with open(temporary, "w", encoding="utf-8") as f:
+                json.dump(value, f, indent=2)
+                f.write("\n")
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     argv, config_file = _take_config(list(argv))
     if config_file is not None:
         default = _with_yaml(default, config_file, fields)
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         if word.startswith("--"):
             _check_known(word, following, fields)
     captured = io.StringIO()

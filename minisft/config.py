@@ -266,11 +266,13 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; is this the right directory?") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: malformed JSON ({e.msg})") from None
+        raise UserError(
+            f"{path}:{e.lineno}: malformed JSON ({e.msg}); mend it, or copy or download it again"
+        ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 

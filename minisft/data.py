@@ -90,7 +90,7 @@ def read_rows(
     if path.suffix not in EXTENSIONS:
         raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
     if not path.exists():
-        raise UserError(f"{source}: no such file")
+        raise UserError(f"{source}: no such file; check the path")
     if split != "train":
         raise UserError(
             f"{source}: split is {split!r}, but a file has no splits; name its own file"
@@ -104,14 +104,9 @@ def read_rows(
     except OSError as e:
         raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
     if not len(rows):
-        raise UserError(f"{source}: holds no rows ({rows.skipped} malformed lines were skipped)")
+        skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
+        raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
     return _renamed(rows, columns)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file as hex, for run.json."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _extensions() -> str:
@@ -181,7 +176,9 @@ def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
             f"(0x{raw[e.start]:02x}); convert it to UTF-8"
         ) from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: malformed JSON ({_json_reason(e, text)})") from None
+        raise UserError(
+            f"{where}: malformed JSON ({_json_reason(e, text)}); expected one JSON object per line"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: the row is {type(record).__name__}; expected a JSON object")
     return record
@@ -202,7 +199,9 @@ def _read_json(path: Path) -> Rows:
         if getattr(e, "msg", "") == "Extra data":  # JSON lines under the name .json
             return _read_jsonl(path, skip_bad=False)
         line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{line}: malformed JSON ({_json_reason(e, text)})") from None
+        raise UserError(
+            f"{path}{line}: malformed JSON ({_json_reason(e, text)}); expected a list of objects"
+        ) from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
         if len(lists) != 1:
@@ -265,7 +264,7 @@ def _read_parquet(path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, ValueError) as e:
         raise UserError(
-            f"{path}: not a readable parquet file ({' '.join(str(e).split())})"
+            f"{path}: not a readable parquet file ({' '.join(str(e).split())}); write it again"
         ) from None
     return Rows(str(path), table.to_pylist(), tuple(table.column_names))
 
@@ -379,10 +378,12 @@ def tokenize_rows(
         stats,
     )
     if not dataset.stats["num_trained_tokens"]:
+        cut = max_length is not None and stats["longest"] > max_length
+        remedy = "raise --max-length" if cut else "give rows with something to learn"
         raise UserError(
             f"{rows.source}: nothing is left to train: {stats['rows_read']} rows read, "
             f"{len(documents)} kept, dropped {stats['dropped']}; the longest row has "
-            f"{stats['longest']} tokens, --max-length is {max_length}"
+            f"{stats['longest']} tokens, --max-length is {max_length}; {remedy}"
         )
     return dataset
 
@@ -742,7 +743,7 @@ def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> Tokeni
         if strategy == "wrapped":
             packed += [[piece] for piece in _cut(group[0], group[-1], max_length)]
             continue
-        pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(group) if b > a]
+        pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(group)]
         kept = 1 if strategy == "bfd" else None
         fragments = [piece for document in pieces for piece in document[:kept]]
         bins = _best_fit_decreasing([b - a for a, b in fragments], max_length)

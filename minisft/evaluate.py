@@ -17,7 +17,7 @@ from minisft.generate import Sampling, generate, stop_ids
 from minisft.model import Model
 from minisft.report import Reporter
 from minisft.step import State, mean_loss
-from minisft.tokenizer import decode
+from minisft.tokenizer import Tokenizer, decode
 
 STEP0 = "step0.json"  # eval loss and answers before training
 
@@ -138,7 +138,7 @@ def answer(
 
     return [
         {
-            "prompt": text(p),
+            "prompt": question(p, model.tokenizer),
             "expected": text(e),
             "answer": text(a),
             "right": text(a) == text(e),
@@ -146,3 +146,16 @@ def answer(
         }
         for p, e, a in zip(prompts, expected, texts, strict=True)
     ]
+
+
+def question(ids: list[int], tokenizer: Tokenizer) -> str:
+    """What a reader would call the prompt: its longest stretch of text between special tokens."""
+    special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
+    stretches: list[list[int]] = [[]]
+    for i in ids:
+        if i in special:
+            stretches.append([])
+        else:
+            stretches[-1].append(i)
+    longest = max(stretches, key=len)
+    return decode(tokenizer, longest, skip_special_tokens=True).strip()

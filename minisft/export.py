@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minisft.adapter import model_card, save_adapter
-from minisft.checkpoint import write_json
+from minisft.checkpoint import write_json, writing
 from minisft.config import LoraConfig, ModelConfig, load_json
 from minisft.lora import Flat
 from minisft.safetensors_io import save_file
@@ -131,8 +131,9 @@ def _shards(
 def _write_files(directory: Path, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
 
 def describe_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from minisft.config import TrainConfig
 from minisft.lora import groups
 from minisft.model import Model
 from minisft.optim import lr_at
-from minisft.report import Reporter, say
+from minisft.report import Reporter
 from minisft.step import Plan, State, StepResult, train_step_
 
 
@@ -43,7 +44,9 @@ def stop_signals() -> Iterator[list[str]]:
         asked.append(signal.Signals(number).name)
         for n in previous:
             signal.signal(n, signal.SIG_DFL)
-        say(f"{asked[0]}: stopping after this step (again: at once)")
+        # Not print: the signal may have come inside one, and a stream does not take two at once.
+        with suppress(OSError):
+            os.write(2, f"{asked[0]}: stopping after this step (again: at once)\n".encode())
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):

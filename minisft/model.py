@@ -86,6 +86,8 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype as a torch.dtype; auto: bfloat16 or float16 by the GPU, float32 on CPU."""
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype is {name!r}; expected one of auto, bfloat16, float16, float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":

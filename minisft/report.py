@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from minisft.checkpoint import writing
 from minisft.export import to_json_line
 
 METRICS = "metrics.jsonl"
@@ -18,8 +19,8 @@ METRICS = "metrics.jsonl"
 class Reporter:
     """Prints lines and step metrics; owns the open metrics.jsonl of a run."""
 
-    def __init__(self, metrics: IO[str], total_steps: int, progress: Any = None):
-        self._metrics = metrics
+    def __init__(self, metrics: IO[bytes], total_steps: int, progress: Any = None):
+        self._metrics, self._path = metrics, Path(metrics.name)
         self._total = total_steps
         self._progress = progress
         self._task = progress.add_task("", total=total_steps) if progress else None
@@ -48,12 +49,14 @@ class Reporter:
 
     def sync(self) -> None:
         """Bring metrics.jsonl to disk: called before a checkpoint, so that it never runs ahead."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with writing(self._path):
+            os.fsync(self._metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        self._metrics.write(to_json_line(metrics))
-        self._metrics.flush()
+        with writing(self._path):
+            line = to_json_line(metrics).encode()
+            while line:
+                line = line[self._metrics.write(line) :]
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
         return first_step > 0 and step <= first_step
 
     _keep_lines(path, keep)
-    with open(path, "a", encoding="utf-8") as metrics:
+    with open(path, "ab", buffering=0) as metrics:  # unbuffered: nothing is left to fail on closing
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps)
             return
@@ -107,5 +110,6 @@ def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if keep(value):
             kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)

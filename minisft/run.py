@@ -222,6 +222,7 @@ def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Da
     load_checkpoint_(path, state, file, prefix)
     say(f"resuming from {path} at step {state.step}")
     _set_aside(out, state.step)
+    rotate(out, config.save_total_limit)  # a kill may have come between a save and its rotation
     changed = {
         k: (v, now)
         for k, v in facts["config"].items()

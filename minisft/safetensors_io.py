@@ -69,7 +69,7 @@ def read_header(path: str | Path) -> Header:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > file_bytes - 8:
+            if header_bytes > file_bytes - 8:
                 stated = f"; its header says {header_bytes} bytes" if len(prefix) == 8 else ""
                 raise _malformed(path, f"truncated, or not safetensors: {file_bytes} bytes{stated}")
             if header_bytes > MAX_HEADER_BYTES:

@@ -121,7 +121,8 @@ def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str
     except re.error as e:
         where = "" if e.pos is None else f" at position {e.pos}"
         raise UserError(
-            f"target_modules pattern {pattern!r} is not a regular expression: {e.msg}{where}"
+            f"target_modules pattern {pattern!r} is not a regular expression: {e.msg}{where}; "
+            f"an example is {PATTERN_EXAMPLE}"
         ) from None
     linears = cfg.linear_paths()
     copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}

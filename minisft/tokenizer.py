@@ -33,7 +33,7 @@ _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """A `tokenizers` pipeline with the names, templates and files that belong to it."""
 
@@ -115,7 +115,9 @@ def load_tokenizer(directory: Path, *, pipeline: str = "hf5") -> Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as e:  # the Rust side raises a bare Exception
         reason = " ".join(str(e).split())
-        raise UserError(f"{directory / 'tokenizer.json'}: cannot be read ({reason})") from None
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: cannot be read ({reason}); copy or download it again"
+        ) from None
     backend.no_truncation()
     backend.no_padding()
     config = _json_object(directory / _CONFIG) if _CONFIG in files else {}

@@ -126,8 +126,12 @@ def _weight_files(directory: Path) -> list[Path]:
         if (directory / SINGLE).exists():
             return [directory / SINGLE]
         pickles = sorted(p.name for p in directory.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle, which is never read: convert it" if pickles else ""
-        raise UserError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
+        hint = (
+            f"{pickles[0]} is a pickle, which is never read: convert it"
+            if pickles
+            else "download it"
+        )
+        raise UserError(f"{directory}: no {SINGLE} and no {INDEX}; {hint}")
     raw = load_json(index)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -137,10 +141,10 @@ def _weight_files(directory: Path) -> list[Path]:
         path = directory / name
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index}: shard {name!r} is not a plain .safetensors file name; refused"
+                f"{index}: shard {name!r} is refused; expected a file name ending in .safetensors"
             )
         if not path.exists():
-            raise UserError(f"{index}: shard {name} is missing from {directory}")
+            raise UserError(f"{index}: shard {name} is missing from {directory}; download it again")
         files.append(path)
     return files
 

@@ -18,7 +18,7 @@ from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.llama import Compute
 from minisft.model import resolve_device, resolve_dtype
-from minisft.tokenizer import decode, encode, load_tokenizer
+from minisft.tokenizer import decode, encode, encode_chat, load_tokenizer, mark_special_text
 from minisft.weights import load_model_config, open_checkpoint, resolve_model, stream_weights
 
 
@@ -108,7 +108,8 @@ def answers(config: GenerateConfig) -> list[str]:
 
 
 def prompt_ids(tokenizer, config: GenerateConfig, text: str) -> list[int]:
-    """The prompt's tokens, through the same template code as training."""
+    """The prompt's tokens, through the same template code as training (special tokens spelled out
+    in the prompt stay text)."""
     if not (config.chat and tokenizer.chat_template):
         ids = encode(tokenizer, text, add_special_tokens=True)
     else:
@@ -116,11 +117,11 @@ def prompt_ids(tokenizer, config: GenerateConfig, text: str) -> list[int]:
         messages.append({"role": "user", "content": text})
         rendered = render(
             tokenizer.chat_template,
-            messages,
+            mark_special_text(tokenizer, messages),
             special_tokens=tokenizer.special_tokens,
             add_generation_prompt=True,
         )
-        ids = encode(tokenizer, rendered, add_special_tokens=False)
+        ids = encode_chat(tokenizer, rendered)
     if not ids:
         raise UserError("--prompt is empty; give at least one token of text")
     return ids

@@ -11,12 +11,13 @@ What happens, in order, is `minisft.run.train`; where each part lives:
     files      minisft/checkpoint.py, minisft/export.py
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from minisft.cli import parse_flags, run_main
 from minisft.config import TrainConfig
-from minisft.demo import demo_config
+from minisft.demo import demo_config, holds_demo_run
 from minisft.loop import Preempted, TrainingStopped
 from minisft.run import train
 
@@ -26,8 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        default = TrainConfig() if names_a_model(argv) else demo_config()
-        train(parse_flags(TrainConfig, argv, prog="train.py", default=default))
+        demo = not names_a_model(argv)
+        default = demo_config() if demo else TrainConfig()
+        config = parse_flags(TrainConfig, argv, prog="train.py", default=default)
+        if demo and not config.resume_from_checkpoint and holds_demo_run(config.output_dir):
+            config = dataclasses.replace(config, overwrite_output_dir=True)
+        train(config)
 
     return run_main(run, {TrainingStopped: 3, Preempted: 75})
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -98,6 +99,7 @@ def script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where --help looks for the text under the fields
     spec.loader.exec_module(module)
     return module
 

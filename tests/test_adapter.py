@@ -186,6 +186,8 @@ def test_training_tensors_of_any_kind_can_be_written(tmp_path: Path) -> None:
     tensors = {n: buffer[: a * b].view(b, a).t().requires_grad_() for n, (a, b) in shapes.items()}
     save_adapter(tmp_path, tensors, PLAIN, CFG, "org/base")
     assert_loads(tmp_path, {name: t.detach().float() for name, t in tensors.items()})
+    header = read_header(tmp_path / "adapter_model.safetensors")
+    assert {info.dtype for info in header.tensors.values()} == {torch.float32}
 
 
 def test_tensors_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
@@ -486,13 +488,13 @@ def test_a_variant_is_refused_by_name(tmp_path: Path, key: str, value: object) -
 
 
 MALFORMED = {
-    "r": [0, -1, 4.0, "4", True, None],
+    "r": [0, -1, 4.0, "4", True, None, -(10**400)],
     "lora_alpha": [0, "16", True, None, float("nan"), 10**400],
     "lora_dropout": [1.0, -0.1, "0"],
     "use_rslora": ["yes", 1],
     "ensure_weight_tying": ["yes"],
-    "target_modules": [None, [], "", 3, [3], ["all-linear"], ["re:.*q_proj"], "(q_proj", "q_proj"],
-    "modules_to_save": ["lm_head", [3], ["norm"]],
+    "target_modules": [None, [], 3, [3], [""], ["all-linear"], ["re:.*q_proj"]],
+    "modules_to_save": ["lm_head", "", [3], [""], 3],
 }
 
 
@@ -503,8 +505,32 @@ def test_a_malformed_field_is_refused_by_name(tmp_path: Path, key: str, value: o
     write(tmp_path)
     edit_tensors(tmp_path, lambda t: None, keep_digest=False)
     edit_config(tmp_path, **{key: value})
-    message = refusal(tmp_path)
-    assert key in message and "adapter_config.json" in message
+    assert f"adapter_config.json: {key} is {value!r}"[:100] in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ""}, "target_modules pattern '' matches no module"),
+        ({"target_modules": "(q_proj"}, "target_modules pattern '(q_proj' is not a regular"),
+        ({"target_modules": "q_proj"}, "target_modules pattern 'q_proj' matches no module"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    write(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert f"adapter_config.json: {message}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["all-linear", "All-Linear"])
+def test_all_linear_left_in_a_config_is_understood(tmp_path: Path, word: str) -> None:
+    tensors = write(tmp_path, dataclasses.replace(PLAIN, target_modules=("all-linear",)))
+    edit_tensors(tmp_path, lambda t: None, keep_digest=False)
+    edit_config(tmp_path, target_modules=word)
+    assert_loads(tmp_path, tensors, dataclasses.replace(PLAIN, target_modules=("all-linear",)))
+    edit_tensors(tmp_path, lambda t: [t.pop(k) for k in [*t] if "up_proj" in k])
+    assert "up_proj.lora_A.weight' is missing" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "target_modules"])

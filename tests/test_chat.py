@@ -213,14 +213,15 @@ HOSTILE = {
     "mutation": "{{ messages.append(1) }}",
     "mutation of a message": "{{ messages[0].update({'content': 'x'}) }}",
     "underscore namespace": "{% set ns = namespace(_x=1) %}",
+    "underscore assignment": "{% set ns = namespace() %}{% set ns._x = 1 %}",
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as o %}",
     "range": "{% for i in range(1000000000) %}x{% endfor %}",
     "repetition": "{{ 'a' * 100000000 }}",
     "list repetition": "{{ ([0] * 100000000) | length }}",
     "power": "{{ 10 ** 100000000 }}",
-    "padding": "{{ 'a'.ljust(1000000000) }}",
-    "percent": "{{ '%900000000d' % 1 }}",
+    "padding": "{{ 'a'.ljust(10000000000000) }}",
+    "percent": "{{ '%10000000000000d' % 1 }}",
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
     "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "block doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
@@ -248,6 +249,14 @@ def test_hostile_templates_are_refused_in_bounded_time(name: str) -> None:
         assert text == "" and name in ("class walk", "attr filter"), text[:100]
     assert time.perf_counter() - started < 20
     assert messages == [{"role": "user", "content": "hi"}]
+
+
+def test_steps_count_for_one_rendering_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisft.chat.MAX_STEPS", 50)
+    template = "{% for i in range(40) %}{{ i }}{% endfor %}"
+    assert len({render(template, USER, special_tokens={}) for _ in range(3)}) == 1
+    with pytest.raises(UserError, match="more than 50 steps"):
+        render(template.replace("40", "60"), USER, special_tokens={})
 
 
 def test_a_long_chat_within_the_limits_renders() -> None:

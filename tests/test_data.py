@@ -21,7 +21,6 @@ from minisft.data import (
     Rows,
     TokenizedDataset,
     data_hash,
-    file_digest,
     pack,
     read_rows,
     tokenize_rows,
@@ -460,11 +459,6 @@ def test_data_hash_sees_every_array(tokenizer: Tokenizer) -> None:
         pack(first, max_length=64, strategy="wrapped"),  # documents
     ]
     assert len({data_hash(d) for d in [first, *others]}) == 5
-
-
-def test_file_digest(tmp_path: Path) -> None:
-    path = Path(_write(tmp_path / "x", "abc"))
-    assert file_digest(path).startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_importing_data_does_not_import_datasets() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import call, flags, metrics, pairs, read, step_lines, train, tree, write_model, write_rows
+from safetensors.torch import load_file, save_file
 
 NUMBERS = ("epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_loss_tokens")
 # 20 rows in micro-batches of 2 x 3: four steps an epoch, the fourth a short one.
@@ -106,6 +107,30 @@ def test_full_finetuning_resumes_bit_for_bit(inputs, tmp_path):
     train(**settings, output_dir=tmp_path / "out", resume_from_checkpoint=path)
     assert_equal_runs(tmp_path / "out", tmp_path / "whole", 3)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_float16_resumes_its_loss_scale(inputs, tmp_path):
+    """A head this large overflows: steps are skipped and the scale halved until gradients fit."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs["model"], model)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= 100
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    settings = {**inputs, **SETTINGS, "model": model, "dtype": "float16", "lora_r": 4}
+    train(**settings, output_dir=tmp_path / "whole")
+    applied = [norm is not None for _, norm in step_lines(tmp_path / "whole", "grad_norm")]
+    assert True in applied and False in applied
+    updates, good_steps, loss_scale = 0, 0, 65536.0
+    for k, good in enumerate(applied, start=1):
+        updates, good_steps = updates + good, good_steps + 1 if good else 0
+        loss_scale /= 1 if good else 2
+        state = read(tmp_path / f"whole/checkpoint-{k}/trainer_state.json")
+        counters = (state["updates"], state["good_steps"], state["loss_scale"])
+        assert counters == (updates, good_steps, loss_scale)
+    for step in (applied.index(True) + 1, 7):
+        out, path = tmp_path / f"out-{step}", tmp_path / "whole" / f"checkpoint-{step}"
+        train(**settings, output_dir=out, resume_from_checkpoint=path)
+        assert_equal_runs(out, tmp_path / "whole", step)
 
 
 def test_auto_continues_from_the_newest(whole, settings, tmp_path):
@@ -222,6 +247,8 @@ def test_a_damaged_checkpoint_is_skipped_by_auto_and_refused_by_path(
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "checkpoint-5" in refused.err and "use an older checkpoint or `auto`" in refused.err
     assert (name if name != "manifest.json" else "manifest") in refused.err
+    if kind in ("missing_adapter", "missing_moments"):
+        assert f"{name} is missing" in refused.err
     assert tree(out) == before | {".lock": tree(out)[".lock"]}
 
     outcome = train(**settings, output_dir=out, resume_from_checkpoint="auto")

@@ -101,6 +101,8 @@ BAD_HEADERS = {
     "a list": ([], "not a JSON object but list"),
     "too deep": (b"[" * 100_000, "not a JSON object"),
     "key twice": (b'{"a": 1, "a": 2}', "a key appears twice"),
+    "entry a number": ({"a": 3}, "'a' lacks"),
+    "entry a list": ({"a": ["dtype", "shape", "data_offsets"]}, "'a' lacks"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "'a' lacks"),
     "unknown dtype": ({"a": entry("F13")}, "'F13'"),
     "dtype no string": ({"a": entry(["F32"])}, "F32"),
@@ -154,6 +156,27 @@ def test_save_writes_what_the_library_reads(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["new.safetensors"]
 
 
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    metadata = {f"key{i}": str(i) for i in range(8)}
+    save_file(TENSORS, tmp_path / "a", metadata)
+    save_file(dict(reversed(TENSORS.items())), tmp_path / "b", dict(reversed(metadata.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_every_dtype_and_layout_is_written(tmp_path: Path) -> None:
+    buffer = torch.arange(35)  # an odd number, so that bytes put first would shift the rest
+    tensors = {str(dtype): buffer.to(dtype) for dtype in safetensors_io.DTYPES.values()}
+    tensors |= {"view": buffer[3:7], "transposed": buffer.view(5, 7).t(), "same": buffer}
+    save_file(tensors, tmp_path / "all", {})
+    loaded = safetensors.torch.load_file(tmp_path / "all")
+    assert loaded.keys() == tensors.keys()
+    placed = read_header(tmp_path / "all").tensors
+    for name, tensor in tensors.items():
+        assert placed[name].start % tensor.dtype.itemsize == 0
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].double(), tensor.double())
+
+
 def test_saved_files_have_ordinary_permissions(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
@@ -183,6 +206,17 @@ def test_bytes_are_synced_before_the_rename(good: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     save_file({"a": torch.ones(3)}, good, {})
     assert events == ["sync", "rename", "sync"]
+
+
+def test_a_file_that_the_library_refuses_is_named(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("incomplete metadata")
+
+    monkeypatch.setattr(safetensors_io, "safe_open", refusing)
+    with pytest.raises(UserError, match=r"good\.safetensors: incomplete metadata"):
+        list(iter_tensors(good))
 
 
 def test_no_such_directory_is_refused(tmp_path: Path) -> None:

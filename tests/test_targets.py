@@ -53,8 +53,9 @@ def test_a_suffix_starts_at_a_dot() -> None:
     assert "'proj' matches no linear" in refusal("proj")
 
 
-def test_a_pattern_matches_the_whole_path() -> None:
-    assert "matches no module" in refusal("re:q_proj")
+@pytest.mark.parametrize("pattern", ["re:q_proj", r"re:.*\.self_attn\.q"])
+def test_a_pattern_matches_the_whole_path(pattern: str) -> None:
+    assert "matches no module" in refusal(pattern)
 
 
 def test_order_is_that_of_the_model_not_of_the_list() -> None:

@@ -1,5 +1,6 @@
 """The demo: a tiny base model and a small chat dataset that ship with minisft (see README.md)."""
 
+import json
 from pathlib import Path
 
 from minisft.config import TrainConfig
@@ -13,7 +14,7 @@ def demo_model() -> str:
 
 
 def demo_config() -> TrainConfig:
-    """What scripts/train.py runs without flags: about a minute on two CPU cores."""
+    """What scripts/train.py runs without flags: well under a minute on two CPU cores."""
     return TrainConfig(
         model=demo_model(),
         dataset=str(HERE / "chat_train.jsonl"),
@@ -21,5 +22,13 @@ def demo_config() -> TrainConfig:
         eval_generate=1000,
         learning_rate=1e-3,
         num_train_epochs=3,
-        overwrite_output_dir=True,
     )
+
+
+def holds_demo_run(output_dir: str) -> bool:
+    """Whether a directory's run.json is that of a run of the demo's base model."""
+    try:
+        record = json.loads((Path(output_dir) / "run.json").read_text(encoding="utf-8"))
+        return record["config"]["model"] == demo_model()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
