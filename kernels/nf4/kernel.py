@@ -112,4 +112,3 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
         weight.packed, *pointers, num_weights, in_features, stride,
         BLOCKSIZE=weight.blocksize, NESTED=nested, BLOCK=1024, enable_fp_fusion=False,
     )  # fmt: skip
-
