@@ -105,10 +105,11 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
         dequantize_kernel[(triton.cdiv(num_words, block_words),)](
             words, *pointers, num_words, in_features, stride,
             WORDS_PER_BLOCK=weight.blocksize // 8, NESTED=nested, BLOCK_W=block_words,
-            num_warps=num_warps, enable_fp_fusion=False,
+            num_warps=num_warps, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return
     dequantize_any_kernel[(triton.cdiv(num_weights, 1024),)](
         weight.packed, *pointers, num_weights, in_features, stride,
-        BLOCKSIZE=weight.blocksize, NESTED=nested, BLOCK=1024, enable_fp_fusion=False,
+        BLOCKSIZE=weight.blocksize, NESTED=nested, BLOCK=1024,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
