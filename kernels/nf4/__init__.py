@@ -1,0 +1,6 @@
+"""4-bit weights in bitsandbytes' formats: NF4 and FP4, single and double quantisation."""
+
+from kernels.nf4.op import dequantize, dequantize_into
+from kernels.nf4.reference import NF4Weight, quantize
+
+__all__ = ["NF4Weight", "dequantize", "dequantize_into", "quantize"]

@@ -1,0 +1,23 @@
+"""Shapes, dtypes and inputs that the tests and the benchmark share."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whole blocks in a row; blocks across rows; words across rows; an odd number of weights.
+SHAPES = ((128, 64), (100, 192), (16, 48), (3, 8), (7, 30), (5, 33))
+# Projections of Llama 1B and 8B, and the concatenations q+k+v and gate+up: [out, in].
+BENCH_SHAPES = (
+    (2048, 2048), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336),
+    (16384, 2048), (28672, 4096),
+)  # fmt: skip
+
+
+def make_weight(shape: tuple[int, int], device: str = "cpu", seed: int = 0) -> Tensor:
+    """Normal weights in float32, with one block of zeros and one far larger than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * 0.02
+    flat = weight.view(-1)
+    flat[:64] = 0
+    flat[64:128] *= 100
+    return weight.to(device)

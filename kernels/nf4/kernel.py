@@ -1,0 +1,115 @@
+"""Triton: decode a 4-bit matrix in one launch, nested scales and codebook included."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr,  # int32: eight weights each
+    absmax_ptr,  # uint8 or float32, one per block
+    code_ptr,  # float32 [16]
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    out_ptr,
+    num_words,
+    in_features: tl.constexpr,
+    out_stride: tl.constexpr,
+    WORDS_PER_BLOCK: tl.constexpr,  # 8: a block of 64 weights
+    NESTED: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """in_features is a multiple of 8, so that a word's weights share a row of `out`."""
+    word = tl.program_id(0).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
+    inside = word < num_words
+    packed = tl.load(packed_ptr + word, mask=inside, other=0)
+    block = word // WORDS_PER_BLOCK
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
+        product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
+        scale = product + tl.load(nested_offset_ptr)
+    else:
+        scale = absmax
+    # Bytes are little-endian in a word, and a byte's high nibble comes first.
+    lane = tl.arange(0, 8)
+    shift = (lane // 2) * 8 + (1 - lane % 2) * 4
+    nibble = (packed[:, None] >> shift[None, :]) & 15  # [BLOCK_W, 8]
+    value = tl.load(code_ptr + nibble) * scale[:, None]
+    first = word * 8
+    if out_stride != in_features:
+        row = first // in_features
+        first = row * out_stride + (first - row * in_features)
+    at = first[:, None] + lane[None, :]
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def dequantize_any_kernel(
+    packed_ptr,  # uint8
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    out_ptr,
+    num_weights,
+    in_features,
+    out_stride,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One weight per lane: any in_features, any block size."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < num_weights
+    byte = tl.load(packed_ptr + e // 2, mask=inside, other=0).to(tl.int32)
+    nibble = tl.where(e % 2 == 0, byte >> 4, byte & 15)
+    block = e // BLOCKSIZE
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
+        product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
+        scale = product + tl.load(nested_offset_ptr)
+    else:
+        scale = absmax
+    value = tl.load(code_ptr + nibble) * scale
+    row = e // in_features
+    at = row * out_stride + (e - row * in_features)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -> None:
+    """Decode `weight` into `out` [O, >= I columns], whose rows may be strided.
+
+    Floating-point contraction is off: code * absmax + offset rounds twice, as bitsandbytes does.
+    """
+    num_weights = weight.shape[0] * weight.shape[1]
+    nested = weight.nested_absmax is not None
+    dummy = weight.code
+    pointers = (
+        weight.absmax,
+        weight.code,
+        weight.nested_absmax if nested else dummy,
+        weight.nested_code if nested else dummy,
+        weight.nested_offset if nested else dummy,
+        out,
+    )
+    in_features, stride = weight.shape[1], out.stride(0)
+    wide = in_features % 8 == 0 and weight.blocksize % 8 == 0 and weight.packed.data_ptr() % 4 == 0
+    if wide:
+        num_words = num_weights // 8
+        words = weight.packed.view(torch.int32)
+        dequantize_kernel[(triton.cdiv(num_words, block_words),)](
+            words, *pointers, num_words, in_features, stride,
+            WORDS_PER_BLOCK=weight.blocksize // 8, NESTED=nested, BLOCK_W=block_words,
+            num_warps=num_warps, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+        return
+    dequantize_any_kernel[(triton.cdiv(num_weights, 1024),)](
+        weight.packed, *pointers, num_weights, in_features, stride,
+        BLOCKSIZE=weight.blocksize, NESTED=nested, BLOCK=1024,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip

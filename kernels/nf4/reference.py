@@ -1,0 +1,129 @@
+"""The definition of the formats in plain torch, bit for bit what bitsandbytes computes.
+
+A matrix [O, I] is cut, in row-major order, into blocks of 64 weights that run across row borders.
+A weight is code[nibble] * scale of its block; double quantisation keeps the scales in 8 bits.
+
+n weights  b blocks of 64  s superblocks of 256 blocks
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Quantiles of the normal distribution (arXiv:2305.14314), as bitsandbytes has them.
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign, two bits of exponent, one of mantissa; bit 3 is the sign.
+_FP4_HALF = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4_CODE = (*_FP4_HALF, *(-x for x in _FP4_HALF))
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+BLOCK, NESTED_BLOCK = 64, 256
+
+
+class NF4Weight(NamedTuple):
+    """A 4-bit matrix: a leaf that stands where a weight [O, I] would.
+
+    packed: uint8 [ceil(n / 2)], the even weight in the high nibble. absmax: the blocks' scales,
+    float32 [b], or uint8 [b] with double quantisation: then scale = nested_code[absmax] *
+    nested_absmax[block // 256] + nested_offset, rounded after each operation.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor  # float32 [16]
+    nested_absmax: Tensor | None  # float32 [s]
+    nested_code: Tensor | None  # float32 [256]
+    nested_offset: Tensor | None  # float32 []
+    shape: tuple[int, int]
+    blocksize: int = BLOCK
+    quant_type: str = "nf4"
+
+    def nbytes(self) -> int:
+        """Device memory in bytes."""
+        tensors = (self.packed, self.absmax, self.nested_absmax)
+        return sum(t.numel() * t.itemsize for t in tensors if t is not None)
+
+
+def dynamic_map() -> Tensor:
+    """bitsandbytes' signed 8-bit dynamic map: 256 float32 values in ascending order.
+
+    For i = 0..6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), of both signs; and 0
+    and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        means = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (i - 6)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def scales(weight: NF4Weight) -> Tensor:
+    """The scale of every block, float32 [b]."""
+    if weight.nested_absmax is None:
+        return weight.absmax
+    assert weight.nested_code is not None and weight.nested_offset is not None
+    nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
+    product = weight.nested_code[weight.absmax.int()] * nested
+    return product + weight.nested_offset
+
+
+def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix [O, I] in `dtype`: code * scale in float32, one rounding."""
+    n = weight.shape[0] * weight.shape[1]
+    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).flatten()[:n]
+    scale = scales(weight).repeat_interleave(weight.blocksize)[:n]
+    return (weight.code[nibbles.int()] * scale).to(dtype).view(weight.shape)
+
+
+def quantize(
+    weight: Tensor, *, quant_type: str = "nf4", double_quant: bool = True, blocksize: int = BLOCK
+) -> NF4Weight:
+    """Quantise a matrix [O, I] of any float dtype on its own device.
+
+    Each block is divided by its largest magnitude and rounded to the nearest code, ties to the
+    lower. double_quant rounds the scales, less their mean, to 8 bits the same way in blocks of 256.
+    Raises ValueError for a matrix that is not 2-D, holds a value that is not finite, or an unknown
+    quant_type.
+    """
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type is {quant_type!r}; expected one of {', '.join(CODES)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out, in]")
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=weight.device)
+    indices, absmax = _quantize_blocks(weight.flatten().float(), code, blocksize)
+    if not absmax.isfinite().all():
+        raise ValueError("weight holds a value that is not finite")
+    indices = indices.to(torch.uint8)
+    indices = torch.nn.functional.pad(indices, (0, indices.numel() % 2))
+    packed = indices[::2] << 4 | indices[1::2]
+    shape = (weight.shape[0], weight.shape[1])
+    if not double_quant:
+        return NF4Weight(packed, absmax, code, None, None, None, shape, blocksize, quant_type)
+    nested_code = dynamic_map().to(weight.device)
+    offset = absmax.mean()
+    nested, nested_absmax = _quantize_blocks(absmax - offset, nested_code, NESTED_BLOCK)
+    return NF4Weight(
+        packed, nested.to(torch.uint8), code, nested_absmax, nested_code, offset, shape, blocksize,
+        quant_type,
+    )  # fmt: skip
+
+
+def _quantize_blocks(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(index of the nearest code of each value / absmax of its block, absmax of each block)."""
+    n = values.numel()
+    blocks = torch.nn.functional.pad(values, (0, -n % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    reciprocal = torch.where(absmax > 0, 1 / absmax, 0)
+    normed = (blocks * reciprocal.unsqueeze(1)).clamp_(-1, 1).flatten()[:n]
+    ordered = code.unique()  # ascending; FP4 has two zeros, the first of which is used
+    nearest = torch.bucketize(normed, (ordered[1:] + ordered[:-1]) / 2)
+    index = (code == ordered.unsqueeze(1)).int().argmax(1)
+    return index[nearest], absmax
