@@ -284,7 +284,7 @@ def starts_of(lengths):
     return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def document_logits(documents, cfg=CFG, dtype=torch.float32, trained=None):
+def document_logits(documents, cfg=CFG, dtype=torch.float32):
     """The logits of each of several documents that lie side by side."""
     weights, adapter = random_weights(cfg, dtype=dtype), random_adapter(cfg)
     z = logits(adapter.views, weights, make_tokens(documents), compute(dtype=dtype, cfg=cfg))
