@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -539,12 +540,15 @@ def test_overwriting_starts_over(place):
 # ------------------------------------------------------------------------------------- full disk
 
 
-@pytest.fixture
-def file_limit():
-    """A function that stops any file of this process from growing beyond so many bytes."""
+@contextmanager
+def file_limit(size):
+    """No file of this process may grow beyond so many bytes (pytest's own log, for one, once out)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 FULL = {
@@ -557,11 +561,12 @@ FULL = {
 
 
 @pytest.mark.parametrize("culprit", FULL)
-def test_a_file_that_cannot_be_written_is_one_line(place, file_limit, culprit):
+def test_a_file_that_cannot_be_written_is_one_line(place, culprit):
     """EFBIG stands for a full disk, met by one file after another."""
     size, changes = FULL[culprit]
-    file_limit(size)
-    outcome = call("train", place.argv(**changes))
+    argv = place.argv(**changes)
+    with file_limit(size):
+        outcome = call("train", argv)
     assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome.err
     assert culprit in outcome.err and "File too large" in outcome.err
     assert "free space" in outcome.err
