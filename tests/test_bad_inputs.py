@@ -542,7 +542,7 @@ def test_overwriting_starts_over(place):
 
 @contextmanager
 def file_limit(size):
-    """No file of this process may grow beyond so many bytes (pytest's own log, for one, once out)."""
+    """No file of this process may grow beyond so many bytes, pytest's own log among them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
