@@ -142,7 +142,7 @@ def _coerce(value: Any, kind: str, what: str) -> Any:
             return str(value)
         if kind == "str | None" and (value is None or isinstance(value, str)):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{what} is {value!r}; expected {kind.removesuffix(' | None')}")
 

@@ -399,6 +399,7 @@ class TrainConfig:
     """Answer the first N eval prompts greedily, before and after training; count exact matches."""
 
     def __post_init__(self):
+        self._check_types()
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
         for name in ("target_modules", "modules_to_save", "columns"):
             object.__setattr__(self, name, split_list(getattr(self, name)))
@@ -427,6 +428,10 @@ class TrainConfig:
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; expected below 1")
+        if not self.lora_alpha > 0 or not math.isfinite(self.lora_alpha):
+            raise UserError(f"--lora-alpha is {self.lora_alpha}; expected a number above 0")
+        if self.lora_r > 65536:
+            raise UserError(f"--lora-r is {self.lora_r}; expected at most 65536")
         if not self.max_grad_norm >= 0 or not math.isfinite(self.max_grad_norm):
             raise UserError(f"--max-grad-norm is {self.max_grad_norm}; expected 0 or more")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -452,6 +457,24 @@ class TrainConfig:
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
         self.column_map  # noqa: B018  (raises on a malformed --columns)
+
+    def _check_types(self) -> None:
+        """Python callers get the command line's strictness; paths may be pathlib's."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if kind == "str" and isinstance(value, Path):
+                object.__setattr__(self, field.name, str(value))
+                continue
+            expected = {
+                "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,),
+                "str | None": (str, type(None)), "tuple[str, ...]": (str, tuple, list),
+            }[kind]  # fmt: skip
+            number = kind in ("int", "float")
+            if not isinstance(value, expected) or (number and isinstance(value, bool)):
+                raise UserError(
+                    f"{flag(field.name)} is {value!r}, a {type(value).__name__}; expected "
+                    f"{kind.replace('tuple[str, ...]', 'a list of names')}"
+                )
 
     @property
     def lora(self) -> LoraConfig | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -98,16 +97,3 @@ def init_lora_(trainable: Flat, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
             bound = 1 / math.sqrt(view.shape[1])
             view.copy_(torch.empty(view.shape).uniform_(-bound, bound, generator=generator))
-
-
-def place_weight(
-    name: str, tensor: Tensor, trainable: Flat, put: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Copy a base weight into its trained copy, if it has one, else return `put(tensor)` to keep.
-
-    put converts to the frozen dtype and device.
-    """
-    if name in trainable.views:
-        trainable.views[name].copy_(tensor)
-        return None
-    return put(tensor)

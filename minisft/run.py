@@ -34,6 +34,7 @@ from minisft.loop import Preempted, due, steps_, stop_signals
 from minisft.model import Model, load_model
 from minisft.outputs import (
     OUTPUT,
+    RUN,
     base_digest,
     output_directory,
     plain,
@@ -131,10 +132,24 @@ def check_required(config: TrainConfig) -> None:
 
 
 def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
-    """The result of a complete run that is being resumed, or None."""
-    if not config.resume_from_checkpoint or not (out / OUTPUT).exists():
+    """The result of a complete run that is being resumed, or None.
+
+    Settings that a checkpoint fixes are compared first: with others, resuming is refused later on.
+    """
+    result = out / ("model.safetensors" if config.full_finetuning else "adapter_model.safetensors")
+    shards = out / "model.safetensors.index.json"
+    which = config.resume_from_checkpoint
+    if not which or not (out / OUTPUT).exists():
+        return None
+    if which != "auto" and not Path(which).is_dir():
+        return None  # refused by name later on
+    if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
     raw = load_json(out / OUTPUT)
+    then = load_json(out / RUN)["config"]
+    names = (*_FIXED_ON_RESUME, "model", "dataset")
+    if any(then.get(name) != plain(getattr(config, name)) for name in names):
+        return None
     if config.max_steps > 0:
         complete = raw["global_step"] >= config.max_steps
     else:
@@ -176,6 +191,11 @@ def load_dataset(
         )
     if packing:
         dataset = pack(dataset, max_length=config.max_length, strategy=config.packing_strategy)
+        if not dataset.stats["num_trained_tokens"]:
+            raise UserError(
+                f"{source}: nothing is left to train on once rows are cut to --max-length "
+                f"{config.max_length}; raise it"
+            )
     return dataset
 
 

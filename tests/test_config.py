@@ -108,3 +108,26 @@ def test_lists_take_commas_and_blanks():
     assert split_list("q_proj,v_proj") == ("q_proj", "v_proj")
     assert split_list(["q_proj", "k_proj,v_proj"]) == ("q_proj", "k_proj", "v_proj")
     assert split_list(["re:.*layers.[0-3],x"]) == ("re:.*layers.[0-3],x",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"full_finetuning": "false"},
+        {"packing": 1},
+        {"max_steps": 1.5},
+        {"max_steps": True},
+        {"learning_rate": "2e-4"},
+        {"lora_alpha": float("nan")},
+        {"target_modules": None},
+        {"resume_from_checkpoint": True},
+    ],
+    ids=str,
+)
+def test_python_callers_get_the_strictness_of_flags(settings):
+    with pytest.raises(UserError, match="--" + next(iter(settings)).replace("_", "-")):
+        TrainConfig(**settings)
+
+
+def test_paths_may_be_pathlibs(tmp_path):
+    assert TrainConfig(output_dir=tmp_path).output_dir == str(tmp_path)

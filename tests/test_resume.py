@@ -355,3 +355,18 @@ def test_a_changed_learning_rate_is_allowed_and_said(whole, settings, tmp_path):
     assert ours[5] == theirs[5]
     assert ours[6] == pytest.approx(theirs[6] / 10)
     assert "--output-dir is" in outcome.out and "--seed" not in outcome.out
+
+
+def test_other_settings_or_a_lost_result_are_not_a_complete_run(settings, tmp_path):
+    settings = settings | {"output_dir": tmp_path}
+    train(**settings)
+    argv = flags(**settings | {"lora_r": 3, "resume_from_checkpoint": "auto"})
+    other = call("train", argv)
+    assert other.code == 2 and "--lora-r was" in other.err
+    missing = call("train", flags(**settings | {"resume_from_checkpoint": tmp_path / "nowhere"}))
+    assert missing.code == 2 and "nowhere" in missing.err
+    result = tmp_path / "adapter_model.safetensors"
+    before = result.read_bytes()
+    result.unlink()
+    train(**settings, resume_from_checkpoint="auto")
+    assert result.read_bytes() == before

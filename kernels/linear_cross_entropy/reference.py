@@ -42,4 +42,5 @@ def loss_and_grads_by_chunk(
             d_hidden[rows] = dz_CV @ head_VD
         if d_head is not None:
             d_head += dz_CV.T @ x_CD
+        del z_CV, dz_CV  # else they live on beside the next chunk's
     return loss, d_hidden, d_head
