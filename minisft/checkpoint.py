@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent.
 
 OUTPUT_DIR/checkpoint-N/ holds the model files (an adapter that PEFT loads, or model.safetensors),
-optimizer.safetensors (exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
+optimizer.safetensors (for AdamW exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
 manifest.json with the SHA-256 of each. It is written under a temporary name, synced, and renamed:
 a directory of that name is whole, and the digests prove it again on reading. safetensors and JSON
 only. There is no random state to keep: every draw is a function of (seed, step, row).
@@ -19,11 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minisft.config import UserError, load_json
 from minisft.safetensors_io import iter_tensors, save_file
 from minisft.step import State
 
 MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
 _COUNTERS = (
     "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
 )  # fmt: skip
@@ -49,8 +52,8 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_model(temporary)
-            optimizer = temporary / "optimizer.safetensors"
-            save_file(_optimizer_tensors(state), optimizer, {"format": "pt"})
+            owned = {n: t.clone() for n, t in _optimizer_tensors(state).items()}
+            save_file(owned, temporary / OPTIMIZER, {"format": "pt"})
             counters = {name: getattr(state, name) for name in _COUNTERS}
             write_json(temporary / "trainer_state.json", {**counters, **facts})
             files = sorted(p for p in temporary.iterdir())
@@ -76,16 +79,8 @@ def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> 
     facts = load_json(path / "trainer_state.json")
     for name in _COUNTERS:
         setattr(state, name, facts.pop(name))
-    views = state.trainable.views
-    _fill(path / model_file, {prefix + n: v for n, v in views.items()})
-    sizes = [v.numel() for v in views.values()]
-    moments = {}
-    for kind, buffer in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-        parts = buffer.split(sizes)
-        moments |= {
-            f"{kind}.{n}": p.view(v.shape) for (n, v), p in zip(views.items(), parts, strict=True)
-        }
-    _fill(path / "optimizer.safetensors", moments)
+    _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
+    _fill(path / OPTIMIZER, _optimizer_tensors(state))
     return facts
 
 
@@ -148,7 +143,7 @@ def verify(path: Path) -> str:
                 return f"{name} is missing"
             if file_digest(path / name) != digest:
                 return f"{name} does not match its digest (damaged)"
-        if not {"optimizer.safetensors", "trainer_state.json"} <= set(files):
+        if not {OPTIMIZER, "trainer_state.json"} <= set(files):
             return "its manifest is incomplete"
     except (UserError, KeyError, TypeError, AttributeError, OSError) as e:
         return f"no usable {MANIFEST} ({e})"
@@ -220,13 +215,16 @@ def _number(path: Path) -> int:
 
 
 def _optimizer_tensors(state: State) -> dict[str, Any]:
-    sizes = [v.numel() for v in state.trainable.views.values()]
+    """Views of the optimizer's state: a buffer as long as the trained one by tensor, KIND.NAME."""
+    trained = state.trainable
+    sizes = [v.numel() for v in trained.views.values()]
     out = {}
-    for kind, buffer in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-        for (name, view), part in zip(
-            state.trainable.views.items(), buffer.split(sizes), strict=True
-        ):
-            out[f"{kind}.{name}"] = part.view(view.shape).clone()  # safetensors wants owned storage
+    for kind, moment in state.moments.items():
+        if moment.numel() != trained.buffer.numel() or moment.dtype != torch.float32:
+            out[kind] = moment
+            continue
+        for (name, view), part in zip(trained.views.items(), moment.split(sizes), strict=True):
+            out[f"{kind}.{name}"] = part.view(view.shape)
     return out
 
 

@@ -24,6 +24,30 @@ class UserError(ValueError):
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit")
+# Hugging Face's names of the same rules.
+_SAME_OPTIMIZER = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
+_WAVES = ("linear", "cosine", "1-sqrt")
+# Learning-rate schedules, and what --lr-scheduler-kwargs may say to each.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        *("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"),
+        *("warmup_type", "decay_type"),
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -364,14 +388,25 @@ class TrainConfig:
     """Rows per micro-batch."""
     gradient_accumulation_steps: int = 4
     """Micro-batches per optimizer step. The loss is the token mean over the whole step."""
+    optim: str = "adamw"
+    """adamw (adamw_torch, adamw_torch_fused), adamw_8bit, paged_adamw_8bit, adafactor, sgd or
+    lion_8bit. Trained embeddings, heads, norms and biases keep 32-bit state under every one."""
     learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of trained embeddings and heads, on the same schedule; left out, theirs is
+    --learning-rate."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of the lora_B matrices over that of the rest (LoRA+)."""
     weight_decay: float = 0.0
     """Decoupled weight decay; norms and biases are not decayed."""
     warmup_steps: float = 0
     """Steps of linear warm-up; below 1, a share of all steps."""
     lr_scheduler_type: str = "linear"
-    """linear, cosine or constant (constant_with_warmup)."""
+    """linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant,
+    constant_with_warmup, inverse_sqrt or warmup_stable_decay."""
+    lr_scheduler_kwargs: tuple[str, ...] = ()
+    """More of the schedule, e.g. `num_cycles=2` or `min_lr=1e-5`, under transformers' names."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 measures without clipping."""
     adam_beta1: float = 0.9
@@ -401,12 +436,14 @@ class TrainConfig:
     def __post_init__(self):
         self._check_types()
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
-        for name in ("target_modules", "modules_to_save", "columns"):
+        for name in ("target_modules", "modules_to_save", "columns", "lr_scheduler_kwargs"):
             object.__setattr__(self, name, split_list(getattr(self, name)))
+        object.__setattr__(self, "optim", _SAME_OPTIMIZER.get(self.optim, self.optim))
         choices = {
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
-            "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+            "optim": OPTIMIZERS,
+            "lr_scheduler_type": tuple(SCHEDULES),
             "gradient_checkpointing": ("none", "block"),
             "eval_strategy": ("no", "steps", "epoch"),
         }
@@ -419,10 +456,13 @@ class TrainConfig:
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
             "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
             "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
-            "eval_generate": 0, "eval_steps": 0,
+            "eval_generate": 0, "eval_steps": 0, "embedding_learning_rate": 0,
+            "loraplus_lr_ratio": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not value >= least or not math.isfinite(value):
                 raise UserError(f"{flag(name)} is {value}; expected at least {least}")
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
@@ -456,7 +496,10 @@ class TrainConfig:
             raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
+        if self.loraplus_lr_ratio is not None and self.full_finetuning:
+            raise UserError("--loraplus-lr-ratio needs an adapter; drop it or --full-finetuning")
         self.column_map  # noqa: B018  (raises on a malformed --columns)
+        self.scheduler_options  # noqa: B018
 
     def _check_types(self) -> None:
         """Python callers get the command line's strictness; paths may be pathlib's."""
@@ -465,11 +508,15 @@ class TrainConfig:
             if kind == "str" and isinstance(value, Path):
                 object.__setattr__(self, field.name, str(value))
                 continue
+            if field.name in ("columns", "lr_scheduler_kwargs") and isinstance(value, dict):
+                value = tuple(f"{k}={v}" for k, v in value.items())
+                object.__setattr__(self, field.name, value)
             expected = {
                 "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,),
                 "str | None": (str, type(None)), "tuple[str, ...]": (str, tuple, list),
+                "float | None": (int, float, type(None)),
             }[kind]  # fmt: skip
-            number = kind in ("int", "float")
+            number = kind in ("int", "float", "float | None")
             if not isinstance(value, expected) or (number and isinstance(value, bool)):
                 raise UserError(
                     f"{flag(field.name)} is {value!r}, a {type(value).__name__}; expected "
@@ -500,6 +547,53 @@ class TrainConfig:
                     f"--columns is {item!r}; expected NAME=COLUMN, such as prompt=question"
                 )
         return {ours: theirs for ours, theirs in pairs}
+
+    @property
+    def scheduler_options(self) -> dict[str, Any]:
+        """`--lr-scheduler-kwargs num_cycles=2` as {"num_cycles": 2.0}, checked for the schedule."""
+        kind, given = self.lr_scheduler_type, {}
+        for item in self.lr_scheduler_kwargs:
+            name, _, text = item.partition("=")
+            if name not in SCHEDULES[kind]:
+                known = ", ".join(SCHEDULES[kind]) or "none"
+                raise UserError(
+                    f"--lr-scheduler-kwargs is {item!r}; expected NAME=VALUE, and "
+                    f"--lr-scheduler-type {kind} knows these names: {known}"
+                )
+            if name.endswith("_type"):
+                if text not in _WAVES:
+                    raise UserError(
+                        f"--lr-scheduler-kwargs is {item!r}; expected one of {', '.join(_WAVES)}"
+                    )
+                given[name] = text
+                continue
+            try:
+                given[name] = float(text)
+            except ValueError:
+                given[name] = math.nan
+            if not math.isfinite(given[name]) or given[name] < 0:
+                raise UserError(f"--lr-scheduler-kwargs is {item!r}; expected a number, 0 or more")
+        if kind == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise UserError(
+                "--lr-scheduler-type warmup_stable_decay needs --lr-scheduler-kwargs "
+                "num_decay_steps=N"
+            )
+        if kind == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+            raise UserError(
+                "--lr-scheduler-type cosine_with_min_lr needs --lr-scheduler-kwargs min_lr=RATE or "
+                "min_lr_rate=SHARE, and not both"
+            )
+        if "min_lr" in given and not self.learning_rate > given["min_lr"]:
+            raise UserError(
+                f"--lr-scheduler-kwargs min_lr={given['min_lr']:g} is not below --learning-rate "
+                f"{self.learning_rate:g}"
+            )
+        if kind == "polynomial" and not self.learning_rate > given.get("lr_end", 1e-7):
+            raise UserError(
+                f"--lr-scheduler-type polynomial goes down to lr_end={given.get('lr_end', 1e-7):g}"
+                f", which is not below --learning-rate {self.learning_rate:g}"
+            )
+        return given
 
 
 def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from minisft.batches import Batches
 from minisft.config import TrainConfig
 from minisft.lora import groups
 from minisft.model import Model
-from minisft.optim import lr_at
 from minisft.report import Reporter
+from minisft.schedules import factor_at
 from minisft.step import Plan, State, StepResult, train_step_
 
 
@@ -70,17 +70,18 @@ def steps_(
 ) -> Iterator[StepResult]:
     """Train from state.step to total_steps, yielding after each step; logs every logging_steps."""
     plan = Plan(model.compute)
-    slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()})
+    slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()}, config)
     while state.step < total_steps:
         started = time.perf_counter()
         batch = batches.batch(state.step)
-        lr = lr_at(state.step, total_steps, config)
-        result = train_step_(state, model.frozen, batch, plan, slices, config, lr)
+        factor = factor_at(state.step, total_steps, config)
+        result = train_step_(state, model.frozen, batch, plan, slices, config, factor)
         _guard(result, state, batch.rows, model.compute.dtype)
         seconds = time.perf_counter() - started
         state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
         if due(state.step, config.logging_steps, total_steps):
-            report.step(_step_metrics(state, result.grad_norm, batch.epoch, lr, model.device))
+            rate = config.learning_rate * factor
+            report.step(_step_metrics(state, result.grad_norm, batch.epoch, rate, model.device))
             state.unlogged = []
         yield result
 

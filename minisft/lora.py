@@ -14,11 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.config import LoraConfig, ModelConfig
+from minisft.config import LoraConfig, ModelConfig, TrainConfig
 from minisft.targets import adapter_shapes
 
 # Trainer decays everything but biases and norms (transformers.Trainer.get_decay_parameter_names).
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
+
+
+# Trained copies, and the same weights in full fine-tuning: with a learning rate of their own.
+EMBEDDING_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Flat(NamedTuple):
@@ -34,6 +38,8 @@ class Group(NamedTuple):
     start: int
     stop: int
     decayed: bool
+    learning_rate: float  # at the schedule's peak
+    eight_bit: bool = False  # whether an 8-bit optimizer keeps its moments in 8 bits
 
 
 def trainable_shapes(lora: LoraConfig | None, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -71,16 +77,28 @@ def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Flat:
     return Flat(buffer, {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
 
 
-def groups(shapes: dict[str, tuple[int, ...]]) -> list[Group]:
-    """The optimizer's slices of a buffer made by `allocate(shapes)`."""
+def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Group]:
+    """The optimizer's slices of a buffer made by `allocate(shapes)`, as few as the settings allow.
+
+    Trained embeddings and heads have --embedding-learning-rate where one is given, lora_B matrices
+    the learning rate times --loraplus-lr-ratio. Eight-bit moments are for matrices that are neither
+    embedding nor head.
+    """
     out: list[Group] = []
     start = 0
     for name, shape in shapes.items():
+        embedding = name in EMBEDDING_WEIGHTS
+        rate = config.learning_rate
+        if embedding and config.embedding_learning_rate is not None:
+            rate = config.embedding_learning_rate
+        elif config.loraplus_lr_ratio is not None and ".lora_B." in name:
+            rate *= config.loraplus_lr_ratio
         stop, decayed = start + math.prod(shape), is_decayed(name)
-        if out and out[-1].decayed == decayed:
+        eight_bit = config.optim.endswith("_8bit") and len(shape) == 2 and not embedding
+        if out and out[-1][2:] == (decayed, rate, eight_bit):
             out[-1] = out[-1]._replace(stop=stop)
         else:
-            out.append(Group(start, stop, decayed))
+            out.append(Group(start, stop, decayed, rate, eight_bit))
         start = stop
     return out
 

@@ -9,7 +9,8 @@ import torch
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.llama import Compute, Weights
-from minisft.lora import allocate, init_lora_, trainable_shapes
+from minisft.lora import allocate, groups, init_lora_, trainable_shapes
+from minisft.optim import init_moments
 from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
@@ -58,8 +59,7 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     )
     state = State(
         trainable=flat,
-        exp_avg=torch.zeros_like(flat.buffer),
-        exp_avg_sq=torch.zeros_like(flat.buffer),
+        moments=init_moments(flat, groups(shapes, config), config.optim),
         loss_scale=INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0,
     )
     return Model(directory, frozen, tokenizer, compute, device, lora), state

@@ -1,14 +1,25 @@
-"""AdamW, clipping and learning-rate schedules over flat buffers, written out."""
+"""Optimizers over flat buffers, written out: clipping, then one of six update rules.
+
+AdamW is one fused pass over the buffers of each group. The 8-bit rules keep their moments as codes
+with a scale per 256 entries and are bitsandbytes' kernels, called on slices of the flat buffer.
+Norms, biases, embeddings and heads keep float32 moments under every rule.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from minisft.config import TrainConfig
-from minisft.lora import Group
+from minisft.config import TrainConfig, UserError
+from minisft.lora import Flat, Group
+
+Moments = dict[str, Tensor]  # the optimizer's state under the names that a checkpoint gives it
+
+_BLOCK = 256  # entries per scale of 8-bit moments
 
 
 def grad_norm(grads: Tensor) -> Tensor:
@@ -25,54 +36,190 @@ def clip_(grads: Tensor, norm: Tensor, max_norm: float) -> None:
         grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def adamw_(
-    params: Tensor,
+def init_moments(trainable: Flat, groups: list[Group], optim: str) -> Moments:
+    """The state of an optimizer before its first step, on the device of the buffer.
+
+    adamw: exp_avg and exp_avg_sq, float32 [n]. 8-bit rules: per group, named after its place in the
+    list, codes uint8 and scales float32, or float32 moments where the group keeps them. adafactor:
+    per tensor, means over its rows and columns. sgd: nothing.
+    Raises UserError where the rule cannot run on this device.
+    """
+    buffer = trainable.buffer
+    if optim == "adamw":
+        return {"exp_avg": torch.zeros_like(buffer), "exp_avg_sq": torch.zeros_like(buffer)}
+    if optim == "sgd":
+        return {}
+    if optim == "adafactor":
+        return _adafactor_moments(trainable)
+    if optim.startswith("paged_") and buffer.device.type != "cuda":
+        raise UserError(
+            f"--optim {optim} moves its state between a CUDA GPU and the host, but the device is "
+            f"{buffer.device}; use --optim {optim.removeprefix('paged_')}"
+        )
+    moments: Moments = {}
+    for i, group in enumerate(groups):
+        kinds = ("exp_avg",) if optim == "lion_8bit" else ("exp_avg", "exp_avg_sq")
+        for kind in kinds:
+            moments |= _group_moment(f"{kind}.{i}", group, buffer.device, optim.startswith("paged"))
+    return moments
+
+
+def update_(
+    trainable: Flat,
     grads: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: Moments,
     groups: list[Group],
     *,
     step: int,
+    factor: float,
+    config: TrainConfig,
+) -> None:
+    """One optimizer step in place: parameters float32 [n] and moments.
+
+    step counts from 1. factor: the schedule's, on the learning rate of each group. Weight decay is
+    decoupled and scaled by the rate, in the groups that are decayed.
+    """
+    params, optim = trainable.buffer, config.optim
+    if optim == "adafactor":
+        _adafactor_(trainable, grads, moments, groups, step, factor, config.weight_decay)
+        return
+    eight_bit = None
+    for i, group in enumerate(groups):
+        part = slice(group.start, group.stop)
+        lr = group.learning_rate * factor
+        decay = config.weight_decay if group.decayed else 0.0
+        p, g = params[part], grads[part]
+        if optim == "sgd":
+            p.sub_(g.add(p, alpha=decay) if decay else g, alpha=lr)
+        elif optim == "adamw":
+            m, v = moments["exp_avg"][part], moments["exp_avg_sq"][part]
+            _adamw_(p, g, m, v, step, lr, decay, config)
+        elif not group.eight_bit and optim == "lion_8bit":
+            _lion_(p, g, moments[f"exp_avg.{i}"], lr, decay, config)
+        elif not group.eight_bit:
+            m, v = moments[f"exp_avg.{i}"], moments[f"exp_avg_sq.{i}"]
+            _adamw_(p, g, m, v, step, lr, decay, config)
+        else:
+            eight_bit = eight_bit or _eight_bit(params.device)
+            _eight_bit_(eight_bit, optim, p, g, moments, i, step, lr, decay, config)
+    if optim.startswith("paged_"):
+        torch.cuda.synchronize(params.device)  # the driver moves paged state behind our back
+
+
+def _adamw_(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float, c: TrainConfig
+) -> None:
+    """AdamW (arXiv:1711.05101), one fused pass over p, g, m, v: float32 [n] each."""
+    count = torch.full((), float(step - 1), device=p.device)  # adamw counts on
+    adamw(
+        [p], [g], [m], [v], [], [count],
+        fused=True, amsgrad=False, beta1=c.adam_beta1, beta2=c.adam_beta2, lr=lr,
+        weight_decay=decay, eps=c.adam_epsilon, maximize=False,
+    )  # fmt: skip
+
+
+def _lion_(p: Tensor, g: Tensor, m: Tensor, lr: float, decay: float, c: TrainConfig) -> None:
+    """Lion (arXiv:2302.06675): a step of lr along the sign of the interpolated momentum."""
+    direction = m.lerp(g, 1 - c.adam_beta1).sign_()
+    p.mul_(1 - lr * decay).sub_(direction, alpha=lr)
+    m.lerp_(g, 1 - c.adam_beta2)
+
+
+# ------------------------------------------------------------------------------------------- 8 bit
+
+
+def _group_moment(name: str, group: Group, device: torch.device, paged: bool) -> Moments:
+    n = group.stop - group.start
+    if not group.eight_bit:
+        return {name: torch.zeros(n, device=device)}
+    codes = torch.zeros(n, dtype=torch.uint8, device=device)
+    if paged:
+        functional = _eight_bit(device)[0]
+        codes = functional.get_paged(n, dtype=torch.uint8, device=codes.device)
+        functional.fill(codes, 0)
+    return {name: codes, f"{name}.absmax": torch.zeros(-(-n // _BLOCK), device=device)}
+
+
+def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
+    """bitsandbytes' functions, and its code tables for signed and for unsigned values."""
+    try:
+        from bitsandbytes import functional
+    except (ImportError, OSError, RuntimeError) as e:
+        raise UserError(
+            f"--optim: the 8-bit optimizers need bitsandbytes, which cannot be imported ({e}); "
+            "install it, or use --optim adamw"
+        ) from None
+    signed = functional.create_dynamic_map(signed=True).to(device)
+    unsigned = functional.create_dynamic_map(signed=False).to(device)
+    return functional, signed, unsigned
+
+
+def _eight_bit_(
+    eight_bit: tuple[Any, Tensor, Tensor],
+    optim: str,
+    p: Tensor,
+    g: Tensor,
+    moments: Moments,
+    i: int,
+    step: int,
     lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    decay: float,
+    config: TrainConfig,
+) -> None:
+    functional, signed, unsigned = eight_bit
+    rule = "lion" if optim == "lion_8bit" else "adam"
+    m, m_scale = moments[f"exp_avg.{i}"], moments[f"exp_avg.{i}.absmax"]
+    v, v_scale = moments.get(f"exp_avg_sq.{i}"), moments.get(f"exp_avg_sq.{i}.absmax")
+    functional.optimizer_update_8bit_blockwise(
+        rule, g, p, m, v, config.adam_beta1, config.adam_beta2, 0.0, 0.0, config.adam_epsilon,
+        step, lr, signed, None if v is None else unsigned, m_scale, v_scale, weight_decay=decay,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- Adafactor
+
+
+def _adafactor_moments(trainable: Flat) -> Moments:
+    moments: Moments = {}
+    for name, view in trainable.views.items():
+        if view.dim() == 2:
+            moments[f"exp_avg_sq_row.{name}"] = view.new_zeros(view.shape[0])
+            moments[f"exp_avg_sq_col.{name}"] = view.new_zeros(view.shape[1])
+        else:
+            moments[f"exp_avg_sq.{name}"] = torch.zeros_like(view)
+    return moments
+
+
+def _adafactor_(
+    trainable: Flat,
+    grads: Tensor,
+    moments: Moments,
+    groups: list[Group],
+    step: int,
+    factor: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW step in place (arXiv:1711.05101), torch.optim.AdamW's arithmetic.
+    """Adafactor (arXiv:1804.04235) with the run's own learning rate and no first moment.
 
-    All four buffers: float32 [n]. step counts from 1. Decay is decoupled and scaled by lr; groups
-    say which slices are decayed.
+    The mean square of a matrix is kept as its means over rows and columns; decay 1 - t^-0.8, an
+    update whose root mean square is above 1 is scaled down to 1.
     """
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    if weight_decay:
-        for group in groups:
-            if group.decayed:
-                params[group.start : group.stop].mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grads, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(eps)
-    params.addcdiv_(exp_avg, denominator, value=-lr / correction1)
-
-
-def warmup_steps(config: TrainConfig, total: int) -> int:
-    """--warmup-steps as a number of steps: below 1 it is a share of the total, rounded up."""
-    asked = config.warmup_steps
-    return math.ceil(asked * total) if asked < 1 else int(asked)
-
-
-def lr_at(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate that step (from 0) uses: transformers' schedules, warm-up from 0.
-
-    linear: down to 0 at `total`; cosine: half a period down to 0; constant: flat after warm-up.
-    """
-    warmup = warmup_steps(config, total)
-    kind, peak = config.lr_scheduler_type, config.learning_rate
-    if step < warmup:
-        return peak * (step / max(1, warmup)) if kind != "constant" else peak
-    if kind in ("constant", "constant_with_warmup"):
-        return peak
-    if kind == "linear":
-        return peak * max(0.0, (total - step) / max(1, total - warmup))
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * progress)))
+    beta2 = 1.0 - step**-0.8
+    start, index = 0, 0
+    for name, p in trainable.views.items():
+        while start >= groups[index].stop:
+            index += 1
+        g = grads[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+        square = g.square().add_(1e-30)
+        if p.dim() == 2:
+            row, col = moments[f"exp_avg_sq_row.{name}"], moments[f"exp_avg_sq_col.{name}"]
+            row.lerp_(square.mean(1), 1 - beta2)
+            col.lerp_(square.mean(0), 1 - beta2)
+            step_ = g * (row / row.mean()).rsqrt().unsqueeze(1) * col.rsqrt()
+        else:
+            mean = moments[f"exp_avg_sq.{name}"].lerp_(square, 1 - beta2)
+            step_ = g * mean.rsqrt()
+        step_.div_((step_.norm() / math.sqrt(p.numel())).clamp(min=1.0))
+        lr = groups[index].learning_rate * factor
+        p.mul_(1 - lr * (weight_decay if groups[index].decayed else 0.0)).sub_(step_, alpha=lr)

@@ -48,7 +48,7 @@ from minisft.step import State
 # A checkpoint made under other values of these is not a checkpoint of this run.
 _FIXED_ON_RESUME = (
     "dtype", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
-    "modules_to_save", "full_finetuning", "packing", "packing_strategy",
+    "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
 
@@ -263,7 +263,7 @@ def _resume_problems(facts: dict, config: TrainConfig, model: Model, data: Data)
     found = [
         f"{flag(name)} was {then[name]!r}, now {plain(getattr(config, name))!r}"
         for name in _FIXED_ON_RESUME
-        if then[name] != plain(getattr(config, name))
+        if name in then and then[name] != plain(getattr(config, name))
     ]
     if facts["data_hash"] != data.hash:
         found.append("the training rows differ (their hash has changed)")

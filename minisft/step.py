@@ -15,7 +15,7 @@ from minisft.config import TrainConfig
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat, Group
 from minisft.loss import loss_sum
-from minisft.optim import adamw_, clip_, grad_norm
+from minisft.optim import Moments, clip_, grad_norm, update_
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,10 @@ class Plan:
 
 @dataclass
 class State:
-    """All that a step changes. Buffers are float32 [n], in the order of trainable.views."""
+    """All that a step changes: the trained tensors (float32), the optimizer's state, counters."""
 
     trainable: Flat
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: Moments
     step: int = 0  # optimizer steps done
     updates: int = 0  # of those, the ones applied (fp16 skips a step whose gradients overflow)
     loss_scale: float = 1.0
@@ -89,9 +88,9 @@ def train_step_(
     plan: Plan,
     groups: list[Group],
     config: TrainConfig,
-    lr: float,
+    factor: float,
 ) -> StepResult:
-    """One optimizer step on `state`, in place.
+    """One optimizer step on `state`, in place; factor: the schedule's, on every learning rate.
 
     The update is skipped, and nothing but the loss scale changes, where the loss or the gradient is
     not finite: with a loss scale (fp16) that is an overflow, else the caller's cause to stop.
@@ -105,18 +104,14 @@ def train_step_(
     if applied:
         clip_(grads, norm, config.max_grad_norm)
         state.updates += 1
-        adamw_(
-            state.trainable.buffer,
+        update_(
+            state.trainable,
             grads,
-            state.exp_avg,
-            state.exp_avg_sq,
+            state.moments,
             groups,
             step=state.updates,
-            lr=lr,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
+            factor=factor,
+            config=config,
         )
     if scaled:
         state.good_steps = state.good_steps + 1 if applied else 0

@@ -16,7 +16,7 @@ FLOORS = [
     ["config"],
     ["safetensors_io", "targets", "nn", "formats", "chat", "tokenizer", "cli", "demo"],
     ["weights", "lora", "adapter", "llama", "data"],
-    ["batches", "optim", "generate"],
+    ["batches", "optim", "schedules", "generate"],
     ["loss"],
     ["step"],
     ["checkpoint", "model"],
@@ -34,7 +34,7 @@ LAZY = {
     "huggingface_hub": ["weights"],
     "datasets": ["data"],
     "pyarrow": ["data"],
-    "bitsandbytes": [],
+    "bitsandbytes": ["optim"],
 }
 # Packages that any file may import.
 EAGER = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "yaml"}

@@ -1,15 +1,15 @@
-"""AdamW, clipping and schedules against torch and transformers; which tensors are decayed."""
+"""Optimizers and clipping against their originals; which tensors are decayed, and at what rate."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from minisft.config import LoraConfig, ModelConfig, TrainConfig
+from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.lora import Group, allocate, groups, is_decayed, trainable_shapes
-from minisft.optim import adamw_, clip_, grad_norm, lr_at, warmup_steps
+from minisft.optim import clip_, grad_norm, init_moments, update_
 
-KINDS = ("linear", "cosine", "constant", "constant_with_warmup")
 BIASED = ModelConfig(
     vocab_size=50,
     hidden_size=24,
@@ -27,103 +27,149 @@ def config(**settings):
     return TrainConfig(**({"learning_rate": 3e-4, "warmup_steps": 0} | settings))
 
 
-@pytest.mark.parametrize("total", [1, 2, 10, 97])
-@pytest.mark.parametrize("warmup", [0, 3, 0.07, 0.5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_lr_equals_transformers_to_the_bit(kind, warmup, total):
-    transformers = pytest.importorskip("transformers")
-    c = config(lr_scheduler_type=kind, warmup_steps=warmup)
-    arguments = transformers.TrainingArguments(warmup_steps=warmup, use_cpu=True)
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=c.learning_rate)
-    scheduler = transformers.get_scheduler(
-        kind,
-        optimizer,
-        num_warmup_steps=arguments.get_warmup_steps(total),
-        num_training_steps=total,
-    )
-    for step in range(total):
-        assert lr_at(step, total, c) == scheduler.get_last_lr()[0], step
-        optimizer.step()
-        scheduler.step()
-
-
-def test_lr_by_hand():
-    """Warm-up starts at 0 and reaches the peak; the last step is one short of 0."""
-    linear = config(learning_rate=1.0, warmup_steps=2)
-    assert [lr_at(s, 6, linear) for s in range(6)] == [0, 0.5, 1, 0.75, 0.5, 0.25]
-    cosine = config(learning_rate=1.0, lr_scheduler_type="cosine")
-    got = [lr_at(s, 4, cosine) for s in range(4)]
-    assert got == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
-    constant = config(learning_rate=1.0, lr_scheduler_type="constant", warmup_steps=2)
-    assert [lr_at(s, 6, constant) for s in range(6)] == [1] * 6
-
-
-def test_warmup_below_one_is_a_share_rounded_up():
-    assert [warmup_steps(config(warmup_steps=w), 97) for w in (0, 0.01, 0.5, 1, 3, 200)] == (
-        [0, 1, 49, 1, 3, 200]
-    )
-
-
 # -------------------------------------------------------------------------------------------- AdamW
 
 SHAPES = {"a.weight": (7, 5), "b.weight": (11,), "norm.weight": (5,), "c.bias": (3,)}
+# Matrices of whole blocks of 256, as bitsandbytes quantises them one by one; then what stays fp32.
+BLOCKS = {
+    "p.lora_A.weight": (64, 128),
+    "p.lora_B.weight": (96, 64),
+    "lm_head.weight": (40, 32),
+    "model.norm.weight": (33,),
+}
+
+
+def ours_and_theirs(shapes, make, steps=10, **settings):
+    """Ten steps of update_ and of a torch optimizer on the same parameters and gradients.
+
+    make(groups): theirs, from [{"params", "weight_decay"}]. Yields both after each step.
+    """
+    c = config(learning_rate=1e-2, **settings)
+    slices = groups(shapes, c)
+    generator = torch.Generator().manual_seed(0)
+    flat = allocate(shapes, torch.device("cpu"))
+    flat.buffer.normal_(generator=generator)
+    moments = init_moments(flat, slices, c.optim)
+    theirs = {n: v.clone().requires_grad_() for n, v in flat.views.items()}
+    optimizer = make(
+        [
+            {
+                "params": [p for n, p in theirs.items() if is_decayed(n)],
+                "weight_decay": c.weight_decay,
+            },
+            {"params": [p for n, p in theirs.items() if not is_decayed(n)], "weight_decay": 0.0},
+        ]
+    )
+    for step in range(1, steps + 1):
+        grads = allocate(shapes, torch.device("cpu"))
+        noise = torch.randn(flat.buffer.shape, generator=generator)
+        grads.buffer.copy_(noise * 10.0 ** (step % 4 - 3))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / step
+        for name, parameter in theirs.items():
+            parameter.grad = grads.views[name].clone()
+        optimizer.step()
+        update_(flat, grads.buffer, moments, slices, step=step, factor=1 / step, config=c)
+        yield flat.views, theirs
+
+
+def assert_close(shapes, make, tolerance, **settings):
+    for step, (mine, theirs) in enumerate(ours_and_theirs(shapes, make, **settings)):
+        for name, parameter in theirs.items():
+            assert (mine[name] - parameter).abs().max() <= tolerance, (step, name)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95), (0.0, 0.5)])
 def test_adamw_equals_torch_over_ten_steps(betas, weight_decay):
     """Decayed tensors first, as in a trained buffer; the last two are not decayed."""
-    generator = torch.Generator().manual_seed(0)
-    flat = allocate(SHAPES, torch.device("cpu"))
-    flat.buffer.normal_(generator=generator)
-    exp_avg, exp_avg_sq = torch.zeros_like(flat.buffer), torch.zeros_like(flat.buffer)
-    theirs = {n: v.clone().requires_grad_() for n, v in flat.views.items()}
-    before = flat.buffer.clone()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [theirs["a.weight"], theirs["b.weight"]], "weight_decay": weight_decay},
-            {"params": [theirs["norm.weight"], theirs["c.bias"]], "weight_decay": 0.0},
-        ],
-        betas=betas,
-        eps=1e-6,
+    assert_close(
+        SHAPES,
+        lambda g: torch.optim.AdamW(g, betas=betas, eps=1e-6),
+        2.5e-7,  # one ulp
+        weight_decay=weight_decay,
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
+        adam_epsilon=1e-6,
     )
-    for step in range(1, 11):
-        lr = 1e-2 / step
-        grads = allocate(SHAPES, torch.device("cpu"))
-        grads.buffer.copy_(torch.randn(before.shape, generator=generator) * 10.0 ** (step % 4 - 3))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_sgd_equals_torch(weight_decay):
+    assert_close(SHAPES, torch.optim.SGD, 2.5e-7, optim="sgd", weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adafactor_equals_transformers(weight_decay):
+    """With Trainer's settings: neither a relative step nor a rate scaled by the parameter."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(g):
+        return transformers.Adafactor(g, lr=1e-2, scale_parameter=False, relative_step=False)
+
+    assert_close(SHAPES, make, 1e-6, optim="adafactor", weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_eight_bit_rules_equal_bitsandbytes(optim, weight_decay):
+    """Bit for bit where a matrix is whole blocks; theirs keeps 32 bits below 4096 entries."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def make(g):
+        kind = bitsandbytes.optim.Lion if optim == "lion_8bit" else bitsandbytes.optim.AdamW
+        return kind(g, betas=(0.9, 0.99), optim_bits=8)
+
+    settings = {"optim": optim, "weight_decay": weight_decay, "adam_beta2": 0.99}
+    for mine, theirs in ours_and_theirs(BLOCKS, make, **settings):
         for name, parameter in theirs.items():
-            parameter.grad = grads.views[name].clone()
-        optimizer.step()
-        adamw_(
-            flat.buffer,
-            grads.buffer,
-            exp_avg,
-            exp_avg_sq,
-            groups(SHAPES),
-            step=step,
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            eps=1e-6,
-            weight_decay=weight_decay,
-        )
-        for name, parameter in theirs.items():
-            assert (flat.views[name] - parameter).abs().max() < 2.5e-7, (step, name)  # one ulp
-    moved = (flat.buffer - before).abs()
-    assert moved.min() > 1e-5
+            difference = (mine[name] - parameter).abs().max()
+            assert difference <= (0 if "lora" in name else 1e-6), name
+
+
+def test_eight_bit_moments_take_a_quarter_of_the_memory():
+    """Two bytes and two scales a block for an entry, where AdamW has eight."""
+    flat = allocate({"p.lora_A.weight": (16, 4096)}, torch.device("cpu"))
+    sizes = {}
+    for optim in ("adamw", "adamw_8bit", "lion_8bit"):
+        c = config(optim=optim)
+        slices = groups({n: tuple(v.shape) for n, v in flat.views.items()}, c)
+        sizes[optim] = sum(t.nbytes for t in init_moments(flat, slices, optim).values())
+    assert sizes["adamw_8bit"] / sizes["adamw"] == pytest.approx(0.254, abs=1e-3)
+    assert sizes["lion_8bit"] * 2 == sizes["adamw_8bit"]
+
+
+def test_embeddings_heads_norms_and_biases_keep_32_bit_moments():
+    shapes = trainable_shapes(None, BIASED)
+    flat, c = allocate(shapes, torch.device("cpu")), config(optim="adamw_8bit")
+    slices = groups(shapes, c)
+    moments = init_moments(flat, slices, c.optim)
+    start, kept = 0, set()
+    for name, shape in shapes.items():
+        (i,) = [i for i, g in enumerate(slices) if g.start <= start < g.stop]
+        kept |= {name} if moments[f"exp_avg.{i}"].dtype == torch.float32 else set()
+        start += math.prod(shape)
+    assert kept == {n for n in shapes if not n.endswith("_proj.weight")}
+
+
+def test_paged_state_needs_a_gpu():
+    flat = allocate(SHAPES, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"paged_adamw_8bit .* CUDA .* --optim adamw_8bit"):
+        init_moments(flat, groups(SHAPES, config()), "paged_adamw_8bit")
 
 
 def test_adamw_step_by_hand():
     """The first step moves by lr, whatever the gradient's size: m = g / 10, v = g^2 / 100."""
-    params, grads = torch.tensor([2.0, 2.0]), torch.tensor([-0.3, 4.0])
-    m, v = torch.zeros(2), torch.zeros(2)
-    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 0.0, "weight_decay": 0.5}
-    adamw_(params, grads, m, v, [Group(0, 1, True), Group(1, 2, False)], step=1, **options)
-    assert params.tolist() == pytest.approx([2 * (1 - 0.05) + 0.1, 2 - 0.1])
-    assert m.tolist() == pytest.approx([-0.03, 0.4])
-    assert v.tolist() == pytest.approx([0.0009, 0.16])
+    flat = allocate({"a": (1,), "b": (1,)}, torch.device("cpu"))
+    flat.buffer.fill_(2.0)
+    grads = torch.tensor([-0.3, 4.0])
+    slices = [Group(0, 1, True, 0.2), Group(1, 2, False, 0.4)]
+    moments = init_moments(flat, slices, "adamw")
+    c = config(adam_beta2=0.99, adam_epsilon=0.0, weight_decay=0.5)
+    update_(flat, grads, moments, slices, step=1, factor=0.5, config=c)
+    assert flat.buffer.tolist() == pytest.approx([2 * (1 - 0.05) + 0.1, 2 - 0.2])
+    assert moments["exp_avg"].tolist() == pytest.approx([-0.03, 0.4])
+    assert moments["exp_avg_sq"].tolist() == pytest.approx([0.0009, 0.16])
 
 
 # ----------------------------------------------------------------------------------------- clipping
@@ -164,7 +210,7 @@ def decayed_names(shapes):
     found, start = set(), 0
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
-        inside = [g for g in groups(shapes) if g.start <= start and stop <= g.stop]
+        inside = [g for g in groups(shapes, config()) if g.start <= start and stop <= g.stop]
         assert len(inside) == 1
         found |= {name} if inside[0].decayed else set()
         start = stop
@@ -197,7 +243,7 @@ def test_decay_groups_equal_trainer_s(tied):
 def test_decayed_tensors_of_a_whole_model_are_one_slice():
     """Two groups, that cover the buffer: decayed first."""
     shapes = trainable_shapes(None, BIASED)
-    first, second = groups(shapes)
+    first, second = groups(shapes, config())
     assert (first.start, first.decayed, second.decayed) == (0, True, False)
     assert first.stop == second.start
     assert second.stop == sum(map(math.prod, shapes.values()))
@@ -207,7 +253,7 @@ def test_adapters_and_trained_copies_are_decayed():
     lora = LoraConfig(r=2, modules_to_save=("embed_tokens", "lm_head"))
     shapes = trainable_shapes(lora, BIASED)
     assert decayed_names(shapes) == set(shapes)
-    assert groups(shapes) == [Group(0, sum(map(math.prod, shapes.values())), True)]
+    assert groups(shapes, config()) == [Group(0, sum(map(math.prod, shapes.values())), True, 3e-4)]
 
 
 @pytest.mark.parametrize(
@@ -225,3 +271,71 @@ def test_adapters_and_trained_copies_are_decayed():
 )
 def test_decay_by_name(name, decayed):
     assert is_decayed(name) == decayed
+
+
+# ------------------------------------------------------------------------------------------- rates
+
+
+def settings_of(shapes, c):
+    """Name -> (learning rate, decayed) of the group that each tensor lies in."""
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        (group,) = [g for g in groups(shapes, c) if g.start <= start < g.stop]
+        start += math.prod(shape)
+        assert start <= group.stop
+        found[name] = (group.learning_rate, group.decayed)
+    return found
+
+
+def unsloth_s(model, lr, embedding_lr):
+    """Name -> (rate, decayed) as UnslothTrainer groups the parameters of a model."""
+    transformers = pytest.importorskip("transformers")
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)
+    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            own = name.endswith("modules_to_save.default.weight") or any(p is e for e in ends)
+            short = name.removeprefix("base_model.model.").replace(".default.", ".")
+            rate = embedding_lr if own else lr
+            found[short.replace(".modules_to_save.", ".")] = (rate, name in decayed)
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_embedding_learning_rate_groups_equal_unsloth_s(tied, full):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    hf = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(hf)
+    c = config(learning_rate=1e-4, embedding_learning_rate=1e-5, lora_r=2, full_finetuning=full)
+    if not full:
+        c = dataclasses.replace(c, modules_to_save=("embed_tokens", "lm_head"))
+        adapter = peft.LoraConfig(
+            r=2, target_modules=list(c.target_modules), modules_to_save=list(c.modules_to_save),
+            ensure_weight_tying=tied,
+        )  # fmt: skip
+        model = peft.get_peft_model(model, adapter)
+    cfg = ModelConfig(**{**vars(BIASED), "tie_word_embeddings": tied})
+    want = unsloth_s(model, 1e-4, 1e-5)
+    got = settings_of(trainable_shapes(c.lora, cfg), c)
+    assert got == want
+    assert {rate for rate, _ in got.values()} == {1e-4, 1e-5}
+
+
+def test_without_its_own_rate_an_embedding_has_the_others():
+    shapes = trainable_shapes(None, BIASED)
+    assert {rate for rate, _ in settings_of(shapes, config()).values()} == {3e-4}
+
+
+def test_loraplus_ratio_is_on_the_b_matrices():
+    c = config(loraplus_lr_ratio=16.0, embedding_learning_rate=1e-5, modules_to_save="lm_head")
+    rates = settings_of(trainable_shapes(c.lora, BIASED), c)
+    assert len(rates) == 29
+    for name, (rate, decayed) in rates.items():
+        wanted = 1e-5 if name == "lm_head.weight" else 3e-4 * (16 if "lora_B" in name else 1)
+        assert (rate, decayed) == (wanted, True), name

@@ -109,6 +109,26 @@ def test_full_finetuning_resumes_bit_for_bit(inputs, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "adafactor", "sgd"])
+def test_every_optimizer_learns_and_resumes_bit_for_bit(settings, tmp_path, optim):
+    rates = {"learning_rate": 1e-3 if "lion" in optim else 0.3 if optim == "sgd" else 1e-2}
+    rates |= {"embedding_learning_rate": 1e-3, "loraplus_lr_ratio": 2}
+    settings = {**settings, **rates, "optim": optim}
+    train(**settings, output_dir=tmp_path / "whole")
+    losses = [loss for _, loss in step_lines(tmp_path / "whole", "loss")]
+    assert losses[-1] < losses[0] - 0.02
+    path = tmp_path / "whole" / "checkpoint-3"
+    train(**settings, output_dir=tmp_path / "out", resume_from_checkpoint=path)
+    assert_equal_runs(tmp_path / "out", tmp_path / "whole", 3)
+
+
+def test_another_optimizer_does_not_resume(settings, whole, tmp_path):
+    path = whole / "checkpoint-3"
+    changed = {**settings, "output_dir": tmp_path / "out", "resume_from_checkpoint": path}
+    outcome = call("train", flags(**changed, optim="adamw_8bit"))
+    assert outcome.code == 2 and "--optim was 'adamw', now 'adamw_8bit'" in outcome.err
+
+
 def test_float16_resumes_its_loss_scale(inputs, tmp_path):
     """A head this large overflows: steps are skipped and the scale halved until gradients fit."""
     model = tmp_path / "model"

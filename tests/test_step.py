@@ -54,7 +54,8 @@ def step_(state, batch, config=CONFIG, dtype=torch.float32, frozen=None, lr=1e-2
     shapes = {n: tuple(v.shape) for n, v in state.trainable.views.items()}
     plan = Plan(compute(dtype=dtype, **options))
     frozen = random_weights(dtype=dtype) if frozen is None else frozen
-    return train_step_(state, frozen, batch, plan, groups(shapes), config, lr)
+    config = dataclasses.replace(config, learning_rate=lr)
+    return train_step_(state, frozen, batch, plan, groups(shapes, config), config, 1.0)
 
 
 def step_of(dataset, micro_batches):
@@ -372,11 +373,11 @@ def test_eval_loss_of_nothing_is_not_a_number():
 
 
 def copies_of(state):
-    return [x.clone() for x in (state.trainable.buffer, state.exp_avg, state.exp_avg_sq)]
+    return [x.clone() for x in (state.trainable.buffer, *state.moments.values())]
 
 
 def unchanged(state, copies):
-    now = (state.trainable.buffer, state.exp_avg, state.exp_avg_sq)
+    now = (state.trainable.buffer, *state.moments.values())
     return all(map(torch.equal, now, copies))
 
 

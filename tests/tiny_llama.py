@@ -12,6 +12,7 @@ from minisft.batches import Batches, Schedule, StepBatch
 from minisft.config import LoraConfig, ModelConfig
 from minisft.data import TokenizedDataset
 from minisft.lora import Flat, allocate, init_lora_, trainable_shapes
+from minisft.optim import init_moments
 from minisft.step import State
 
 CFG = ModelConfig(
@@ -65,8 +66,7 @@ def whole_model(cfg: ModelConfig = CFG, seed: int = 0) -> Flat:
 
 def state_of(trainable: Flat, loss_scale: float = 1.0) -> State:
     """A state before its first step."""
-    zeros = (torch.zeros_like(trainable.buffer) for _ in range(2))
-    return State(trainable, *zeros, loss_scale=loss_scale)
+    return State(trainable, init_moments(trainable, [], "adamw"), loss_scale=loss_scale)
 
 
 def dataset_of(rows: list[list[list[int]]], labels: list[list[list[int]]]) -> TokenizedDataset:
