@@ -175,12 +175,7 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         raise UserError(
             f"{source}: architectures is {architectures}; expected ['LlamaForCausalLM']"
         )
-    if raw.get("quantization_config"):
-        method = (raw["quantization_config"] or {}).get("quant_method")
-        raise UserError(
-            f"{source}: quantization_config says quant_method={method!r}; this version reads 16- "
-            "and 32-bit checkpoints. Use the unquantised base"
-        )
+    _check_quantization(raw.get("quantization_config"), source)
     values = {
         key: _typed(raw, key, kind, required, source)
         for key, (kind, required) in _MODEL_FIELDS.items()
@@ -266,6 +261,22 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     return RopeConfig(rope_type=rope_type, rope_theta=float(theta), **given)
 
 
+def _check_quantization(raw: Any, source: str) -> None:
+    """Only bitsandbytes' 4-bit formats are read; which of them, the tensors tell."""
+    if not raw:
+        return
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: quantization_config is {raw!r}; expected a JSON object")
+    method = raw.get("quant_method", "bitsandbytes")
+    four_bit = raw.get("load_in_4bit") or raw.get("_load_in_4bit")
+    if method != "bitsandbytes" or not four_bit:
+        detail = "" if method != "bitsandbytes" else " without load_in_4bit"
+        raise UserError(
+            f"{source}: quantization_config says quant_method={method!r}{detail}; this version "
+            "reads bitsandbytes' 4-bit and 16- and 32-bit checkpoints. Use the unquantised base"
+        )
+
+
 def _typed(raw: dict, key: str, kind: type, required: bool, source: str) -> Any:
     value = raw.get(key)
     if value is None:
@@ -337,6 +348,9 @@ class TrainConfig:
     float16 on those that do not, float32 on CPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    load_in_4bit: bool = True
+    """QLoRA: keep the frozen linears in 4 bits (NF4, double quantisation) and train the adapter
+    through them. Always off with --full-finetuning, which trains 32-bit weights."""
     max_length: int = 2048
     """Longest row in tokens; longer rows are truncated, and counted."""
 
@@ -435,6 +449,8 @@ class TrainConfig:
 
     def __post_init__(self):
         self._check_types()
+        if self.full_finetuning:
+            object.__setattr__(self, "load_in_4bit", False)
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
         for name in ("target_modules", "modules_to_save", "columns", "lr_scheduler_kwargs"):
             object.__setattr__(self, name, split_list(getattr(self, name)))

@@ -1,6 +1,7 @@
 """The Llama forward pass: pure functions over two dicts of tensors keyed by Hugging Face names.
 
-frozen     weights that never change, "model.layers.0.self_attn.q_proj.weight" -> Tensor
+frozen     weights that never change, "model.layers.0.self_attn.q_proj.weight" -> Tensor, or
+           NF4Weight: a linear in 4 bits
 trainable  what the optimizer moves: "….q_proj.lora_A.weight", "….lora_B.weight" [fp32 masters],
            trained copies, or (full fine-tuning) every weight under its own name
 
@@ -12,7 +13,7 @@ T tokens (documents side by side)  D hidden  N query heads  K key/value heads  H
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from minisft.nn import (
     Documents,
     Linear,
     Lora,
+    NF4Weight,
     apply_rope,
     linear,
     packed_attention,
@@ -36,7 +38,7 @@ from minisft.nn import (
     swiglu,
 )
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor | NF4Weight]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T,N,H], k [T,K,H], v [T,K,H] -> [T,N,H]
 
 
@@ -75,19 +77,27 @@ class Tokens(NamedTuple):
 
 
 def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
-    """The trained tensor of that name if there is one, else the frozen one (else KeyError)."""
-    return trainable[name] if name in trainable else frozen[name]
+    """The trained tensor of that name if there is one, else the frozen one (else KeyError).
+
+    For what is never in 4 bits: embedding, head, norms, biases, adapters.
+    """
+    tensor = trainable[name] if name in trainable else frozen[name]
+    assert isinstance(tensor, Tensor), f"{name} is in 4 bits"
+    return tensor
 
 
 def linear_view(trainable: Weights, frozen: Weights, path: str) -> Linear:
     """Weight, bias and adapter of the linear at a path such as model.layers.0.mlp.up_proj."""
-    bias_name = f"{path}.bias"
+    weight_name, bias_name, A_name = f"{path}.weight", f"{path}.bias", f"{path}.lora_A.weight"
     has_bias = bias_name in frozen or bias_name in trainable
-    A, B = trainable.get(f"{path}.lora_A.weight"), trainable.get(f"{path}.lora_B.weight")
+    lora = None
+    if A_name in trainable:
+        A, B = (leaf(trainable, {}, f"{path}.lora_{x}.weight") for x in "AB")
+        lora = Lora(A, B, module_key(path))
     return Linear(
-        weight=leaf(trainable, frozen, f"{path}.weight"),
+        weight=trainable[weight_name] if weight_name in trainable else frozen[weight_name],
         bias=leaf(trainable, frozen, bias_name) if has_bias else None,
-        lora=None if A is None or B is None else Lora(A, B, module_key(path)),
+        lora=lora,
     )
 
 

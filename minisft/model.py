@@ -6,15 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.llama import Compute, Weights
 from minisft.lora import allocate, groups, init_lora_, trainable_shapes
+from minisft.nn import NF4Weight, dequantize
 from minisft.optim import init_moments
 from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
-from minisft.weights import load_model_config, open_checkpoint, resolve_model, stream_weights
+from minisft.weights import (
+    four_bit_names,
+    load_model_config,
+    open_checkpoint,
+    place,
+    resolve_model,
+    stream_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -34,21 +43,34 @@ class Model:
 
 
 def load_model(config: TrainConfig) -> tuple[Model, State]:
-    """Weights to the device one tensor at a time; the trained ones as views of a flat buffer."""
+    """Weights to the device one tensor at a time; the trained ones as views of a flat buffer.
+
+    With config.load_in_4bit each linear is quantised as it comes. A trained copy of a weight that
+    is stored in 4 bits starts from its decoded values. UserError for full fine-tuning of a 4-bit
+    checkpoint.
+    """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     directory = resolve_model(config.model, config.revision)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
+    if config.full_finetuning and checkpoint.four_bit:
+        raise UserError(
+            f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
+            "the unquantised base, or drop --full-finetuning to train an adapter"
+        )
     tokenizer = load_tokenizer(directory)
     lora = None if config.lora is None else split_targets(config.lora)
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, device)
-    frozen: Weights = {}
-    for name, tensor in stream_weights(checkpoint):
+    frozen: dict[str, Tensor | NF4Weight] = {}
+    four_bit = four_bit_names(checkpoint, config.load_in_4bit)
+    for name, weight in stream_weights(checkpoint):
         if name in flat.views:
-            flat.views[name].copy_(tensor)
+            flat.views[name].copy_(
+                dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
+            )
         else:
-            frozen[name] = tensor.to(device, dtype, copy=True)
+            frozen[name] = place(name, weight, device, dtype, name in four_bit)
     init_lora_(flat, config.seed)
     compute = Compute(
         model=checkpoint.cfg,

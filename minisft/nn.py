@@ -26,10 +26,13 @@ except ImportError:
         "(PyPI's `kernels`?): uninstall that one, or install minisft in an environment of its own"
     ) from None
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.nf4 import NF4Weight, dequantize, quantize
+from kernels.nf4.reference import CODES, NESTED_BLOCK
 
 __all__ = [
-    "Documents", "Linear", "Lora", "apply_rope", "dropout", "linear", "linear_cross_entropy",
-    "packed_attention", "rms_norm", "rope_inverse_frequencies", "rope_table", "swiglu",
+    "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "NF4Weight", "apply_rope", "dequantize",
+    "dropout", "frozen_linear", "linear", "linear_cross_entropy", "packed_attention", "quantize",
+    "rms_norm", "rope_inverse_frequencies", "rope_table", "swiglu",
 ]  # fmt: skip
 
 
@@ -44,7 +47,7 @@ class Lora(NamedTuple):
 class Linear(NamedTuple):
     """One projection: a frozen or trained weight [O, I], and perhaps a bias [O] and an adapter."""
 
-    weight: Tensor
+    weight: Tensor | NF4Weight
     bias: Tensor | None
     lora: Lora | None
 
@@ -72,14 +75,36 @@ def linear(x_TI: Tensor, module: Linear, adapter: Adapter) -> Tensor:
 
     x_TI: compute dtype; weights and fp32 masters are cast to it. Returns [T, O] in x's dtype.
     """
-    bias = None if module.bias is None else module.bias.to(x_TI.dtype)
-    y_TO = F.linear(x_TI, module.weight.to(x_TI.dtype), bias)
+    y_TO = frozen_linear(x_TI, module.weight, module.bias)
     if module.lora is None:
         return y_TO
     A_RI, B_OR, key = module.lora
     x_TI = x_TI if adapter.keys_T is None else dropout(x_TI, adapter.keys_T, key, adapter.dropout)
     u_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))
     return y_TO + F.linear(u_TR, B_OR.to(x_TI.dtype)) * adapter.scaling
+
+
+def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b in x's dtype. A 4-bit W gets no gradient; it is decoded anew where it is needed."""
+    bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
+    if isinstance(weight, NF4Weight):
+        return _FourBitLinear.apply(x_TI, weight, bias_O)  # pyright: ignore[reportReturnType]
+    return F.linear(x_TI, weight.to(x_TI.dtype), bias_O)
+
+
+class _FourBitLinear(torch.autograd.Function):
+    """Neither pass keeps the decoded matrix; what is kept is the 4-bit one, which stays anyway."""
+
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, weight: NF4Weight, bias_O: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x_TI, dequantize(weight, x_TI.dtype), bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_TO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx_TI = dy_TO @ dequantize(ctx.weight, dy_TO.dtype) if ctx.needs_input_grad[0] else None
+        return dx_TI, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def dropout(x_TI: Tensor, keys_T: Tensor, module_key: int, rate: float) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from minisft.batches import Batches, Schedule
 from minisft.checkpoint import (
@@ -32,6 +33,7 @@ from minisft.export import (
 )
 from minisft.loop import Preempted, due, steps_, stop_signals
 from minisft.model import Model, load_model
+from minisft.nn import NF4Weight
 from minisft.outputs import (
     OUTPUT,
     RUN,
@@ -47,8 +49,8 @@ from minisft.step import State
 
 # A checkpoint made under other values of these is not a checkpoint of this run.
 _FIXED_ON_RESUME = (
-    "dtype", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
-    "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
+    "dtype", "load_in_4bit", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora",
+    "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
 
@@ -148,7 +150,7 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
     raw = load_json(out / OUTPUT)
     then = load_json(out / RUN)["config"]
     names = (*_FIXED_ON_RESUME, "model", "dataset")
-    if any(then.get(name) != plain(getattr(config, name)) for name in names):
+    if any(then.get(name, False) != plain(getattr(config, name)) for name in names):
         return None
     if config.max_steps > 0:
         complete = raw["global_step"] >= config.max_steps
@@ -259,7 +261,7 @@ def _set_aside(out: Path, step: int) -> None:
 
 
 def _resume_problems(facts: dict, config: TrainConfig, model: Model, data: Data) -> list[str]:
-    then = facts["config"]
+    then = {"load_in_4bit": False} | facts["config"]  # as before there was the flag
     found = [
         f"{flag(name)} was {then[name]!r}, now {plain(getattr(config, name))!r}"
         for name in _FIXED_ON_RESUME
@@ -277,13 +279,23 @@ def describe(
 ) -> None:
     """The few lines a reader wants before the first step."""
     cfg = model.cfg
-    trained, frozen = state.trainable.buffer.numel(), sum(w.numel() for w in model.frozen.values())
+    trained, frozen = state.trainable.buffer.numel(), sum(count(w) for w in model.frozen.values())
     share = trained / (trained + frozen)
     say(
         f"model   {config.model}: {cfg.num_hidden_layers} layers, hidden {cfg.hidden_size}, "
         f"{trained + frozen:,} parameters, {trained:,} trained ({share:.2%}), "
         f"{str(model.compute.dtype).removeprefix('torch.')} on {model.device}"
     )
+    packed = [w for w in model.frozen.values() if isinstance(w, NF4Weight)]
+    if packed:
+        kinds = "/".join(sorted({w.quant_type for w in packed}))
+        mib = sum(w.nbytes() for w in packed) / 2**20
+        say(
+            f"        {len(packed)} frozen linears in 4 bits ({kinds}), {mib:,.1f} MiB "
+            "(--no-load-in-4bit keeps them in full)"
+        )
+    elif config.full_finetuning:
+        say("        every weight is trained, in float32: --load-in-4bit is off")
     if model.lora and model.lora.modules_to_save:
         names = ", ".join(model.lora.modules_to_save)
         tied = " (tied: one matrix)" if cfg.tie_word_embeddings else ""
@@ -304,6 +316,11 @@ def describe(
     )
     if len(data.train) < schedule.batch_size * schedule.accumulation:
         say(f"warning: {len(data.train)} rows do not fill one step; every step is shorter")
+
+
+def count(weight: Tensor | NF4Weight) -> int:
+    """How many numbers a weight has."""
+    return math.prod(weight.shape)
 
 
 def describe_stats(stats: dict[str, Any]) -> str:

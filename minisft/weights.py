@@ -1,7 +1,8 @@
 """Checkpoints in: config.json and safetensors, one tensor at a time.
 
 Local directories and hub ids, single files and shards with an index. Names, shapes and dtypes are
-checked against config.json before a byte of data is read.
+checked against config.json before a byte of weights is read. Linears may be in bitsandbytes' 4-bit
+formats; the tensors tell, whatever config.json says.
 """
 
 from __future__ import annotations
@@ -9,12 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisft.config import ModelConfig, UserError, load_json, parse_model_config
-from minisft.safetensors_io import iter_tensors, read_header
+from minisft.nn import NF4Weight, dequantize, quantize
+from minisft.quant_state import (
+    QuantState,
+    assemble,
+    check_members,
+    check_state_size,
+    find_states,
+    parse_state,
+)
+from minisft.safetensors_io import TensorInfo, iter_tensors, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -70,15 +81,17 @@ def load_model_config(directory: Path) -> ModelConfig:
 class Checkpoint:
     """Where every tensor of a checkpoint lies: our key -> (file, key in that file).
 
-    cfg is config.json's, but for `tie_word_embeddings` where the files overrule it.
+    cfg is config.json's, but for `tie_word_embeddings` where the files overrule it. four_bit: key
+    of each matrix that is stored in 4 bits -> its quant state; its scales are in `places` too.
     """
 
     places: dict[str, tuple[Path, str]]
     cfg: ModelConfig
+    four_bit: dict[str, QuantState] = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
-    """Find and check every tensor against config.json by the files' headers alone.
+    """Find and check every tensor against config.json by the files' headers and quant states.
 
     Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as
     transformers does. A tied model that carries a head of its own is opened untied (the returned
@@ -89,35 +102,123 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
     headers = {file: read_header(file).tensors for file in _weight_files(directory)}
     bare = not any(n.startswith("model.") for header in headers.values() for n in header)
     places: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    infos: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, info in header.items():
             key = f"model.{name}" if bare and not name.startswith("lm_head.") else name
             if key.endswith("rotary_emb.inv_freq"):
                 continue
-            if info.dtype not in _FLOATS:
-                raise UserError(
-                    f"{file}: {name} is stored as {info.dtype}; expected float32, float16 or "
-                    "bfloat16. Use an unquantised checkpoint"
-                )
             if key in places:
                 raise UserError(f"{file}: {name} is also in {places[key][0].name}")
-            places[key], shapes[key] = (file, name), tuple(info.shape)
-    cfg = _settle_tying(places, cfg)
+            places[key], infos[key] = (file, name), info
+    four_bit = _read_states(directory, places, infos)
+    members = {weight: _member_keys(weight, state) for weight, state in four_bit.items()}
+    within = {key for keys in members.values() for key in keys}
+    for key, (file, name) in places.items():
+        if key not in within and infos[key].dtype not in _FLOATS:
+            raise UserError(
+                f"{file}: {name} is stored as {infos[key].dtype}, and not in bitsandbytes' 4-bit "
+                "format; expected float32, float16 or bfloat16. Use an unquantised checkpoint"
+            )
+    shapes = {key: infos[key].shape for key in places if key not in within}
+    shapes |= {weight: state.shape for weight, state in four_bit.items()}
+    cfg = _settle_tying(places, four_bit, cfg)
     _check_shapes(directory, shapes if not cfg.tie_word_embeddings else _untied(shapes), cfg)
-    return Checkpoint({k: v for k, v in places.items() if k in cfg.weight_shapes()}, cfg)
+    wanted = {n for name in cfg.weight_shapes() for n in members.get(name, [name])}
+    return Checkpoint({k: v for k, v in places.items() if k in wanted}, cfg, four_bit)
 
 
-def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield (HF key, tensor as stored, on CPU) one at a time, file by file.
+def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4Weight]]:
+    """Yield (HF key, weight as stored, on CPU) one at a time, file by file.
 
-    The caller converts and places each before asking for the next: no more than one tensor waits
-    in host memory. UserError names a file that is damaged.
+    The caller converts and places each before asking for the next: no more than one weight waits
+    in host memory, and scales that lie before the 4-bit matrix that they belong to.
+    UserError names a file that is damaged.
     """
+    owners = {
+        key: weight
+        for weight, state in checkpoint.four_bit.items()
+        for key in _member_keys(weight, state)
+    }
+    waiting: dict[str, dict[str, Tensor]] = {weight: {} for weight in checkpoint.four_bit}
     for file in sorted({file for file, _ in checkpoint.places.values()}):
-        names = {name: key for key, (f, name) in checkpoint.places.items() if f == file}
+        keys = {name: key for key, (f, name) in checkpoint.places.items() if f == file}
+        for name, tensor in iter_tensors(file, list(keys)):
+            key = keys[name]
+            if key not in owners:
+                yield key, tensor
+                continue
+            weight = owners[key]
+            state, found = checkpoint.four_bit[weight], waiting[weight]
+            found[key] = tensor
+            if len(found) == len(_member_keys(weight, state)):
+                yield weight, assemble(weight, state, waiting.pop(weight), str(file))
+            del tensor
+
+
+def place(
+    name: str, weight: Tensor | NF4Weight, device: torch.device, dtype: torch.dtype, four_bit: bool
+) -> Tensor | NF4Weight:
+    """A frozen weight as the run keeps it: on `device`, in `dtype` or in 4 bits.
+
+    A matrix in 4 bits stays as it is or is decoded into `dtype`; another is quantised from the
+    values stored, to NF4 with double quantisation, on `device`. UserError if it is not finite.
+    """
+    if isinstance(weight, NF4Weight):
+        moved = NF4Weight(*(_copied(value, device) for value in weight))
+        return moved if four_bit else dequantize(moved, dtype)
+    if not four_bit:
+        return weight.to(device, dtype, copy=True)
+    try:
+        return quantize(weight.to(device))
+    except ValueError as e:
+        raise UserError(f"{name} cannot be quantised: {e}") from None
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
+    """The weights that a run keeps in 4 bits: none, or every linear of the decoder layers.
+
+    A checkpoint that is quantised has made the choice: what it holds in 16 bits stays so. A head
+    in 4 bits is decoded.
+    """
+    if not load_in_4bit:
+        return set()
+    linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
+    return linears & checkpoint.four_bit.keys() if checkpoint.four_bit else linears
+
+
+def _member_keys(weight: str, state: QuantState) -> list[str]:
+    return [weight, *(f"{weight}.{member}" for member in state.members())]
+
+
+def _read_states(
+    directory: Path, places: dict[str, tuple[Path, str]], infos: dict[str, TensorInfo]
+) -> dict[str, QuantState]:
+    """The quant state of every 4-bit matrix, taken out of `places` and `infos` and checked."""
+    keys = find_states(places, str(directory))
+    where = {key: places.pop(key) for key in keys.values()}
+    for key in where:
+        check_state_size(key, infos.pop(key), str(directory))
+    texts: dict[str, bytes] = {}
+    for file in sorted({file for file, _ in where.values()}):
+        names = {name: key for key, (f, name) in where.items() if f == file}
         for name, tensor in iter_tensors(file, list(names)):
-            yield names[name], tensor
+            texts[names[name]] = bytes(tensor.tolist())
+    states = {w: parse_state(key, texts[key], str(directory)) for w, key in keys.items()}
+    groups: dict[str, dict[str, TensorInfo]] = {weight: {} for weight in states}
+    for key, info in infos.items():
+        weight = key if key in states else key.rpartition(".")[0]
+        if weight in states:
+            groups[weight][key] = info
+    for weight, state in states.items():
+        check_members(weight, state, groups[weight], str(directory))
+        if weight == "model.embed_tokens.weight":
+            raise UserError(f"{directory}: {weight} is in 4 bits; only linears may be")
+    return states
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -149,7 +250,9 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _settle_tying(places: dict[str, tuple[Path, str]], cfg: ModelConfig) -> ModelConfig:
+def _settle_tying(
+    places: dict[str, tuple[Path, str]], four_bit: dict[str, QuantState], cfg: ModelConfig
+) -> ModelConfig:
     """Decide whether the head is the embedding, as transformers v5 does on loading.
 
     Tied in config.json and only one of the two present: that one serves as both. Both present and
@@ -158,6 +261,8 @@ def _settle_tying(places: dict[str, tuple[Path, str]], cfg: ModelConfig) -> Mode
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if not cfg.tie_word_embeddings or head not in places:
         return cfg
+    if head in four_bit:
+        raise UserError(f"{places[head][0]}: {head} is in 4 bits, but config.json ties it")
     if embedding not in places:
         places[embedding] = places.pop(head)
         return cfg

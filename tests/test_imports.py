@@ -15,6 +15,7 @@ from runs import ROOT, pairs, tree, write_model, write_rows
 FLOORS = [
     ["config"],
     ["safetensors_io", "targets", "nn", "formats", "chat", "tokenizer", "cli", "demo"],
+    ["quant_state"],
     ["weights", "lora", "adapter", "llama", "data"],
     ["batches", "optim", "schedules", "generate"],
     ["loss"],

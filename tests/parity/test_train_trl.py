@@ -131,7 +131,7 @@ def ours(directory: Path, rows: list[dict], out: Path, monkeypatch: Any, **setti
     minisft.train(
         TrainConfig(
             model=str(directory), dataset=str(source), output_dir=str(out), dtype="float32",
-            device="cpu", **settings,
+            device="cpu", load_in_4bit=False, **settings,
         )
     )  # fmt: skip
     file = "model.safetensors" if settings.get("full_finetuning") else "adapter_model.safetensors"
