@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 _COUNTERS = (
     "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
+    "losses", "spikes",
 )  # fmt: skip
 _NAME = re.compile(r"checkpoint-\d+")
 _TEMPORARY = "tmp-checkpoint-"
@@ -71,24 +72,42 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> dict[str, Any]:
-    """Fill `state` from a verified checkpoint and return the facts stored with it.
+def read_facts(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a verified checkpoint: counters, and the facts stored with them.
+
+    Raises UserError if it lacks what `load_checkpoint_` and a comparison of settings read.
+    """
+    file = path / "trainer_state.json"
+    raw = load_json(file)
+    fields: dict[str, Any] = {"config": dict}
+    fields |= dict.fromkeys(("data_hash", "base_digest", "weights_digest"), str)
+    fields |= dict.fromkeys(("step", "updates", "good_steps", "num_tokens", "spikes"), int)
+    fields |= dict.fromkeys(("loss_scale", "total_loss"), (int, float))
+    fields |= dict.fromkeys(("unlogged", "losses"), list)
+    for name, kind in fields.items():
+        if not isinstance(raw, dict) or not isinstance(raw.get(name), kind):
+            raise UserError(f"{file}: {name} is missing or malformed; use an older checkpoint")
+    return raw
+
+
+def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> None:
+    """Fill `state` from a verified checkpoint.
 
     model_file holds the trained tensors under prefix + name. UserError names what does not fit.
     """
-    facts = load_json(path / "trainer_state.json")
+    facts = read_facts(path)
     for name in _COUNTERS:
-        setattr(state, name, facts.pop(name))
+        setattr(state, name, facts[name])
     _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
     _fill(path / OPTIMIZER, _optimizer_tensors(state))
-    return facts
 
 
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that --resume-from-checkpoint means: `auto` or a path.
 
     auto: the newest that verifies; damaged ones are skipped with a line each; None if there is
-    none. A path must verify: UserError says what is wrong with it.
+    no checkpoint at all. UserError if there are some and none verifies: starting from step 0 would
+    give up what they hold. A path must verify: UserError says what is wrong with it.
     """
     if which != "auto":
         path = Path(which)
@@ -103,11 +122,17 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
                 f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
             )
         return path
-    for path in reversed(list_checkpoints(output_dir)):
+    found = list_checkpoints(output_dir)
+    for path in reversed(found):
         problem = verify(path)
         if not problem:
             return path
         say(f"skipping {path.name}: {problem}")
+    if found:
+        raise UserError(
+            f"{output_dir}: all {len(found)} checkpoints are damaged, {found[-1].name} among them "
+            f"({verify(found[-1])}); restore one, or start over with --overwrite-output-dir"
+        )
     return None
 
 

@@ -49,31 +49,48 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
         raise UserError(_one_line(captured.getvalue())) from None
 
 
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether the flags ask for the list of flags."""
+    return "--help" in argv or "-h" in argv
+
+
 def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
     """Call `main` and turn how it ended into an exit code; user errors are one line on stderr.
 
     stopped: exception type -> exit code for endings that are neither success nor the user's error.
     """
+
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads any more: the exit code still tells
+            print(line, file=sys.stderr, flush=True)
+
     try:
         main()
         return 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        tell(f"error: {e}")
         return 2
     except tuple(stopped) as e:
-        print(f"{e}", file=sys.stderr)
+        tell(str(e))
         return next(code for kind, code in stopped.items() if isinstance(e, kind))
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    for i, word in enumerate(argv):
+    kept, files = [], []
+    words = iter(argv)
+    for word in words:
         if word == "--config":
-            if i + 1 == len(argv):
+            file = next(words, None)
+            if file is None:
                 raise UserError("--config: expected a YAML file after it")
-            return argv[:i] + argv[i + 2 :], argv[i + 1]
-        if word.startswith("--config="):
-            return argv[:i] + argv[i + 1 :], word.removeprefix("--config=")
-    return argv, None
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            kept.append(word)
+    if len(files) > 1:
+        raise UserError(f"--config is given {len(files)} times ({', '.join(files)}); give one file")
+    return kept, files[0] if files else None
 
 
 def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
@@ -86,9 +103,30 @@ def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
         raise UserError(f"{word}: a switch takes no value; give {on} or --no-{on[2:]}")
     if name in fields or name == "help" or switch:
         return
-    guess = difflib.get_close_matches(name, [*fields, "config"], n=1, cutoff=0.5)
-    hint = f"did you mean {flag(guess[0])}?" if guess else "see --help for the list"
+    guess = _nearest(name, [*fields, "config"])
+    hint = f"did you mean {flag(guess)}?" if guess else "see --help for the list"
     raise UserError(f"unknown flag {word.split('=', 1)[0]}; {hint}")
+
+
+# What other programs call our settings, where the letters alone would lead astray.
+_OTHER_NAMES = {
+    "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "wd": "weight_decay",
+    "train_batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
+    "accumulation": "gradient_accumulation_steps", "grad_accum": "gradient_accumulation_steps",
+    "max_seq_length": "max_length", "max_seq_len": "max_length", "cutoff_len": "max_length",
+    "rank": "lora_r", "r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "data": "dataset", "train_file": "dataset", "model_name_or_path": "model",
+    "model_name": "model", "output": "output_dir", "out": "output_dir", "resume":
+    "resume_from_checkpoint", "scheduler": "lr_scheduler_type", "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps", "keep": "save_total_limit", "bf16": "dtype", "fp16": "dtype",
+}  # fmt: skip
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The setting that a name most likely means: by what others call it, else by its letters."""
+    if (ours := _OTHER_NAMES.get(name)) in known:
+        return ours
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
@@ -116,8 +154,8 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
     for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            guess = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            hint = f"; did you mean {guess[0]}?" if guess else ""
+            guess = _nearest(name, list(fields))
+            hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"--config {file}: unknown key {key!r}{hint}")
         values[name] = _coerce(value, str(fields[name].type), f"--config {file}: {key}")
     return dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]

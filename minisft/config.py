@@ -21,6 +21,7 @@ class UserError(ValueError):
     """
 
 
+MAX_JSON_BYTES = 100_000_000  # of one JSON file: the index of the largest models has a few MB
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -299,6 +300,8 @@ def _dtype_name(value: Any, source: str) -> str | None:
 def load_json(path: Path) -> Any:
     """Read one JSON file; UserError names the file, and the line where it is malformed."""
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {size} bytes; expected at most {MAX_JSON_BYTES} of JSON")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this the right directory?") from None
@@ -308,6 +311,11 @@ def load_json(path: Path) -> Any:
         raise UserError(
             f"{path}:{e.lineno}: malformed JSON ({e.msg}); mend it, or copy or download it again"
         ) from None
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
+        if isinstance(e, UserError):
+            raise
+        reason = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise UserError(f"{path}: malformed JSON ({reason}); copy or download it again") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
@@ -431,6 +439,11 @@ class TrainConfig:
     """AdamW epsilon."""
     gradient_checkpointing: str = "none"
     """none, or block: keep only each block's input and recompute the rest in the backward pass."""
+    stop_on_loss_spike: bool = False
+    """Stop (exit code 3) after five steps in a row whose loss is more than twice the mean of the
+    last 100 and 1 above it; a spike always gives a warning."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits in every process (on a GPU: slower)."""
     seed: int = 3407
     """Seed of row order, adapter initialisation and dropout."""
     logging_steps: int = 1
@@ -508,6 +521,7 @@ class TrainConfig:
                 "--modules-to-save has no meaning with --full-finetuning, which trains every "
                 "weight; drop one"
             )
+        self._check_idle()
         if self.eval_strategy != "no" and not self.eval_dataset:
             raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")
         if self.eval_generate and not self.eval_dataset:
@@ -516,6 +530,27 @@ class TrainConfig:
             raise UserError("--loraplus-lr-ratio needs an adapter; drop it or --full-finetuning")
         self.column_map  # noqa: B018  (raises on a malformed --columns)
         self.scheduler_options  # noqa: B018
+
+    def _check_idle(self) -> None:
+        """Refuse a setting that the others leave without effect: nothing asked for is dropped."""
+        lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+        idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
+        if not self.packing:
+            idle.append(("packing_strategy", "no_packing", "add --packing"))
+        if self.eval_strategy != "steps":
+            remedy = "add --eval-strategy steps"
+            idle.append(("eval_steps", f"eval_strategy {self.eval_strategy}", remedy))
+        if self.lr_scheduler_type == "constant":
+            remedy = "take constant_with_warmup"
+            idle.append(("warmup_steps", "lr_scheduler_type constant", remedy))
+        if self.resume_from_checkpoint:
+            remedy = "continue the run, or start over"
+            idle.append(("overwrite_output_dir", "resume_from_checkpoint", remedy))
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, cause, remedy in idle:
+            if (value := getattr(self, name)) != defaults[name]:
+                shown = "" if value is True else f" {value}"
+                raise UserError(f"{flag(name)}{shown} has no effect with {flag(cause)}; {remedy}")
 
     def _check_types(self) -> None:
         """Python callers get the command line's strictness; paths may be pathlib's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from minisft.batches import IGNORED, MicroBatch, Schedule, cut_by_tokens, make_micro_batch
 from minisft.checkpoint import write_json
-from minisft.config import TrainConfig, UserError
+from minisft.config import TrainConfig, UserError, load_json
 from minisft.data import TokenizedDataset
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.model import Model
@@ -52,7 +51,12 @@ def evaluate_before(
         return {}
     kept = out / STEP0
     if state.step > 0:
-        return json.loads(kept.read_text()) if kept.exists() else {}
+        before = load_json(kept) if kept.exists() else {}
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{kept}: expected a JSON object, found {type(before).__name__}; remove it"
+            )
+        return before
     loss = evaluate(model, state, dataset, config)
     report.evaluation({"step": state.step, "epoch": 0.0, "eval_loss": loss})
     before: dict[str, Any] = {"eval_loss": loss}
@@ -71,8 +75,13 @@ def evaluate_during(
     total_steps: int,
     report: Reporter,
 ) -> None:
-    """Eval loss where --eval-strategy asks for one after this step (the last has its own)."""
+    """Eval loss where --eval-strategy asks for one after this step (the last has its own).
+
+    Called again after resuming, for the evaluation that a signal or a kill broke off.
+    """
     if dataset is None or state.step == total_steps or config.eval_strategy == "no":
+        return
+    if report.has_evaluation(state.step):
         return
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":

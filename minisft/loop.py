@@ -1,15 +1,12 @@
-"""The training loop: steps, guards, signals, and the numbers of every step."""
+"""The training loop: steps, guards, and the numbers of every step."""
 
 from __future__ import annotations
 
 import math
-import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,40 +21,7 @@ from minisft.step import Plan, State, StepResult, train_step_
 
 
 class TrainingStopped(RuntimeError):
-    """A guard ended training (a loss that is not finite): exit code 3."""
-
-
-class Preempted(RuntimeError):
-    """A signal ended training after a complete checkpoint was written: exit code 75."""
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """SIGTERM and SIGINT ask to stop after the current step: their names appear in the list.
-
-    A second signal acts at once. Outside the main thread nothing is installed.
-    """
-    asked: list[str] = []
-    previous = {}
-
-    def handler(number, frame):
-        asked.append(signal.Signals(number).name)
-        for n in previous:
-            signal.signal(n, signal.SIG_DFL)
-        # Not print: the signal may have come inside one, and a stream does not take two at once.
-        with suppress(OSError):
-            os.write(2, f"{asked[0]}: stopping after this step (again: at once)\n".encode())
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread
-        previous = {}
-    try:
-        yield asked
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    """A guard ended training (a loss that is not finite, nothing learnt): exit code 3."""
 
 
 def steps_(
@@ -76,13 +40,16 @@ def steps_(
         batch = batches.batch(state.step)
         factor = factor_at(state.step, total_steps, config)
         result = train_step_(state, model.frozen, batch, plan, slices, config, factor)
-        _guard(result, state, batch.rows, model.compute.dtype)
+        stopped = _stopped(result, state, batch.rows, model.compute.dtype)
+        stopped = stopped or _spiked(result, state, batch.rows, config, report)
         seconds = time.perf_counter() - started
         state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
-        if due(state.step, config.logging_steps, total_steps):
+        if due(state.step, config.logging_steps, total_steps) or stopped:
             rate = config.learning_rate * factor
             report.step(_step_metrics(state, result.grad_norm, batch.epoch, rate, model.device))
             state.unlogged = []
+        if stopped:
+            raise TrainingStopped(stopped)
         yield result
 
 
@@ -91,18 +58,74 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _guard(result: StepResult, state: State, rows: list[int], dtype: torch.dtype) -> None:
+def _stopped(result: StepResult, state: State, rows: list[int], dtype: torch.dtype) -> str:
+    """Why a step that was not applied ends training, or ""."""
     if result.applied:
-        return
+        return ""
     if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
-        return  # a gradient overflowed: the step was skipped and the loss scale halved
+        return ""  # a gradient overflowed: the step was skipped and the loss scale halved
     what = "loss" if not math.isfinite(result.loss) else "gradient norm"
     value = result.loss if what == "loss" else result.grad_norm
-    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
-    raise TrainingStopped(
+    return (
         f"step {state.step}: the {what} is {value}; no weight was changed by it. Rows of the step: "
-        f"{shown}. Look at them, lower --learning-rate, or resume from the last checkpoint"
+        f"{_shown(rows)}. Look at them, lower --learning-rate, or resume from the last checkpoint"
     )
+
+
+def _spiked(
+    result: StepResult, state: State, rows: list[int], config: TrainConfig, report: Reporter
+) -> str:
+    """Warn where a spike of the loss begins; why a lasting one ends training, or "".
+
+    A spike: more than twice the mean of the last 100 losses that were none, and 1 above it.
+    """
+    mean = sum(state.losses) / max(1, len(state.losses))
+    if len(state.losses) < 10 or not result.loss > max(2 * mean, mean + 1):
+        state.spikes = 0
+        if math.isfinite(result.loss):
+            state.losses = [*state.losses[-99:], result.loss]
+        return ""
+    state.spikes += 1
+    told = (
+        f"step {state.step}: the loss is {result.loss:.4g}; the mean of {len(state.losses)} steps "
+        f"before is {mean:.4g}. Rows of the step: {_shown(rows)}"
+    )
+    if state.spikes == 1:
+        report.say(f"warning: {told}")
+    if state.spikes < 5 or not config.stop_on_loss_spike:
+        return ""
+    return f"{told}. It is the fifth such step in a row: lower --learning-rate and resume"
+
+
+def _shown(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+
+
+def trace(state: State) -> tuple[int, int]:
+    """(updates made, a number that tells whether any bit of the trained tensors changes)."""
+    bits = state.trainable.buffer.view(torch.int32)
+    return state.updates, int(bits.sum(dtype=torch.int64))
+
+
+def check_changed(
+    before: tuple[int, int], state: State, first: int, config: TrainConfig, total: int
+) -> None:
+    """Raises TrainingStopped if steps with a learning rate above 0 left every weight as it was.
+
+    before: `trace` of the state that step `first` started from. Steps that float16 skipped count
+    only where no step of the whole run was applied.
+    """
+    if config.learning_rate == 0 or not any(
+        factor_at(i, total, config) for i in range(first, total)
+    ):
+        return
+    skipped = 0 < state.updates == before[0]
+    if not skipped and trace(state)[1] == before[1]:
+        raise TrainingStopped(
+            f"{total - first} steps changed no trained weight ({state.updates} updates in all): "
+            "the gradients are zero, or every step overflowed. Look at the rows, and at grad_norm "
+            "in metrics.jsonl; with --dtype float16 try bfloat16, or more steps"
+        )
 
 
 def _step_metrics(

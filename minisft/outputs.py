@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
+import os
 import platform
 import shutil
 import sys
@@ -15,11 +17,18 @@ from typing import Any
 
 import torch
 
-from minisft.checkpoint import clean_temporaries, file_digest, list_checkpoints, write_json
+from minisft.checkpoint import clean_temporaries, file_digest, list_checkpoints, write_json, writing
 from minisft.config import TrainConfig, UserError
 from minisft.model import Model
 
 RUN, OUTPUT = "run.json", "train_output.json"
+# Files with names that others use too: a directory that holds one and no run is left alone.
+_WRITTEN = (
+    "README.md", "config.json", "generation_config.json", "metrics.jsonl", "step0.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates",
+)  # fmt: skip
+_PIECE = 1 << 16  # bytes
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
 
@@ -27,8 +36,8 @@ _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "dataset
 def output_directory(config: TrainConfig) -> Iterator[Path]:
     """The output directory, created, writable, locked against a second run, free of leftovers.
 
-    UserError if it holds the base model, or a run and neither resuming nor overwriting was asked
-    for. Nothing of an earlier run is removed here (`start_over`).
+    UserError if it holds the base model, somebody else's files, or a run and neither resuming nor
+    overwriting was asked for. Nothing of an earlier run is removed here (`start_over`).
     """
     out = Path(config.output_dir)
     try:
@@ -50,26 +59,37 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
         ) from e
     with lock:
         clean_temporaries(out)
-        if not config.resume_from_checkpoint:
-            _check_free(out, config.overwrite_output_dir)
+        _check_free(out, config)
         yield out
 
 
-def start_over(out: Path, config: TrainConfig) -> None:
-    """With --overwrite-output-dir, remove what an earlier run made: once the new one can start."""
-    if config.overwrite_output_dir and not config.resume_from_checkpoint:
-        for path in _products(out):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
+    """Write run.json and, with --overwrite-output-dir, remove what an earlier run made.
+
+    The new record is on the disk before anything is removed, and gets its name after.
+    """
+    new = out / f".{RUN}.new.tmp"
+    write_json(new, record)
+    if config.overwrite_output_dir:
+        with writing(out):
+            for path in _products(out):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with writing(out / RUN):
+        os.replace(new, out / RUN)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, config: TrainConfig) -> None:
+    """Refuse a directory with files that are not a run's, or with a run that nobody mentioned."""
     products = _products(out)
-    if products and not (out / RUN).exists():
+    resuming = bool(config.resume_from_checkpoint)
+    ours = (out / RUN).exists() or (resuming and list_checkpoints(out))
+    foreign = products or [out / name for name in _WRITTEN if (out / name).exists()]
+    if foreign and not ours:
         raise UserError(
-            f"--output-dir {out} holds {products[-1].name} but no {RUN}, so it is no run's; choose "
+            f"--output-dir {out} holds {foreign[-1].name} but no {RUN}, so it is no run's; choose "
             "another directory"
         )
-    if products and not overwrite:
+    if products and not config.overwrite_output_dir and not resuming:
         raise UserError(
             f"--output-dir {out} holds a run already ({products[-1].name}); continue it with "
             "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or take another"
@@ -77,21 +97,34 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _products(out: Path) -> list[Path]:
-    """What a run leaves that another one must not be mixed with."""
+    """What a run leaves that another one must not be mixed with; the mark of completion first."""
     names = [OUTPUT, "adapter_model.safetensors", "adapter_config.json"]
     names += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
     return [p for name in names for p in out.glob(name)] + list_checkpoints(out)
 
 
-def base_digest(directory: Path) -> str:
-    """SHA-256 of the base model's config.json."""
-    return file_digest(directory / "config.json")
+def base_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of the base model's config.json, and one of samples of its weights.
+
+    Of each weight file: its name, its size and 64 pieces of 64 KiB evenly spread, the header first;
+    a fraction of a second for any model. Another training of the same shape differs everywhere.
+    """
+    weights = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        weights.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(i * size // 64)
+                weights.update(file.read(min(_PIECE, size // 64 + 1)))
+    config = file_digest(directory / "config.json")
+    return {"base_digest": config, "weights_digest": weights.hexdigest()}
 
 
-def write_run_record(
-    out: Path, config: TrainConfig, model: Model, data: dict[str, Any], steps: int
-) -> None:
-    """run.json: the command, the resolved settings, versions, and the hash of the data."""
+def run_record(
+    config: TrainConfig, model: Model, facts: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """What run.json says: command, resolved settings, versions, and the hash of the data."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -99,7 +132,7 @@ def write_run_record(
         except PackageNotFoundError:
             versions[name] = None
     gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
-    record = {
+    return {
         "command": sys.argv,
         "config": plain_config(config),
         "resolved": {
@@ -111,10 +144,8 @@ def write_run_record(
         },
         "versions": {"python": platform.python_version(), **versions},
         "gpu": gpu,
-        **data,
-        "base_digest": base_digest(model.directory),
+        **facts,
     }
-    write_json(out / RUN, record)
 
 
 def plain(value: Any) -> Any:

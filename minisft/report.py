@@ -19,8 +19,15 @@ METRICS = "metrics.jsonl"
 class Reporter:
     """Prints lines and step metrics; owns the open metrics.jsonl of a run."""
 
-    def __init__(self, metrics: IO[bytes], total_steps: int, progress: Any = None):
+    def __init__(
+        self,
+        metrics: IO[bytes],
+        total_steps: int,
+        evaluated: set[int],
+        progress: Any = None,
+    ):
         self._metrics, self._path = metrics, Path(metrics.name)
+        self._evaluated = evaluated  # steps with an eval line
         self._total = total_steps
         self._progress = progress
         self._task = progress.add_task("", total=total_steps) if progress else None
@@ -45,7 +52,12 @@ class Reporter:
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """Append an eval line, and show it."""
         self._write(metrics)
+        self._evaluated.add(metrics["step"])
         self.say(f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl holds the eval line of a step."""
+        return step in self._evaluated
 
     def sync(self) -> None:
         """Bring metrics.jsonl to disk: called before a checkpoint, so that it never runs ahead."""
@@ -65,15 +77,15 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
     path = directory / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
-        step = line.get("step", 0)
+        step = line["step"]
         if step == first_step == total_steps:
             return "loss" in line  # the closing evaluation is made again
         return first_step > 0 and step <= first_step
 
-    _keep_lines(path, keep)
+    evaluated = _keep_lines(path, keep)
     with open(path, "ab", buffering=0) as metrics:  # unbuffered: nothing is left to fail on closing
         if not sys.stdout.isatty():
-            yield Reporter(metrics, total_steps)
+            yield Reporter(metrics, total_steps, evaluated)
             return
         from rich.progress import (
             BarColumn,
@@ -90,26 +102,43 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
-            yield Reporter(metrics, total_steps, progress)
+            yield Reporter(metrics, total_steps, evaluated, progress)
 
 
 def say(line: str) -> None:
-    """Print one line now."""
-    print(line, flush=True)
+    """Print one line now.
+
+    Where nobody reads any more (`| head`, a closed terminal), the run goes on: metrics.jsonl has
+    the numbers.
+    """
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> set[int]:
+    """Drop the other lines, and what is no line of ours; the steps of the eval lines kept."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return set()
+    kept, evaluated, damaged = [], set(), 0
+    with writing(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the torn last line of a killed run
-        if keep(value):
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict) or type(value.get("step")) is not int:
+            damaged += number < len(lines)  # the last may be torn by a kill
+        elif keep(value):
             kept.append(line + "\n")
+            if "eval_loss" in value:
+                evaluated.add(value["step"])
+    if damaged:
+        say(f"warning: {damaged} lines of {path} are damaged and were left out")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
+    return evaluated

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from minisft.batches import Batches, Schedule
 from minisft.checkpoint import (
     find_checkpoint,
     load_checkpoint_,
+    read_facts,
     rotate,
     save_checkpoint,
     set_aside_newer,
@@ -31,21 +35,24 @@ from minisft.export import (
     trained_file,
     write_trained,
 )
-from minisft.loop import Preempted, due, steps_, stop_signals
+from minisft.loop import check_changed, due, steps_, trace
+from minisft.memory import out_of_memory
 from minisft.model import Model, load_model
 from minisft.nn import NF4Weight
 from minisft.outputs import (
     OUTPUT,
     RUN,
-    base_digest,
+    base_digests,
     output_directory,
     plain,
     plain_config,
+    run_record,
     start_over,
-    write_run_record,
 )
+from minisft.preempt import Preempted, stop_signals
 from minisft.report import Reporter, reporting, say
 from minisft.step import State
+from minisft.targets import adapter_shapes, split_targets
 
 # A checkpoint made under other values of these is not a checkpoint of this run.
 _FIXED_ON_RESUME = (
@@ -73,8 +80,7 @@ class Data:
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
-        stats = self.eval.stats if self.eval else None
-        return {"data_hash": self.hash, "data": self.train.stats, "eval_data": stats}
+        return {"data": self.train.stats, "eval_data": self.eval.stats if self.eval else None}
 
 
 def train(config: TrainConfig) -> TrainOutput:
@@ -85,37 +91,85 @@ def train(config: TrainConfig) -> TrainOutput:
     changes nothing and returns its result.
     """
     check_required(config)
-    with output_directory(config) as out:
+    where = "before its first step: the same command starts again"
+    with (
+        stop_signals(where) as stop,
+        output_directory(config) as out,
+        out_of_memory(config),
+        deterministic(config.deterministic),
+    ):
         if (done := finished(out, config)) is not None:
             return done
         model, state = load_model(config)
         data = load_data(config, model)
+        stop.raise_if_asked()
         batches, total_steps = plan_steps(config, data, model.device)
-        resume_(state, out, config, model, data)
-        start_over(out, config)
-        write_run_record(out, config, model, data.record(), total_steps)
+        facts = {"data_hash": data.hash, **base_digests(model.directory)}
+        resume_(state, out, config, model, facts, total_steps)
+        start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         describe(config, model, data, state, batches, total_steps)
-        with reporting(out, total_steps, state.step) as report, stop_signals() as stopping:
+        with reporting(out, total_steps, state.step) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
-            started, first = time.perf_counter(), state.step
-            for result in steps_(state, model, batches, config, total_steps, report):
+            if state.step:  # an evaluation that was broken off is made up for
                 evaluate_during(
                     config, model, data.eval, state, batches.schedule, total_steps, report
                 )
-                if due(state.step, config.save_steps, total_steps) or stopping:
-                    save(out, state, config, model, data, report)
-                if stopping and state.step < total_steps:
-                    raise Preempted(
-                        f"{stopping[0]}: stopped after step {state.step}, loss {result.loss:.4f}; "
-                        f"checkpoint-{state.step} is complete: continue with "
-                        "--resume-from-checkpoint auto"
-                    )
+            started, first, untrained = (
+                time.perf_counter(),
+                state.step,
+                trace(state),
+            )
+            with stop.held():
+                for result in steps_(state, model, batches, config, total_steps, report):
+                    if not stop.name:
+                        with stop.breakable():
+                            evaluate_during(
+                                config,
+                                model,
+                                data.eval,
+                                state,
+                                batches.schedule,
+                                total_steps,
+                                report,
+                            )
+                    if due(state.step, config.save_steps, total_steps) or stop.name:
+                        save(out, state, config, model, facts, report)
+                    if stop.name and state.step < total_steps:
+                        raise Preempted(
+                            f"{stop.name}: stopped after step {state.step}, loss "
+                            f"{result.loss:.4f}; {_go_on(state.step)}"
+                        )
+            check_changed(untrained, state, first, config, total_steps)
             seconds = time.perf_counter() - started
             epoch = batches.schedule.epoch_after(state.step - 1)
+            stop.where = f"after the last step; {_go_on(state.step)}"
             after = evaluate_after(config, model, data.eval, state, epoch, report)
         metrics = closing_metrics(state, epoch, first, seconds, before, after)
         export(out, config, model, data, state, metrics)
-        return finish(out, state, metrics, config)
+        with stop.held():
+            return finish(out, state, metrics, config)
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """With --deterministic, torch takes no algorithm whose bits may differ between two runs.
+
+    cuBLAS reads its variable when the process first uses the GPU: a setting of the user's stays.
+    """
+    if not on:  # (even setting it to False loads torch's compiler, which writes to /tmp)
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _go_on(step: int) -> str:
+    return f"checkpoint-{step} is complete: continue with --resume-from-checkpoint auto"
 
 
 # --------------------------------------------------------------------------------- before the loop
@@ -147,19 +201,22 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
         return None  # refused by name later on
     if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
-    raw = load_json(out / OUTPUT)
-    then = load_json(out / RUN)["config"]
     names = (*_FIXED_ON_RESUME, "model", "dataset")
-    if any(then.get(name, False) != plain(getattr(config, name)) for name in names):
+    try:
+        raw, then = load_json(out / OUTPUT), load_json(out / RUN)["config"]
+        output = TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
+        steps, epoch = int(output.global_step), float(output.metrics["epoch"])
+        changed = any(then.get(name, False) != plain(getattr(config, name)) for name in names)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+        say(f"{out / OUTPUT} or {RUN} is damaged ({e!r}): made again from the checkpoint")
         return None
+    complete = epoch >= config.num_train_epochs
     if config.max_steps > 0:
-        complete = raw["global_step"] >= config.max_steps
-    else:
-        complete = raw["metrics"]["epoch"] >= config.num_train_epochs
-    if not complete:
+        complete = steps >= config.max_steps
+    if changed or not complete:
         return None
-    say(f"{out}: complete already ({raw['global_step']} steps); nothing to do")
-    return TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
+    say(f"{out}: complete already ({steps} steps); nothing to do")
+    return output
 
 
 def load_data(config: TrainConfig, model: Model) -> Data:
@@ -220,58 +277,80 @@ def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[B
     return batches, config.max_steps if config.max_steps > 0 else epochs
 
 
-def resume_(state: State, out: Path, config: TrainConfig, model: Model, data: Data) -> None:
+def resume_(
+    state: State,
+    out: Path,
+    config: TrainConfig,
+    model: Model,
+    facts: dict[str, Any],
+    total_steps: int,
+) -> None:
     """Continue from the checkpoint that was asked for, if there is one; refuse another run's."""
     if not config.resume_from_checkpoint:
         return
     path = find_checkpoint(out, config.resume_from_checkpoint, say)
     if path is None:
         say(f"{out} holds no complete checkpoint: starting from step 0")
-        _set_aside(out, 0)
         return
     file, prefix = trained_file(model.lora)
     if not (path / file).exists():
         raise UserError(
             f"{path}: no {file}; was it made with{'' if model.lora else 'out'} --full-finetuning?"
         )
-    facts = json.loads((path / "trainer_state.json").read_text())
-    problems = _resume_problems(facts, config, model, data)
-    if problems:
+    then = read_facts(path)
+    if problems := _resume_problems(then, config, model, facts):
         raise UserError(
             f"{path} was made with other settings: {'; '.join(problems)}. "
             "Use the same, or a new --output-dir"
         )
     load_checkpoint_(path, state, file, prefix)
+    if state.step > total_steps:
+        raise UserError(
+            f"{path} is beyond the end of this run, which has {total_steps} steps; raise "
+            "--max-steps or --num-train-epochs, or resume from an older checkpoint"
+        )
     say(f"resuming from {path} at step {state.step}")
-    _set_aside(out, state.step)
+    if names := set_aside_newer(out, state.step):
+        say(f"{', '.join(names)}: beyond step {state.step}, renamed to abandoned-checkpoint-N")
     rotate(out, config.save_total_limit)  # a kill may have come between a save and its rotation
-    changed = {
-        k: (v, now)
-        for k, v in facts["config"].items()
-        if (now := plain(getattr(config, k, v))) != v
-    }
-    for name, (then, now) in changed.items():
-        if name not in ("resume_from_checkpoint", "overwrite_output_dir"):
-            say(f"{flag(name)} is {now!r} now; the checkpoint was made with {then!r}")
+    for name, value in then["config"].items():
+        now = plain(getattr(config, name, value))
+        if now != value and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
+            say(f"{flag(name)} is {now!r} now; the checkpoint was made with {value!r}")
 
 
-def _set_aside(out: Path, step: int) -> None:
-    if names := set_aside_newer(out, step):
-        say(f"{', '.join(names)}: beyond step {step}, renamed to abandoned-checkpoint-N")
-
-
-def _resume_problems(facts: dict, config: TrainConfig, model: Model, data: Data) -> list[str]:
-    then = {"load_in_4bit": False} | facts["config"]  # as before there was the flag
-    found = [
-        f"{flag(name)} was {then[name]!r}, now {plain(getattr(config, name))!r}"
-        for name in _FIXED_ON_RESUME
-        if name in then and then[name] != plain(getattr(config, name))
-    ]
-    if facts["data_hash"] != data.hash:
+def _resume_problems(
+    then: dict[str, Any], config: TrainConfig, model: Model, facts: dict[str, Any]
+) -> list[str]:
+    """What tells a checkpoint from one of this run, a difference each."""
+    settings = {"load_in_4bit": False} | then["config"]  # as before there was the flag
+    found = []
+    for name in _FIXED_ON_RESUME:
+        if name not in settings:
+            continue
+        was, now = settings[name], plain(getattr(config, name))
+        if was != now and not (name == "target_modules" and _same_targets(was, config, model)):
+            found.append(f"{flag(name)} was {was!r}, now {now!r}")
+    if then["data_hash"] != facts["data_hash"]:
         found.append("the training rows differ (their hash has changed)")
-    if facts["base_digest"] != base_digest(model.directory):
+    if then["base_digest"] != facts["base_digest"]:
         found.append("the base model's config.json differs")
+    if then["weights_digest"] != facts["weights_digest"]:
+        found.append("the base model's weights differ")
     return found
+
+
+def _same_targets(was: Any, config: TrainConfig, model: Model) -> bool:
+    """Whether two spellings (`all-linear`, the seven names) mean the same modules."""
+    if model.lora is None or config.lora is None or not isinstance(was, list):
+        return False
+    try:
+        before = dataclasses.replace(config.lora, target_modules=tuple(was))
+        return adapter_shapes(split_targets(before), model.cfg) == (
+            adapter_shapes(model.lora, model.cfg)
+        )
+    except UserError:
+        return False
 
 
 def describe(
@@ -340,22 +419,22 @@ def describe_stats(stats: dict[str, Any]) -> str:
 
 
 def save(
-    out: Path, state: State, config: TrainConfig, model: Model, data: Data, report: Reporter
+    out: Path,
+    state: State,
+    config: TrainConfig,
+    model: Model,
+    facts: dict[str, Any],
+    report: Reporter,
 ) -> None:
     """One complete checkpoint, then rotation."""
     report.sync()
-    facts = {
-        "config": plain_config(config),
-        "data_hash": data.hash,
-        "base_digest": base_digest(model.directory),
-    }
 
     def write_model(directory: Path) -> None:
         write_trained(
             directory, state.trainable, model.lora, model.cfg, config.model, config.revision
         )
 
-    save_checkpoint(out, state, write_model, facts)
+    save_checkpoint(out, state, write_model, {"config": plain_config(config), **facts})
     rotate(out, config.save_total_limit)
 
 

@@ -39,6 +39,8 @@ class State:
     num_tokens: int = 0  # seen so far
     total_loss: float = 0.0  # sum over steps of the step's mean loss
     unlogged: list[Sequence[float]] = field(default_factory=list)  # of steps not yet in the log
+    losses: list[float] = field(default_factory=list)  # the last 100, spikes left out
+    spikes: int = 0  # in a row
 
 
 class StepResult(NamedTuple):

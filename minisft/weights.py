@@ -45,6 +45,10 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision:
+            raise UserError(
+                f"--revision {revision} has no effect on a local directory ({name}); leave it out"
+            )
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         found = "is a file" if path.exists() else "does not exist"

@@ -12,13 +12,20 @@ What happens, in order, is `minisft.run.train`; where each part lives:
 """
 
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from minisft.cli import parse_flags, run_main
+if __name__ == "__main__":  # a signal while torch loads is one too: nothing to save, exit code 75
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(75))
+
+from minisft.cli import asks_for_help, parse_flags, run_main
 from minisft.config import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
-from minisft.loop import Preempted, TrainingStopped
+from minisft.loop import TrainingStopped
+from minisft.preempt import Preempted
 from minisft.run import train
 
 
@@ -28,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         demo = not names_a_model(argv)
-        default = demo_config() if demo else TrainConfig()
+        default = demo_config() if demo and not asks_for_help(argv) else TrainConfig()
         config = parse_flags(TrainConfig, argv, prog="train.py", default=default)
         if demo and not config.resume_from_checkpoint and holds_demo_run(config.output_dir):
             config = dataclasses.replace(config, overwrite_output_dir=True)

@@ -14,7 +14,7 @@ from runs import ROOT, pairs, tree, write_model, write_rows
 # Where each module of minisft stands: it may import those on lower floors, and no others.
 FLOORS = [
     ["config"],
-    ["safetensors_io", "targets", "nn", "formats", "chat", "tokenizer", "cli", "demo"],
+    ["safetensors_io", "targets", "nn", "formats", "chat", "tokenizer", "cli", "demo", "preempt"],
     ["quant_state"],
     ["weights", "lora", "adapter", "llama", "data"],
     ["batches", "optim", "schedules", "generate"],
@@ -23,7 +23,7 @@ FLOORS = [
     ["checkpoint", "model"],
     ["export", "outputs"],
     ["report"],
-    ["evaluate", "loop"],
+    ["evaluate", "loop", "memory"],
     ["run"],
     ["__init__"],
 ]

@@ -360,7 +360,7 @@ def test_other_rows_another_model_or_full_finetuning_are_refused(whole, settings
         assert text in refused.err and "--output-dir" in refused.err
 
     out = killed_copy(whole, tmp_path / "full", 2)
-    full = {k: v for k, v in settings.items() if k != "modules_to_save"} | {"full_finetuning": True}
+    full = {k: v for k, v in settings.items() if k not in LORA} | {"full_finetuning": True}
     refused = call("train", flags(**full, output_dir=out, resume_from_checkpoint="auto"))
     assert refused.code == 2 and "without --full-finetuning" in refused.err
 
