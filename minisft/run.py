@@ -114,11 +114,8 @@ def train(config: TrainConfig) -> TrainOutput:
                 evaluate_during(
                     config, model, data.eval, state, batches.schedule, total_steps, report
                 )
-            started, first, untrained = (
-                time.perf_counter(),
-                state.step,
-                trace(state),
-            )
+            started, first = time.perf_counter(), state.step
+            untrained = trace(state)
             with stop.held():
                 for result in steps_(state, model, batches, config, total_steps, report):
                     if not stop.name:
