@@ -402,7 +402,7 @@ CASES = {
     "unknown_choice": (
         lambda p: p.argv(lr_scheduler_type="cosin"),
         ["--lr-scheduler-type is 'cosin'"],
-        "linear, cosine, constant",
+        "linear, cosine, cosine_with_restarts",
     ),
     "out_of_range": (lambda p: p.argv(lora_r=0), ["--lora-r is 0"], "expected at least 1"),
     "dropout_of_one": (lambda p: p.argv(lora_dropout=1), ["--lora-dropout is 1"], "below 1"),
