@@ -84,22 +84,23 @@ def export_model(
 def save_shards(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     max_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
-    A tensor larger than max_bytes is a shard of its own. `tensors` may be made as they are asked
-    for: no more than one shard is in host memory at a time. Shards get their final names at the
-    end, once their number is known.
+    dtype: that of the files; None keeps each tensor's own. A tensor larger than max_bytes is a
+    shard of its own. `tensors` may be made as they are asked for: no more than one shard is in host
+    memory at a time. Shards get their final names at the end, once their number is known.
     """
     parts: list[tuple[Path, list[str]]] = []
-    count = 0
+    count, total = 0, 0
     for shard in _shards(tensors, dtype, max_bytes):
         path = directory / f".part-{len(parts)}.safetensors"
         save_file(shard, path, {"format": "pt"})
         parts.append((path, list(shard)))
         count += sum(t.numel() for t in shard.values())
+        total += sum(t.nbytes for t in shard.values())
     weight_map = {}
     for i, (path, names) in enumerate(parts):
         final = "model.safetensors"
@@ -108,22 +109,22 @@ def save_shards(
         path.replace(directory / final)
         weight_map |= dict.fromkeys(names, final)
     if len(parts) > 1:
-        meta = {"total_size": count * dtype.itemsize, "total_parameters": count}
+        meta = {"total_size": total, "total_parameters": count}
         index = {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / "model.safetensors.index.json", index)
 
 
 def _shards(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, max_bytes: int
 ) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        nbytes = tensor.numel() * dtype.itemsize
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
         if shard and size + nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        shard[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         size += nbytes
     yield shard
 

@@ -1,0 +1,142 @@
+"""Write a 4-bit copy of a model, which minisft and transformers + bitsandbytes load:
+
+python scripts/quantize.py --model meta-llama/Llama-3.2-1B --output-dir models/1b-nf4
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisft.checkpoint import write_json, writing
+from minisft.cli import parse_flags, run_main
+from minisft.config import UserError, load_json
+from minisft.export import save_shards
+from minisft.model import resolve_device
+from minisft.nn import CODES, quantize
+from minisft.quant_state import to_tensors
+from minisft.tokenizer import export_tokenizer_files, load_tokenizer
+from minisft.weights import (
+    Checkpoint,
+    load_model_config,
+    open_checkpoint,
+    place,
+    resolve_model,
+    stream_weights,
+)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantise the linears of a model; embedding, head and norms stay as they are."""
+
+    model: str = ""
+    """A 16- or 32-bit model: a directory or a hub id."""
+    output_dir: str = ""
+    """Where to write the copy; a directory that holds no model yet."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    quant_type: str = "nf4"
+    """nf4 or fp4."""
+    double_quant: bool = True
+    """Quantise the scales too, to 8 bits."""
+    dtype: str = "auto"
+    """What is not quantised: bfloat16, float16 or float32; auto keeps the model's own."""
+    device: str = "auto"
+    """Where to quantise: auto, cpu, cuda or cuda:N."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags, write the directory, and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        write(parse_flags(QuantizeConfig, argv, prog="quantize.py", default=QuantizeConfig()))
+
+    return run_main(run, {})
+
+
+def write(config: QuantizeConfig) -> None:
+    """Weights in shards, tokenizer, and config.json last, under config.output_dir."""
+    if not config.model or not config.output_dir:
+        missing = "--output-dir" if config.model else "--model"
+        raise UserError(f"{missing} is missing: give the model and a directory for its 4-bit copy")
+    if config.quant_type not in CODES:
+        raise UserError(f"--quant-type is {config.quant_type!r}; expected nf4 or fp4")
+    if config.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(
+            f"--dtype is {config.dtype!r}; expected one of auto, bfloat16, float16, float32"
+        )
+    device = resolve_device(config.device)
+    directory, out = resolve_model(config.model, config.revision), Path(config.output_dir)
+    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    if checkpoint.four_bit:
+        raise UserError(f"{directory} is in 4 bits already; give the unquantised model")
+    if found := sorted([*out.glob("*.safetensors"), *out.glob("config.json")]):
+        raise UserError(f"--output-dir {out} holds {found[0].name}; choose another directory")
+    name = checkpoint.cfg.dtype or "bfloat16" if config.dtype == "auto" else config.dtype
+    tokenizer = load_tokenizer(directory)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for file, data in export_tokenizer_files(tokenizer).items():
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (out / file).write_bytes(data)
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        write_json(out / generation.name, load_json(generation))
+    save_shards(out, quantised(checkpoint, config, device, getattr(torch, name)), None)
+    raw = load_json(directory / "config.json") | {
+        "dtype": name,
+        "tie_word_embeddings": checkpoint.cfg.tie_word_embeddings,
+        "quantization_config": quantization_config(config, name),
+    }
+    raw.pop("torch_dtype", None)
+    write_json(out / "config.json", raw)
+
+
+def quantised(
+    checkpoint: Checkpoint, config: QuantizeConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the copy, made as it is asked for."""
+    linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
+    for name, weight in stream_weights(checkpoint):
+        if name not in linears:
+            plain = place(name, weight, torch.device("cpu"), dtype, four_bit=False)
+            assert isinstance(plain, Tensor)
+            yield name, plain
+            continue
+        assert isinstance(weight, Tensor)
+        try:
+            packed = quantize(
+                weight.to(device), quant_type=config.quant_type, double_quant=config.double_quant
+            )
+        except ValueError as e:
+            raise UserError(f"{name} cannot be quantised: {e}") from None
+        yield from to_tensors(name, packed, dtype).items()
+
+
+def quantization_config(config: QuantizeConfig, dtype: str) -> dict[str, Any]:
+    """What transformers writes into config.json for such a model."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "_load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_8bit": False,
+        "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
