@@ -30,6 +30,7 @@ OPTIMIZER = "optimizer.safetensors"
 _COUNTERS = (
     "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
     "losses", "spikes",
+    "best_value", "best_step", "evaluations_since_best",
 )  # fmt: skip
 _NAME = re.compile(r"checkpoint-\d+")
 _TEMPORARY = "tmp-checkpoint-"
@@ -97,9 +98,18 @@ def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> 
     """
     facts = read_facts(path)
     for name in _COUNTERS:
-        setattr(state, name, facts[name])
+        setattr(state, name, facts.get(name, getattr(state, name)))
     _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
     _fill(path / OPTIMIZER, _optimizer_tensors(state))
+
+
+def load_trained_(path: Path, state: State, model_file: str, prefix: str) -> None:
+    """Fill the trained tensors, and nothing else, from a checkpoint; UserError if it is damaged."""
+    if problem := verify(path):
+        raise UserError(
+            f"{path}, the best checkpoint, cannot be loaded: {problem}. The last one is complete"
+        )
+    _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
 
 
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
@@ -184,12 +194,16 @@ def clean_temporaries(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def rotate(output_dir: Path, limit: int) -> None:
-    """Remove the oldest checkpoints beyond `limit` (0 keeps all); the newest always stays.
+def rotate(output_dir: Path, limit: int, best_step: int = 0) -> None:
+    """Remove the oldest checkpoints beyond `limit` (0 keeps all); the newest and the best stay.
 
     A directory is renamed away first, so that a kill while deleting leaves no half checkpoint.
     """
-    for path in list_checkpoints(output_dir)[: -limit or None] if limit else []:
+    paths = list_checkpoints(output_dir)
+    best = [p for p in paths[:-1] if _number(p) == best_step]
+    others = [p for p in paths[:-1] if p not in best]
+    kept = limit - len(best) - 1  # of the others
+    for path in others[: len(others) - max(0, kept)] if limit else []:
         doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -180,6 +180,8 @@ def _coerce(value: Any, kind: str, what: str) -> Any:
             return str(value)
         if kind == "float | None" and isinstance(value, (int, float, str, type(None))):
             return None if value is None else _coerce(value, "float", what)
+        if kind == "bool | None" and isinstance(value, bool | None):
+            return value
         if kind == "str | None" and (value is None or isinstance(value, str)):
             return value
     except (TypeError, ValueError, OverflowError):

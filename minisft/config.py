@@ -33,6 +33,7 @@ _SAME_OPTIMIZER = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
 }
+EVAL_METRICS = ("loss", "mean_token_accuracy", "entropy")
 _WAVES = ("linear", "cosine", "1-sqrt")
 # Learning-rate schedules, and what --lr-scheduler-kwargs may say to each.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -448,17 +449,34 @@ class TrainConfig:
     """Seed of row order, adapter initialisation and dropout."""
     logging_steps: int = 1
     """Write a metrics line every N steps (the mean over them)."""
+    save_strategy: str = "steps"
+    """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
+    where an evaluation is the best so far, each also at the end; `no` only when stopped."""
     save_steps: int = 500
-    """Write a checkpoint every N steps, and at the end."""
+    """Steps between checkpoints under --save-strategy steps."""
     save_total_limit: int = 0
-    """Keep at most N checkpoints, the newest always among them; 0 keeps all."""
+    """Keep at most N checkpoints, the newest and the best always among them; 0 keeps all."""
     eval_strategy: str = "no"
     """With --eval-dataset: `no` evaluates before the first step and after the last; `steps` also
     every eval_steps, `epoch` also after each pass over the rows."""
     eval_steps: int = 0
     """Steps between evaluations under --eval-strategy steps; 0 means logging_steps."""
+    per_device_eval_batch_size: int = 0
+    """Rows evaluated side by side; 0 means per_device_train_batch_size. The loss is the mean over
+    tokens and does not depend on it."""
     eval_generate: int = 0
-    """Answer the first N eval prompts greedily, before and after training; count exact matches."""
+    """Answer the first N eval prompts greedily at every evaluation: samples.jsonl; count exact
+    matches and ends of turn."""
+    load_best_model_at_end: bool = False
+    """Export the weights of the best evaluation, not the last; each best one gets a checkpoint."""
+    metric_for_best_model: str = "loss"
+    """What tells the best evaluation: loss, mean_token_accuracy or entropy (or eval_...)."""
+    greater_is_better: bool | None = None
+    """Whether a greater metric is better; left out, it is unless the metric is the loss."""
+    early_stopping_patience: int = 0
+    """Stop once N evaluations in a row were no better than the best; 0 never does."""
+    early_stopping_threshold: float = 0.0
+    """How much better than the best an evaluation must be to count as better for that."""
 
     def __post_init__(self):
         self._check_types()
@@ -475,6 +493,8 @@ class TrainConfig:
             "lr_scheduler_type": tuple(SCHEDULES),
             "gradient_checkpointing": ("none", "block"),
             "eval_strategy": ("no", "steps", "epoch"),
+            "save_strategy": ("no", "steps", "epoch", "best"),
+            "metric_for_best_model": EVAL_METRICS + tuple(f"eval_{m}" for m in EVAL_METRICS),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -486,7 +506,8 @@ class TrainConfig:
             "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
             "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
             "eval_generate": 0, "eval_steps": 0, "embedding_learning_rate": 0,
-            "loraplus_lr_ratio": 0,
+            "loraplus_lr_ratio": 0, "per_device_eval_batch_size": 0, "early_stopping_patience": 0,
+            "early_stopping_threshold": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -524,6 +545,15 @@ class TrainConfig:
         self._check_idle()
         if self.eval_strategy != "no" and not self.eval_dataset:
             raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and self.eval_strategy == "no":
+                raise UserError(f"{flag(name)} needs --eval-strategy steps or epoch; give one")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise UserError("--save-strategy best needs --eval-strategy steps or epoch; give one")
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise UserError(
+                "--load-best-model-at-end needs checkpoints, but --save-strategy is no; use best"
+            )
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
         if self.loraplus_lr_ratio is not None and self.full_finetuning:
@@ -540,6 +570,17 @@ class TrainConfig:
         if self.eval_strategy != "steps":
             remedy = "add --eval-strategy steps"
             idle.append(("eval_steps", f"eval_strategy {self.eval_strategy}", remedy))
+        if self.save_strategy != "steps":
+            remedy = "take --save-strategy steps"
+            idle.append(("save_steps", f"save_strategy {self.save_strategy}", remedy))
+        if not self.keeps_best:
+            cause, remedy = "no_load_best_model_at_end", "add --load-best-model-at-end"
+            idle += [(n, cause, remedy) for n in ("metric_for_best_model", "greater_is_better")]
+        if not self.early_stopping_patience:
+            remedy = "give a patience"
+            idle.append(("early_stopping_threshold", "early_stopping_patience 0", remedy))
+        if not self.eval_dataset:
+            idle.append(("per_device_eval_batch_size", "eval_dataset ''", "give eval rows"))
         if self.lr_scheduler_type == "constant":
             remedy = "take constant_with_warmup"
             idle.append(("warmup_steps", "lr_scheduler_type constant", remedy))
@@ -565,7 +606,7 @@ class TrainConfig:
             expected = {
                 "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,),
                 "str | None": (str, type(None)), "tuple[str, ...]": (str, tuple, list),
-                "float | None": (int, float, type(None)),
+                "float | None": (int, float, type(None)), "bool | None": (bool, type(None)),
             }[kind]  # fmt: skip
             number = kind in ("int", "float", "float | None")
             if not isinstance(value, expected) or (number and isinstance(value, bool)):
@@ -587,6 +628,27 @@ class TrainConfig:
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
         )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows evaluated side by side."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run depends on which evaluation is the best."""
+        return bool(
+            self.load_best_model_at_end
+            or self.early_stopping_patience
+            or self.save_strategy == "best"
+        )
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """("eval_loss", False): what tells the best evaluation, and whether greater is better."""
+        name = self.metric_for_best_model.removeprefix("eval_")
+        greater = self.greater_is_better
+        return f"eval_{name}", name != "loss" if greater is None else greater
 
     @property
     def column_map(self) -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""Eval loss and greedy answers, before and after training."""
+"""Eval metrics and greedy answers before, during and after training; which evaluation is best."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,35 @@ from minisft.checkpoint import write_json
 from minisft.config import TrainConfig, UserError, load_json
 from minisft.data import TokenizedDataset
 from minisft.generate import Sampling, generate, stop_ids
+from minisft.loss import evaluation
 from minisft.model import Model
 from minisft.report import Reporter
-from minisft.step import State, mean_loss
+from minisft.step import State
 from minisft.tokenizer import Tokenizer, decode
 
 STEP0 = "step0.json"  # eval loss and answers before training
 
 
-def evaluate(model: Model, state: State, dataset: TokenizedDataset, config: TrainConfig) -> float:
-    """Mean loss per trained token over a dataset; no logits are kept, nothing is dropped out."""
-    batches = eval_batches(
-        dataset, config.per_device_train_batch_size * config.max_length, model.device
-    )
-    return mean_loss(state.trainable.views, model.frozen, batches, model.compute)[0]
+def evaluate(
+    model: Model, state: State, dataset: TokenizedDataset, config: TrainConfig
+) -> dict[str, float]:
+    """Loss, mean token accuracy and entropy, each a mean over the trained tokens of a dataset.
+
+    Trainer's eval_loss is a mean over batches weighted by their rows; this one weighs every token
+    alike, so the batch size does not change it.
+    """
+    started = time.perf_counter()
+    batches = eval_batches(dataset, config.eval_batch_size * config.max_length, model.device)
+    found = evaluation(state.trainable.views, model.frozen, batches, model.compute)
+    seconds = time.perf_counter() - started
+    return {
+        "eval_loss": found.loss,
+        "eval_mean_token_accuracy": found.accuracy,
+        "eval_entropy": found.entropy,
+        "eval_num_loss_tokens": found.count,
+        "eval_runtime": seconds,
+        "eval_samples_per_second": len(dataset) / seconds,
+    }
 
 
 def eval_batches(
@@ -38,6 +55,24 @@ def eval_batches(
         yield make_micro_batch(dataset, rows, device)
 
 
+def evaluate_now(
+    config: TrainConfig,
+    model: Model,
+    dataset: TokenizedDataset,
+    state: State,
+    epoch: float,
+    report: Reporter,
+) -> dict[str, Any]:
+    """Metrics of the trained tensors as they are, reported; answers to --eval-generate prompts."""
+    metrics: dict[str, Any] = dict(evaluate(model, state, dataset, config))
+    answers = []
+    if config.eval_generate:
+        answers = answer(model, state, dataset, config.eval_generate)
+        report.answers(state.step, answers)
+    report.evaluation({"step": state.step, "epoch": epoch, **metrics})
+    return metrics | ({"answers": answers} if answers else {})
+
+
 def evaluate_before(
     config: TrainConfig,
     model: Model,
@@ -46,7 +81,7 @@ def evaluate_before(
     out: Path,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Eval loss and answers of the untrained model; a resumed run reads what it then kept."""
+    """Metrics and answers of the untrained model; a resumed run reads what it then kept."""
     if dataset is None:
         return {}
     kept = out / STEP0
@@ -57,11 +92,7 @@ def evaluate_before(
                 f"{kept}: expected a JSON object, found {type(before).__name__}; remove it"
             )
         return before
-    loss = evaluate(model, state, dataset, config)
-    report.evaluation({"step": state.step, "epoch": 0.0, "eval_loss": loss})
-    before: dict[str, Any] = {"eval_loss": loss}
-    if config.eval_generate:
-        before["answers"] = answer(model, state, dataset, config.eval_generate)
+    before = evaluate_now(config, model, dataset, state, 0.0, report)
     write_json(kept, before)
     return before
 
@@ -74,22 +105,43 @@ def evaluate_during(
     schedule: Schedule,
     total_steps: int,
     report: Reporter,
-) -> None:
-    """Eval loss where --eval-strategy asks for one after this step (the last has its own).
+) -> bool:
+    """Evaluate where --eval-strategy asks for it after this step; True if it is the best so far.
 
-    Called again after resuming, for the evaluation that a signal or a kill broke off.
+    The last step has an evaluation of its own after the loop, and one here only where it may be
+    the best. Called again after resuming, for the evaluation that a signal or a kill broke off.
     """
-    if dataset is None or state.step == total_steps or config.eval_strategy == "no":
-        return
-    if report.has_evaluation(state.step):
-        return
+    if dataset is None or config.eval_strategy == "no" or report.has_evaluation(state.step):
+        return False
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = schedule.steps_per_epoch
-    if state.step % every == 0:
-        loss = evaluate(model, state, dataset, config)
-        epoch = schedule.epoch_after(state.step - 1)
-        report.evaluation({"step": state.step, "epoch": epoch, "eval_loss": loss})
+    if (state.step == total_steps and not config.keeps_best) or state.step % every:
+        return False
+    epoch = schedule.epoch_after(state.step - 1)
+    metrics = evaluate_now(config, model, dataset, state, epoch, report)
+    return note_evaluation_(state, metrics, config)
+
+
+def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
+    """Count an evaluation as the best so far (True) or not; for early stopping too.
+
+    Better is strictly better than the best. Early stopping asks for more than its threshold.
+    """
+    name, greater = config.best_metric
+    value, best = metrics[name], state.best_value
+    gain = math.inf if best is None else (value - best if greater else best - value)
+    gain = -math.inf if math.isnan(value) else gain
+    better = gain > config.early_stopping_threshold
+    state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
+    if gain > 0:
+        state.best_value, state.best_step = value, state.step
+    return gain > 0
+
+
+def stops_early(state: State, config: TrainConfig) -> bool:
+    """Whether --early-stopping-patience is at its end."""
+    return 0 < config.early_stopping_patience <= state.evaluations_since_best
 
 
 def evaluate_after(
@@ -100,15 +152,8 @@ def evaluate_after(
     epoch: float,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Eval loss and answers once training is done."""
-    if dataset is None:
-        return {}
-    loss = evaluate(model, state, dataset, config)
-    report.evaluation({"step": state.step, "epoch": epoch, "eval_loss": loss})
-    after: dict[str, Any] = {"eval_loss": loss}
-    if config.eval_generate:
-        after["answers"] = answer(model, state, dataset, config.eval_generate)
-    return after
+    """Metrics and answers of what is exported, once training is done."""
+    return {} if dataset is None else evaluate_now(config, model, dataset, state, epoch, report)
 
 
 def answer(

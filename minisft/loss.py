@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from minisft.batches import MicroBatch
@@ -18,3 +24,41 @@ def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Co
     h_TD = hidden_states(trainable, frozen, batch.tokens, compute)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
     return linear_cross_entropy(h_TD[batch.target_rows_M], head_VD, batch.targets_M)
+
+
+class Evaluation(NamedTuple):
+    """Means over the targets of an evaluation; without targets they are nan."""
+
+    loss: float  # -log p(target), nats
+    entropy: float  # of the predicted distribution, nats
+    accuracy: float  # share of targets that are the likeliest token
+    count: int  # targets
+
+
+@torch.no_grad()
+def evaluation(
+    trainable: Weights, frozen: Weights, batches: Iterable[MicroBatch], compute: Compute
+) -> Evaluation:
+    """Token-weighted means over micro-batches, nothing dropped out; sums are float64.
+
+    Logits exist for one chunk of rows only: a float32 block of about 256 MiB.
+    """
+    compute = dataclasses.replace(compute, lora_dropout=0.0)
+    head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
+    chunk = max(64, min(4096, 2**26 // head_VD.shape[0]))
+    sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
+    count = 0
+    for batch in batches:
+        h_TD = hidden_states(trainable, frozen, batch.tokens, compute)
+        for rows in torch.stack((batch.target_rows_M, batch.targets_M)).split(chunk, dim=1):
+            z_CV = (h_TD[rows[0]] @ head_VD.T).float()
+            right = z_CV.argmax(1) == rows[1]
+            z_CV = z_CV.log_softmax(1)
+            losses = -z_CV.gather(1, rows[1].unsqueeze(1))
+            entropies = -z_CV.mul_(z_CV.exp()).sum(1)
+            sums += torch.stack([x.sum(dtype=torch.float64) for x in (losses, entropies, right)])
+        count += batch.targets_M.numel()
+    if count == 0:
+        return Evaluation(math.nan, math.nan, math.nan, 0)
+    loss, entropy, accuracy = (sums / count).tolist()
+    return Evaluation(loss, entropy, accuracy, count)

@@ -14,6 +14,7 @@ from minisft.checkpoint import writing
 from minisft.export import to_json_line
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # answers to the eval prompts of --eval-generate
 
 
 class Reporter:
@@ -26,7 +27,7 @@ class Reporter:
         evaluated: set[int],
         progress: Any = None,
     ):
-        self._metrics, self._path = metrics, Path(metrics.name)
+        self._metrics, self._directory = metrics, Path(metrics.name).parent
         self._evaluated = evaluated  # steps with an eval line
         self._total = total_steps
         self._progress = progress
@@ -53,7 +54,21 @@ class Reporter:
         """Append an eval line, and show it."""
         self._write(metrics)
         self._evaluated.add(metrics["step"])
-        self.say(f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}")
+        self.say(
+            f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}  "
+            f"accuracy {metrics['eval_mean_token_accuracy']:.4f}  "
+            f"entropy {metrics['eval_entropy']:.4f}"
+        )
+
+    def answers(self, step: int, answers: list[dict[str, Any]]) -> None:
+        """Append the answers to the eval prompts to samples.jsonl, a line each; show the counts."""
+        with writing(self._directory / SAMPLES), open(self._directory / SAMPLES, "ab") as file:
+            for answer in answers:
+                file.write(to_json_line({"step": step, **answer}).encode())
+        right, stopped = (sum(a[k] for a in answers) for k in ("right", "stopped"))
+        self.say(
+            f"answers at step {step}: {right} of {len(answers)} right, end of turn in {stopped}"
+        )
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl holds the eval line of a step."""
@@ -61,11 +76,11 @@ class Reporter:
 
     def sync(self) -> None:
         """Bring metrics.jsonl to disk: called before a checkpoint, so that it never runs ahead."""
-        with writing(self._path):
+        with writing(self._directory / METRICS):
             os.fsync(self._metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        with writing(self._path):
+        with writing(self._directory / METRICS):
             line = to_json_line(metrics).encode()
             while line:
                 line = line[self._metrics.write(line) :]
@@ -83,6 +98,7 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
         return first_step > 0 and step <= first_step
 
     evaluated = _keep_lines(path, keep)
+    _keep_lines(directory / SAMPLES, keep)
     with open(path, "ab", buffering=0) as metrics:  # unbuffered: nothing is left to fail on closing
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps, evaluated)

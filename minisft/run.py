@@ -19,6 +19,7 @@ from minisft.batches import Batches, Schedule
 from minisft.checkpoint import (
     find_checkpoint,
     load_checkpoint_,
+    load_trained_,
     read_facts,
     rotate,
     save_checkpoint,
@@ -27,7 +28,7 @@ from minisft.checkpoint import (
 )
 from minisft.config import TrainConfig, UserError, flag, load_json
 from minisft.data import TokenizedDataset, data_hash, pack, read_rows, tokenize_rows
-from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during
+from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during, stops_early
 from minisft.export import (
     describe_config,
     export_adapter,
@@ -35,7 +36,7 @@ from minisft.export import (
     trained_file,
     write_trained,
 )
-from minisft.loop import check_changed, due, steps_, trace
+from minisft.loop import check_changed, steps_, trace
 from minisft.memory import out_of_memory
 from minisft.model import Model, load_model
 from minisft.nn import NF4Weight
@@ -116,11 +117,13 @@ def train(config: TrainConfig) -> TrainOutput:
                 )
             started, first = time.perf_counter(), state.step
             untrained = trace(state)
+            todo = state.step if stops_early(state, config) else total_steps
             with stop.held():
-                for result in steps_(state, model, batches, config, total_steps, report):
+                for result in steps_(state, model, batches, config, todo, report):
+                    best = False
                     if not stop.name:
                         with stop.breakable():
-                            evaluate_during(
+                            best = evaluate_during(
                                 config,
                                 model,
                                 data.eval,
@@ -129,17 +132,23 @@ def train(config: TrainConfig) -> TrainOutput:
                                 total_steps,
                                 report,
                             )
-                    if due(state.step, config.save_steps, total_steps) or stop.name:
+                    end = stops_early(state, config) or state.step == total_steps
+                    if stop.name or save_due(config, state, batches.schedule, best, end):
                         save(out, state, config, model, facts, report)
-                    if stop.name and state.step < total_steps:
+                    if stop.name and not end:
                         raise Preempted(
                             f"{stop.name}: stopped after step {state.step}, loss "
                             f"{result.loss:.4f}; {_go_on(state.step)}"
                         )
-            check_changed(untrained, state, first, config, total_steps)
+                    if end:
+                        break
+            check_changed(untrained, state, first, config, state.step)
             seconds = time.perf_counter() - started
             epoch = batches.schedule.epoch_after(state.step - 1)
-            stop.where = f"after the last step; {_go_on(state.step)}"
+            kept = "no checkpoint is kept (--save-strategy no)"
+            kept = kept if config.save_strategy == "no" else _go_on(state.step)
+            stop.where = f"after the last step; {kept}"
+            take_best_(state, out, config, model, total_steps, report)
             after = evaluate_after(config, model, data.eval, state, epoch, report)
         metrics = closing_metrics(state, epoch, first, seconds, before, after)
         export(out, config, model, data, state, metrics)
@@ -198,11 +207,13 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
         return None  # refused by name later on
     if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
-    names = (*_FIXED_ON_RESUME, "model", "dataset")
+    names = (*_FIXED_ON_RESUME, "model", "dataset", "load_best_model_at_end")
     try:
         raw, then = load_json(out / OUTPUT), load_json(out / RUN)["config"]
         output = TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
         steps, epoch = int(output.global_step), float(output.metrics["epoch"])
+        patience = config.early_stopping_patience
+        early = 0 < patience <= output.metrics.get("evaluations_since_best", 0)
         changed = any(then.get(name, False) != plain(getattr(config, name)) for name in names)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         say(f"{out / OUTPUT} or {RUN} is damaged ({e!r}): made again from the checkpoint")
@@ -210,7 +221,7 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
     complete = epoch >= config.num_train_epochs
     if config.max_steps > 0:
         complete = steps >= config.max_steps
-    if changed or not complete:
+    if changed or not (complete or early):
         return None
     say(f"{out}: complete already ({steps} steps); nothing to do")
     return output
@@ -309,7 +320,8 @@ def resume_(
     say(f"resuming from {path} at step {state.step}")
     if names := set_aside_newer(out, state.step):
         say(f"{', '.join(names)}: beyond step {state.step}, renamed to abandoned-checkpoint-N")
-    rotate(out, config.save_total_limit)  # a kill may have come between a save and its rotation
+    # A kill may have come between a save and its rotation.
+    rotate(out, config.save_total_limit, state.best_step)
     for name, value in then["config"].items():
         now = plain(getattr(config, name, value))
         if now != value and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
@@ -432,10 +444,34 @@ def save(
         )
 
     save_checkpoint(out, state, write_model, {"config": plain_config(config), **facts})
-    rotate(out, config.save_total_limit)
+    rotate(out, config.save_total_limit, state.best_step)
+
+
+def save_due(config: TrainConfig, state: State, schedule: Schedule, best: bool, end: bool) -> bool:
+    """Whether --save-strategy asks for a checkpoint after this step, the best or the last one."""
+    if config.save_strategy == "no":
+        return False
+    every = schedule.steps_per_epoch if config.save_strategy == "epoch" else config.save_steps
+    periodic = config.save_strategy != "best" and state.step % every == 0
+    return end or periodic or (best and config.keeps_best)
 
 
 # ---------------------------------------------------------------------------------- after the loop
+
+
+def take_best_(
+    state: State, out: Path, config: TrainConfig, model: Model, total_steps: int, report: Reporter
+) -> None:
+    """What the evaluations decided: with --load-best-model-at-end, the best one's weights."""
+    name, value = config.best_metric[0], state.best_value
+    if state.step < total_steps:
+        report.say(
+            f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations "
+            f"in a row were no better than step {state.best_step}'s {name} {value:.4f}"
+        )
+    if config.load_best_model_at_end and state.best_step not in (0, state.step):
+        load_trained_(out / f"checkpoint-{state.best_step}", state, *trained_file(model.lora))
+        report.say(f"best: step {state.best_step}, {name} {value:.4f}; its weights are the result")
 
 
 def closing_metrics(
@@ -452,6 +488,10 @@ def closing_metrics(
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
+        metrics |= {k: after[k] for k in ("eval_mean_token_accuracy", "eval_entropy")}
+    if state.best_step:
+        names = ("best_step", "best_value", "evaluations_since_best")
+        metrics |= {name: getattr(state, name) for name in names}
     if "answers" in after and "answers" in before:
         metrics |= {
             "answers": len(after["answers"]),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minisft.batches import MicroBatch, StepBatch
+from minisft.batches import StepBatch
 from minisft.config import TrainConfig
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat, Group
@@ -38,6 +38,9 @@ class State:
     good_steps: int = 0  # since the loss scale last changed
     num_tokens: int = 0  # seen so far
     total_loss: float = 0.0  # sum over steps of the step's mean loss
+    best_value: float | None = None  # of --metric-for-best-model, and the step that reached it
+    best_step: int = 0
+    evaluations_since_best: int = 0  # for --early-stopping-patience
     unlogged: list[Sequence[float]] = field(default_factory=list)  # of steps not yet in the log
     losses: list[float] = field(default_factory=list)  # the last 100, spikes left out
     spikes: int = 0  # in a row
@@ -129,16 +132,3 @@ def train_step_(
 
 def _finite(x: float) -> bool:
     return x == x and abs(x) != float("inf")
-
-
-@torch.no_grad()
-def mean_loss(
-    trainable: Weights, frozen: Weights, batches: Iterable[MicroBatch], compute: Compute
-) -> tuple[float, int]:
-    """Token-weighted mean loss over micro-batches, and the number of targets (0 targets: nan)."""
-    compute = dataclasses.replace(compute, lora_dropout=0.0)
-    total, count = 0.0, 0
-    for micro in batches:
-        total += loss_sum(trainable, frozen, micro, compute).item()
-        count += micro.targets_M.numel()
-    return (total / count if count else float("nan")), count

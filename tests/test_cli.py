@@ -196,7 +196,7 @@ def test_help_lists_every_field_and_exits_0(capsys):
         ("--learning_rte=3", "--learning-rate"),
         ("--no-pakcing", "--packing"),
         ("--confg", "--config"),
-        ("--per-device-batch-size", "--per-device-train-batch-size"),
+        ("--per-device-train-batch", "--per-device-train-batch-size"),
     ],
 )
 def test_an_unknown_flag_is_told_with_the_nearest(word, guess):

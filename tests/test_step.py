@@ -25,9 +25,9 @@ from minisft.config import LoraConfig, ModelConfig, TrainConfig
 from minisft.evaluate import eval_batches
 from minisft.llama import Compute, Tokens, logits, make_tokens
 from minisft.lora import groups
-from minisft.loss import loss_sum
+from minisft.loss import evaluation, loss_sum
 from minisft.nn import Documents
-from minisft.step import Plan, loss_and_grads, mean_loss, train_step_
+from minisft.step import Plan, loss_and_grads, train_step_
 
 PACKED = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8]]
 DROPPED = dataclasses.replace(LORA, lora_dropout=0.3)
@@ -259,7 +259,7 @@ def test_one_label_trains_the_row_before_it(place):
     assert loss.item() == pytest.approx(losses[9 * place + 5].item(), abs=1e-5)
     assert (losses[[9 * place + 4, 9 * place + 6]] - loss).abs().min() > 1e-2
     (eval_batch,) = eval_batches(dataset, 100, CPU)
-    eval_loss, count = mean_loss(adapter.views, weights, [eval_batch], compute())
+    eval_loss, _, _, count = evaluation(adapter.views, weights, [eval_batch], compute())
     assert (eval_loss, count) == (pytest.approx(loss.item(), abs=1e-6), 1)
 
 
@@ -345,10 +345,10 @@ def test_eval_loss_does_not_depend_on_the_batch_size():
     dataset = random_dataset([[2 + (7 * i) % 20] for i in range(65)], masked=0.2)
     dropped = compute(DROPPED)
     results = [
-        mean_loss(random_adapter().views, random_weights(), eval_batches(dataset, n, CPU), dropped)
+        evaluation(random_adapter().views, random_weights(), eval_batches(dataset, n, CPU), dropped)
         for n in (1, 22, 90, 10**6)
     ]
-    losses, counts = zip(*results, strict=True)
+    losses, _, _, counts = zip(*results, strict=True)
     assert set(counts) == {all_rows(dataset).num_loss_tokens}
     assert max(losses) - min(losses) < 1e-6
     assert losses[0] == pytest.approx(gradients(all_rows(dataset))[0].item(), abs=1e-6)
@@ -359,13 +359,15 @@ def test_nothing_is_dropped_out_in_evaluation():
     dataset = random_dataset(PACKED)
     batch = all_rows(dataset, dropout=True)
     plan = Plan(compute(DROPPED))
-    loss, _ = mean_loss(random_adapter().views, random_weights(), batch.micro_batches, plan.compute)
+    loss, *_ = evaluation(
+        random_adapter().views, random_weights(), batch.micro_batches, plan.compute
+    )
     assert loss == pytest.approx(gradients(all_rows(dataset))[0].item(), abs=1e-6)
     assert abs(gradients(batch, plan=plan)[0] - loss) > 1e-3
 
 
 def test_eval_loss_of_nothing_is_not_a_number():
-    loss, count = mean_loss(random_adapter().views, random_weights(), [], compute())
+    loss, _, _, count = evaluation(random_adapter().views, random_weights(), [], compute())
     assert math.isnan(loss) and count == 0
 
 
