@@ -237,7 +237,7 @@ def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):
     assert "resuming" in train(**settings, resume_from_checkpoint="auto").out
     assert read(tmp_path / "train_output.json")["global_step"] == 4
     more = train(**settings | {"early_stopping_patience": 3}, resume_from_checkpoint="auto")
-    assert "stopped early after step 8" in more.out
+    assert "done: 8 steps" in more.out
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told(inputs, scripted, tmp_path, monkeypatch):

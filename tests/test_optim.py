@@ -312,9 +312,9 @@ def test_embedding_learning_rate_groups_equal_unsloth_s(tied, full):
         tie_word_embeddings=tied,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(hf)
-    c = config(learning_rate=1e-4, embedding_learning_rate=1e-5, lora_r=2, full_finetuning=full)
+    c = config(learning_rate=1e-4, embedding_learning_rate=1e-5, full_finetuning=full)
     if not full:
-        c = dataclasses.replace(c, modules_to_save=("embed_tokens", "lm_head"))
+        c = dataclasses.replace(c, lora_r=2, modules_to_save=("embed_tokens", "lm_head"))
         adapter = peft.LoraConfig(
             r=2, target_modules=list(c.target_modules), modules_to_save=list(c.modules_to_save),
             ensure_weight_tying=tied,
