@@ -8,6 +8,7 @@ of them are one optimizer step, and an epoch's last step may be shorter.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -16,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.data import TokenizedDataset
+from minisft.config import UserError
 from minisft.llama import Tokens
 from minisft.nn import Documents, mix64
+from minisft.tokens import TokenizedDataset
 
 IGNORED = -100  # Hugging Face's label of a token that is not trained
 
@@ -58,6 +60,8 @@ class Schedule:
     accumulation: int
     seed: int
     world: int = 1
+    # With weights: (rows, rows drawn from it each epoch) of every source, in the dataset's order.
+    shares: tuple[tuple[int, int], ...] = ()
 
     @property
     def micro_steps_per_epoch(self) -> int:
@@ -70,7 +74,10 @@ class Schedule:
     def rows(self, step: int, rank: int = 0) -> list[list[int]]:
         """The dataset rows of each micro-batch of `step` on `rank`, in visiting order."""
         epoch, first = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_rows, self.seed + epoch)
+        if self.shares:
+            order = mixed_order(self.shares, self.seed + epoch)
+        else:
+            order = epoch_order(self.num_rows, self.seed + epoch)
         start = first * self.accumulation
         stop = min(start + self.accumulation, self.micro_steps_per_epoch)
         batches = [(micro * self.world + rank) * self.batch_size for micro in range(start, stop)]
@@ -87,6 +94,46 @@ class Schedule:
 def epoch_order(num_rows: int, seed: int) -> list[int]:
     """torch's random permutation of the rows under that seed (Trainer's order)."""
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@lru_cache(maxsize=2)
+def mixed_order(shares: tuple[tuple[int, int], ...], seed: int) -> list[int]:
+    """One epoch of a mixture under that seed: each source's share of rows, all of them shuffled.
+
+    shares: (rows, drawn) of each source. Whole passes over a source first; what is left of its
+    share is drawn from it without repetition, anew under every seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, start = [], 0
+    for size, drawn in shares:
+        passes, rest = divmod(drawn, size)
+        rows += [torch.arange(start, start + size)] * passes
+        rows.append(start + torch.randperm(size, generator=generator)[:rest])
+        start += size
+    together = torch.cat(rows)
+    return together[torch.randperm(len(together), generator=generator)].tolist()
+
+
+def source_shares(rows: list[int], weights: Sequence[float | None]) -> tuple[tuple[int, int], ...]:
+    """(rows, rows drawn each epoch) of every source; () without weights.
+
+    An epoch has as many rows as all sources together, split by weight to the nearest row.
+    UserError where a weight is too small for one row.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return ()
+    exact = [weight * sum(rows) for weight in given]
+    drawn = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: drawn[i] - exact[i])
+    for i in by_rest[: sum(rows) - sum(drawn)]:
+        drawn[i] += 1
+    if 0 in drawn:
+        raise UserError(
+            f"--dataset: weight {given[drawn.index(0)]:g} of {sum(rows)} rows is less than one row "
+            "an epoch; raise it, or leave that dataset out"
+        )
+    return tuple(zip(rows, drawn, strict=True))
 
 
 @dataclass(frozen=True)
@@ -154,12 +201,19 @@ def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[
 
 def trained_per_row(dataset: TokenizedDataset) -> Tensor:
     """How many targets each row has: labels that are not ignored and not first in a document."""
-    trained = dataset.labels != IGNORED
-    starts = dataset.document_offsets[:-1]
-    starts = starts[starts < len(trained)]
-    trained[starts] = False
-    running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
-    return running[dataset.document_offsets[dataset.row_offsets]].diff()
+    counts = torch.zeros(len(dataset), dtype=torch.int64)
+    for first in range(0, len(dataset), 10_000):  # the tokens may be more than memory holds
+        bounds = dataset.document_offsets[
+            dataset.row_offsets[first] : dataset.row_offsets[min(first + 10_000, len(dataset))] + 1
+        ]
+        begin, end = int(bounds[0]), int(bounds[-1])
+        trained = dataset.labels[begin:end] != IGNORED
+        starts = bounds[:-1] - begin
+        trained[starts[starts < len(trained)]] = False
+        running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
+        rows = dataset.document_offsets[dataset.row_offsets[first : first + 10_001]] - begin
+        counts[first : first + 10_000] = running[rows].diff()
+    return counts
 
 
 def make_micro_batch(

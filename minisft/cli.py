@@ -34,6 +34,7 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     argv, config_file = _take_config(list(argv))
     if config_file is not None:
         default = _with_yaml(default, config_file, fields)
+    argv = _spell_out(argv, fields)
     for word, following in itertools.pairwise([*argv, ""]):
         if word.startswith("--"):
             _check_known(word, following, fields)
@@ -91,6 +92,24 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     if len(files) > 1:
         raise UserError(f"--config is given {len(files)} times ({', '.join(files)}); give one file")
     return kept, files[0] if files else None
+
+
+def _spell_out(argv: list[str], fields: dict[str, Any]) -> list[str]:
+    """A switch that may be left open: --x and --no-x become `--x True` and `--x False`."""
+    open_switches = {flag(name) for name, f in fields.items() if f.type == "bool | None"}
+    out: list[str] = []
+    for word, following in itertools.pairwise([*argv, ""]):
+        name = word.replace("_", "-")
+        given = following.lower() in ("true", "false")
+        if name in open_switches and not given:
+            out += [name, "True"]
+        elif name.startswith("--no-") and "--" + name[5:] in open_switches and not given:
+            out += ["--" + name[5:], "False"]
+        elif out and out[-1].replace("_", "-") in open_switches:
+            out.append(word.title())
+        else:
+            out.append(word)
+    return out
 
 
 def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
@@ -164,8 +183,10 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
 def _coerce(value: Any, kind: str, what: str) -> Any:
     """A YAML value as the field's type; YAML 1.1 reads 2e-4 as a string, which it is not here."""
     try:
-        if kind == "bool" and isinstance(value, bool):
+        if kind in ("bool", "bool | None") and isinstance(value, bool):
             return value
+        if kind == "bool | None" and value is None:
+            return None
         if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
         if kind == "float" and not isinstance(value, bool):

@@ -24,6 +24,9 @@ class UserError(ValueError):
 MAX_JSON_BYTES = 100_000_000  # of one JSON file: the index of the largest models has a few MB
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+DATASET_FORMATS = (
+    "auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca", "input_ids",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit")
 # Hugging Face's names of the same rules.
@@ -381,16 +384,48 @@ class TrainConfig:
     """Train every weight instead of an adapter."""
 
     # --- data
-    dataset: str = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    dataset: tuple[str, ...] = ()
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id. Several are trained
+    together: each row once an epoch, or by weights, as `a.jsonl:0.7 b.jsonl:0.3`."""
     dataset_split: str = "train"
     """Split of a hub dataset."""
+    dataset_format: str = "auto"
+    """auto (by the columns), text, prompt-completion, messages, sharegpt, alpaca or input_ids."""
     eval_dataset: str = ""
     """Rows to evaluate on, before the first step and after the last; a file or a hub id."""
     dataset_text_field: str = "text"
     """Column that holds the text of plain-text rows."""
     columns: tuple[str, ...] = ()
-    """Column renames, e.g. `prompt=question completion=answer`."""
+    """Column renames, e.g. `prompt=question completion=answer`. A further dataset, or the one to
+    evaluate on, that has no `question` but a `prompt` keeps it."""
+    chat_template: str = ""
+    """Chat template in place of the tokenizer's: a Jinja file, or chatml, llama-3, alpaca or plain.
+    It is saved with the result."""
+    completion_only_loss: bool | None = None
+    """Train on the completion only, or (--no-completion-only-loss) on the prompt too; by default on
+    the completion, where rows have a prompt and a completion."""
+    assistant_only_loss: bool = False
+    """Train on the assistant's turns of a chat only: those that the template's generation
+    blocks mark, or, where it has none, those found by rendering the beginnings of the chat."""
+    instruction_part: str = ""
+    """With --response-part: the text behind which, in the rendered row, training stops."""
+    response_part: str = ""
+    """Train only on what follows this text, up to the next --instruction-part or the end."""
+    overlong: str | None = None
+    """Rows longer than --max-length: truncate (the default), drop, split or error. By default
+    --packing-strategy bfd_split and wrapped split them."""
+    skip_bad: bool = False
+    """Leave out and count malformed rows instead of stopping at the first."""
+    dataset_num_proc: int = 1
+    """Processes that render and tokenise; the result is the same."""
+    dataset_cache_dir: str = ""
+    """Keep tokenised rows there, under a hash of all that shapes them, for this and other runs."""
+    preview: int = 0
+    """Print the first N rows as the model sees them, trained tokens marked, with their ids."""
+    preview_json: str = ""
+    """Write the rows of --preview (without it: all) to this file, for tools."""
+    dry_run: bool = False
+    """Check settings, weights and data, tokenise a sample, estimate steps and memory, and stop."""
     packing: bool = False
     """Pack several rows into one of max_length tokens, document boundaries kept."""
     packing_strategy: str = "bfd"
@@ -479,9 +514,12 @@ class TrainConfig:
     """How much better than the best an evaluation must be to count as better for that."""
 
     def __post_init__(self):
+        if isinstance(self.dataset, (str, Path)):
+            object.__setattr__(self, "dataset", (str(self.dataset),) if self.dataset else ())
         self._check_types()
         if self.full_finetuning:
             object.__setattr__(self, "load_in_4bit", False)
+        object.__setattr__(self, "dataset", tuple(map(str, self.dataset)))
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
         for name in ("target_modules", "modules_to_save", "columns", "lr_scheduler_kwargs"):
             object.__setattr__(self, name, split_list(getattr(self, name)))
@@ -490,6 +528,8 @@ class TrainConfig:
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
             "optim": OPTIMIZERS,
+            "dataset_format": DATASET_FORMATS,
+            "overlong": (None, "truncate", "drop", "split", "error"),
             "lr_scheduler_type": tuple(SCHEDULES),
             "gradient_checkpointing": ("none", "block"),
             "eval_strategy": ("no", "steps", "epoch"),
@@ -499,7 +539,8 @@ class TrainConfig:
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise UserError(f"{flag(name)} is {value!r}; expected one of {', '.join(allowed)}")
+                known = ", ".join(filter(None, allowed))
+                raise UserError(f"{flag(name)} is {value!r}; expected one of {known}")
         at_least = {
             "max_length": 2, "lora_r": 1, "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
@@ -507,7 +548,7 @@ class TrainConfig:
             "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
             "eval_generate": 0, "eval_steps": 0, "embedding_learning_rate": 0,
             "loraplus_lr_ratio": 0, "per_device_eval_batch_size": 0, "early_stopping_patience": 0,
-            "early_stopping_threshold": 0,
+            "early_stopping_threshold": 0, "preview": 0, "dataset_num_proc": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -559,6 +600,7 @@ class TrainConfig:
         if self.loraplus_lr_ratio is not None and self.full_finetuning:
             raise UserError("--loraplus-lr-ratio needs an adapter; drop it or --full-finetuning")
         self.column_map  # noqa: B018  (raises on a malformed --columns)
+        self.sources  # noqa: B018  (raises on malformed weights)
         self.scheduler_options  # noqa: B018
 
     def _check_idle(self) -> None:
@@ -628,6 +670,29 @@ class TrainConfig:
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
         )
+
+    @property
+    def sources(self) -> list[tuple[str, float | None]]:
+        """`--dataset a.jsonl:0.7 b.jsonl:0.3` as [("a.jsonl", 0.7), ("b.jsonl", 0.3)].
+
+        None where no weights are given. Weights sum to 1.
+        """
+        found: list[tuple[str, float | None]] = []
+        for item in self.dataset:
+            name, _, weight = item.rpartition(":")
+            if not name or not _is_number(weight) or Path(item).exists():
+                found.append((item, None))
+                continue
+            if not 0 < float(weight) < math.inf:
+                raise UserError(f"--dataset is {item!r}; expected a weight above 0")
+            found.append((name, float(weight)))
+        given = [weight for _, weight in found if weight is not None]
+        if given and len(given) != len(found):
+            raise UserError(
+                f"--dataset is {' '.join(self.dataset)}; give every dataset a weight, or none"
+            )
+        total = sum(given)
+        return [(name, None if weight is None else weight / total) for name, weight in found]
 
     @property
     def eval_batch_size(self) -> int:
@@ -707,6 +772,14 @@ class TrainConfig:
                 f", which is not below --learning-rate {self.learning_rate:g}"
             )
         return given
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -1,329 +1,73 @@
-"""Files to token arrays: read rows, tokenise them, pack them.
+"""Rows to token arrays: render, tokenise, label, cut, pack; each row counted.
 
 Everything is exact and in order: the same rows, tokenizer and settings give the same arrays, so a
-run can be repeated from its flags. Nothing is dropped or cut without being counted in `stats`.
+run can be repeated from its flags. Rows go through in groups of 1000, so a source may be larger
+than memory. Nothing is dropped or cut without being counted in `stats`.
 """
 
 from __future__ import annotations
 
-import bisect
-import csv
-import hashlib
-import io
 import itertools
 import json
-import sys
+import multiprocessing
+import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from minisft import chat, formats
+from minisft import chat, formats, masks
 from minisft.config import UserError
 from minisft.formats import Example
+from minisft.packing import GROUP_ROWS, check_packing, pack_group
+from minisft.reading import Rows
 from minisft.tokenizer import (
     TEXT_OPEN,
     Tokenizer,
     encode_batch,
     encode_chat,
-    encode_chat_spans,
+    encode_spans,
     mark_special_text,
 )
+from minisft.tokens import IGNORED, TokenizedDataset, TokenWriter
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-IGNORED = -100  # label of a token that is not trained
-PACKING = ("bfd", "bfd_split", "wrapped")
-_GROUP_ROWS = 1000  # rows that are tokenised, and packed, together
+OVERLONG = ("truncate", "drop", "split", "error")
 
 
-# -------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Settings:
+    """What shapes the arrays besides the rows and the tokenizer."""
 
+    format: str | None = None  # one of formats.FORMATS; None detects it
+    text_field: str = "text"
+    max_length: int | None = None
+    overlong: str | None = None  # one of OVERLONG; None: truncate, or what the packing does
+    packing: str | None = None  # one of packing.PACKING
+    completion_only_loss: bool | None = None  # None: where rows have a prompt and a completion
+    assistant_only_loss: bool = False
+    instruction_part: str = ""  # with response_part: only what follows the one is trained,
+    response_part: str = ""  # up to the other
+    keep_untrained: bool = False  # neither cut nor drop rows: `pack` takes them as they are
+    skip_bad: bool = False
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """A sequence of row dicts; `rows[i]` has its columns under our names."""
-
-    source: str  # file name or hub id, for messages
-    records: Sequence[dict]
-    columns: tuple[str, ...]  # under our names: the union over rows
-    renames: dict[str, str] = field(default_factory=dict)  # our name -> the file's
-    lines: Sequence[int] | None = None  # line of each row, where the file has lines
-    skipped: int = 0  # malformed rows left out on request
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> dict:
-        record = self.records[i]
-        if not self.renames:
-            return record
-        hidden = {*self.renames, *self.renames.values()}
-        kept = {name: value for name, value in record.items() if name not in hidden}
-        return kept | {ours: record[name] for ours, name in self.renames.items() if name in record}
-
-    def where(self, i: int) -> str:
-        """Names row i (counted from 0) for a message: "data.jsonl:4 (row 3)"."""
-        line = f":{self.lines[i]}" if self.lines is not None else ""
-        return f"{self.source}{line} (row {i})"
-
-
-def read_rows(
-    source: str, *, split: str = "train", columns: dict[str, str], skip_bad: bool = False
-) -> Rows:
-    """Read a .jsonl, .json, .csv or .parquet file, or a dataset of the Hugging Face hub by its id.
-
-    columns: our name -> the file's column, e.g. {"prompt": "question"}. split is for the hub.
-    skip_bad: leave out and count malformed lines of a .jsonl file instead of stopping.
-    Raises UserError naming the file, and the line or byte where it is at fault; also for an empty
-    file, an unknown extension, or a column that is not there.
-    """
-    path = Path(source)
-    if path.is_dir():
-        raise UserError(f"{source}: is a directory; expected a file ending in {_extensions()}")
-    if not path.exists() and not _looks_like_path(source):
-        return _renamed(_read_hub(source, split), columns)
-    if path.suffix not in EXTENSIONS:
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
-    if not path.exists():
-        raise UserError(f"{source}: no such file; check the path")
-    if split != "train":
-        raise UserError(
-            f"{source}: split is {split!r}, but a file has no splits; name its own file"
-        )
-    readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    try:
-        if path.suffix == ".jsonl":
-            rows = _read_jsonl(path, skip_bad)
-        else:
-            rows = readers[path.suffix](path)
-    except OSError as e:
-        raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
-    if not len(rows):
-        skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
-        raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
-    return _renamed(rows, columns)
-
-
-def _extensions() -> str:
-    return ", ".join(EXTENSIONS)
-
-
-def _looks_like_path(source: str) -> bool:
-    return Path(source).suffix in EXTENSIONS or source.startswith((".", "/", "~"))
-
-
-def _renamed(rows: Rows, columns: dict[str, str]) -> Rows:
-    for ours, theirs in columns.items():
-        if ours not in formats.KNOWN_COLUMNS:
-            close = formats.nearest(ours, formats.KNOWN_COLUMNS)
-            hint = f"did you mean {close}?" if close else ", ".join(formats.KNOWN_COLUMNS)
-            raise UserError(f"--columns {ours}={theirs}: {ours!r} is not a name we read; {hint}")
-        if theirs not in rows.columns:
-            close = formats.nearest(theirs, rows.columns)
-            hint = f"; did you mean {close!r}?" if close else ""
+    def __post_init__(self):
+        if self.overlong is not None and self.overlong not in OVERLONG:
+            raise UserError(f"overlong is {self.overlong!r}; expected one of {', '.join(OVERLONG)}")
+        if bool(self.instruction_part) != bool(self.response_part):
             raise UserError(
-                f"{rows.source}: no column {theirs!r} (asked for by --columns {ours}={theirs}); "
-                f"found columns {', '.join(rows.columns)}{hint}"
+                "--instruction-part and --response-part belong together: the one says where "
+                "training on a response ends, the other where it begins; give both"
             )
-    hidden = {*columns, *columns.values()}
-    kept = tuple(name for name in rows.columns if name not in hidden)
-    return Rows(
-        rows.source, rows.records, (*columns, *kept), dict(columns), rows.lines, rows.skipped
-    )
-
-
-def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
-    records, lines, names, skipped = [], [], {}, 0
-    with path.open("rb") as file:
-        for number, offset, raw in _numbered_lines(file):
-            try:
-                record = _parse_line(raw, f"{path}:{number}", path, offset)
-            except UserError:
-                if not skip_bad:
-                    raise
-                skipped += 1
-                continue
-            if record is not None:
-                records.append(record)
-                lines.append(number)
-                names.update(dict.fromkeys(record))
-    return Rows(str(path), records, tuple(names), {}, lines, skipped)
-
-
-def _numbered_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset of the line, its bytes), without the byte order mark."""
-    offset = 0
-    for number, raw in enumerate(file, 1):
-        mark = 3 if number == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
-        yield number, offset + mark, raw[mark:]
-        offset += len(raw)
-
-
-def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
-    try:
-        text = raw.decode("utf-8").strip()
-        if not text:
-            return None
-        record = json.loads(text)
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{where}: {path.name} is not UTF-8 at byte {offset + e.start} "
-            f"(0x{raw[e.start]:02x}); convert it to UTF-8"
-        ) from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(
-            f"{where}: malformed JSON ({_json_reason(e, text)}); expected one JSON object per line"
-        ) from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: the row is {type(record).__name__}; expected a JSON object")
-    return record
-
-
-def _json_reason(error: Exception, text: str) -> str:
-    if not isinstance(error, json.JSONDecodeError):
-        return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    snippet = text[max(error.pos - 20, 0) : error.pos + 20]
-    return f"{error.msg} at column {error.colno}: ...{snippet!r}..."
-
-
-def _read_json(path: Path) -> Rows:
-    text = _read_utf8(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        if getattr(e, "msg", "") == "Extra data":  # JSON lines under the name .json
-            return _read_jsonl(path, skip_bad=False)
-        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise UserError(
-            f"{path}{line}: malformed JSON ({_json_reason(e, text)}); expected a list of objects"
-        ) from None
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) != 1:
+        if self.response_part and self.assistant_only_loss:
             raise UserError(
-                f"{path}: an object with keys {', '.join(value)}; expected a list of objects, or "
-                "an object that holds one such list"
+                "--assistant-only-loss and --response-part both say what is trained; give one"
             )
-        value = lists[0]
-    if not isinstance(value, list):
-        raise UserError(f"{path}: is {type(value).__name__}; expected a list of objects")
-    names: dict[str, None] = {}
-    for i, record in enumerate(value):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path} (row {i}): the row is {type(record).__name__}; expected a JSON object"
-            )
-        names.update(dict.fromkeys(record))
-    return Rows(str(path), value, tuple(names))
-
-
-def _read_utf8(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        # The codec counts from behind a byte order mark.
-        start = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
-        raise UserError(
-            f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
-        ) from None
-
-
-def _read_csv(path: Path) -> Rows:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
-    records, lines = [], []
-    try:
-        header = next((row for row in reader if row), [])
-        if len(set(header)) != len(header) or "" in header:
-            raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
-        for row in reader:
-            if len(row) == len(header):
-                records.append(dict(zip(header, row, strict=True)))
-                lines.append(reader.line_num)
-            elif row:  # a blank line is an empty row
-                raise UserError(
-                    f"{path}:{reader.line_num}: {len(row)} fields; the header has {len(header)} "
-                    f"({', '.join(header)}); quote fields that hold commas"
-                )
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: malformed CSV ({e})") from None
-    return Rows(str(path), records, tuple(header), {}, lines)
-
-
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, ValueError) as e:
-        raise UserError(
-            f"{path}: not a readable parquet file ({' '.join(str(e).split())}); write it again"
-        ) from None
-    return Rows(str(path), table.to_pylist(), tuple(table.column_names))
-
-
-def _read_hub(source: str, split: str) -> Rows:
-    import datasets  # seconds to import, so only here
-
-    try:
-        dataset = datasets.load_dataset(source, split=split)
-    except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(
-            f"{source}: neither a file nor a dataset that can be loaded with split {split!r} "
-            f"({reason}); a local file ends in {_extensions()}"
-        ) from None
-    if not len(dataset):
-        raise UserError(f"{source}: split {split!r} holds no rows")
-    records = cast(Sequence[dict], dataset)
-    return Rows(source, records, tuple(dataset.column_names))
-
-
-# ----------------------------------------------------------------------------------- tokenising
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedDataset:
-    """Token arrays of all rows, back to back, on the CPU.
-
-    Row i holds documents row_offsets[i]..row_offsets[i+1]; document d holds tokens
-    document_offsets[d]..document_offsets[d+1]. Labels are not shifted: the model's output at
-    position t is scored against labels[t+1] of the same document.
-    """
-
-    input_ids: Tensor  # int32 [total]
-    labels: Tensor  # int32 [total]; IGNORED where not trained
-    document_offsets: Tensor  # int64 [num_documents + 1]
-    row_offsets: Tensor  # int64 [num_rows + 1]
-    stats: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.row_offsets) - 1
-
-    def row_documents(self, i: int) -> list[tuple[int, int]]:
-        """[(start, stop)] into the token arrays of each document of row i."""
-        first, last = self.row_offsets[i : i + 2].tolist()
-        offsets = self.document_offsets[first : last + 1].tolist()
-        return list(itertools.pairwise(offsets))
-
-    @property
-    def max_token_id(self) -> int:
-        """The largest id, to compare with the embedding's rows; -1 if there is no token."""
-        return int(self.input_ids.max()) if len(self.input_ids) else -1
-
-
-class _Document(NamedTuple):
-    ids: np.ndarray  # int32 [n]
-    labels: np.ndarray  # int32 [n]
-    lost_prompt_tokens: bool = False  # the prompt alone ends in other tokens
-    special_text: bool = False  # a message holds a special token's string
+        if self.packing is not None:
+            check_packing(self.packing, self.max_length)
 
 
 def tokenize_rows(
@@ -339,167 +83,392 @@ def tokenize_rows(
     skip_bad: bool = False,
     source: str,
 ) -> TokenizedDataset:
-    """Token ids and labels of every row, one document per row; as TRL 1.16's SFTTrainer.
-
-    rows: what `read_rows` gives, or a list of dicts named by source in messages. format: one of
-    formats.FORMATS; None detects it. Rows are cut to max_length (None: not cut) once labelled, and
-    dropped if no trained label is left; with keep_untrained, for `pack`, neither is done here.
-    A row with a blank completion is dropped; skip_bad drops rows at fault too. All are counted.
-    Raises UserError naming the row, and if no row or no trained token is left.
-    """
-    rows = rows if isinstance(rows, Rows) else _named_rows(rows, source)
-    format = _checked_format(rows, format, text_field)
-    if completion_only_loss is None:
-        completion_only = not formats.missing_columns("prompt-completion", rows.columns)
-    else:
-        completion_only = completion_only_loss
-    settings = _Settings(format, text_field, completion_only, assistant_only_loss, skip_bad)
-    _check_settings(settings, tokenizer, rows)
-    counts = _Counts(Counter({"malformed": rows.skipped}), Counter())
-    documents: list[_Document] = []
-    for begin in range(0, len(rows), _GROUP_ROWS):
-        examples = _read_examples(rows, begin, settings, counts)
-        found = _tokenize_group(rows, examples, tokenizer, settings, counts)
-        counts.seen["longest"] = max([counts.seen["longest"], *(len(d.ids) for d in found)])
-        if not keep_untrained:
-            found = _cut_and_drop(found, max_length, counts)
-        documents += found
-    stats = _stats(rows, settings, documents, counts, tokenizer.bos_token_id)
-    if completion_only_loss and format in ("text", "messages"):
-        stats["warnings"].append(
-            f"completion_only_loss has no effect on format {format!r}: every token is trained; "
-            "use prompt and completion columns, or assistant_only_loss"
-        )
-    dataset = _dataset(
-        _joined([document.ids for document in documents]),
-        _joined([document.labels for document in documents]),
-        np.cumsum([0, *(len(document.ids) for document in documents)]),
-        np.arange(len(documents) + 1),
-        stats,
+    """`tokenize` for one source, in memory; a list of dicts is named by `source` in messages."""
+    settings = Settings(
+        format=format,
+        text_field=text_field,
+        max_length=max_length,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        keep_untrained=keep_untrained,
+        skip_bad=skip_bad,
     )
-    if not dataset.stats["num_trained_tokens"]:
-        cut = max_length is not None and stats["longest"] > max_length
-        remedy = "raise --max-length" if cut else "give rows with something to learn"
-        raise UserError(
-            f"{rows.source}: nothing is left to train: {stats['rows_read']} rows read, "
-            f"{len(documents)} kept, dropped {stats['dropped']}; the longest row has "
-            f"{stats['longest']} tokens, --max-length is {max_length}; {remedy}"
-        )
-    return dataset
+    rows = rows if isinstance(rows, Rows) else named_rows(rows, source)
+    return tokenize([rows], tokenizer, settings)
 
 
-class _Settings(NamedTuple):
-    format: str
-    text_field: str
-    completion_only_loss: bool
-    assistant_only_loss: bool
-    skip_bad: bool
-
-
-class _Counts(NamedTuple):
-    dropped: Counter[str]  # by reason
-    seen: Counter[str]
-
-
-def _named_rows(records: Sequence[dict], source: str) -> Rows:
+def named_rows(records: Sequence[dict], source: str) -> Rows:
+    """Dicts in memory as Rows; their columns are the union over all of them."""
     return Rows(source, records, tuple(dict.fromkeys(name for r in records for name in r)))
 
 
-def _cut_and_drop(
-    documents: list[_Document], max_length: int | None, counts: _Counts
-) -> list[_Document]:
-    kept = []
-    for document in documents:
-        too_long = max_length is not None and len(document.ids) > max_length
-        cut = document._replace(ids=document.ids[:max_length], labels=document.labels[:max_length])
-        if (cut.labels != IGNORED).any():
-            kept.append(cut)
-            counts.seen["truncated"] += too_long
-        else:
-            reason = "nothing to train within max_length" if too_long else "nothing to train"
-            counts.dropped[reason] += 1
-    return kept
+def tokenize(
+    sources: Sequence[Rows],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    writer: TokenWriter | None = None,
+    num_proc: int = 1,
+    limit: int | None = None,
+) -> TokenizedDataset:
+    """Token ids and labels of every row of the sources, one after the other; as TRL 1.16.
+
+    Without packing a row of the result is one document. Rows longer than max_length are treated as
+    `overlong` says once labelled, and dropped if no trained label is left (packing keeps those).
+    Rows with a blank completion are dropped; skip_bad drops rows at fault too. All are counted in
+    `stats`, which also tells what each source held. With packing, each group of 1000 documents of
+    a source is packed by itself. writer: where the tokens go (memory). num_proc: processes that
+    render and tokenise; the result does not depend on it. limit: read that many rows of a source.
+    Raises UserError naming the row, and if no row or no trained token is left.
+    """
+    writer = writer or TokenWriter()
+    try:
+        return _tokenize(sources, tokenizer, settings, writer, num_proc, limit)
+    except BaseException:
+        writer.abandon()
+        raise
 
 
-def _stats(
-    rows: Rows, settings: _Settings, documents: list[_Document], counts: _Counts, bos: int | None
-) -> dict[str, Any]:
-    kept = len(documents)
-    twice = sum(len(d.ids) > 1 and d.ids[0] == bos == d.ids[1] for d in documents)
-    lost = sum(d.lost_prompt_tokens for d in documents)
-    literal = sum(d.special_text for d in documents)
+def _tokenize(
+    sources: Sequence[Rows],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    writer: TokenWriter,
+    num_proc: int,
+    limit: int | None,
+) -> TokenizedDataset:
+    counts, told = _Counts(), []
+    for rows in sources:
+        resolved = _resolve(settings, rows, tokenizer)
+        job = _Job(rows, tokenizer, resolved, _end_of_turn(rows, tokenizer, resolved))
+        here, first_row = _Counts(), writer.num_rows
+        here.dropped["malformed"] += rows.skipped
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        for group in _groups(job, num_proc, limit):
+            here.add(group.counts)
+            for ids, _ in group.documents:
+                writer.seen(ids)
+            if settings.packing is None:
+                for document in group.documents:
+                    writer.add([document])
+                continue
+            waiting += group.documents
+            while len(waiting) >= GROUP_ROWS:
+                _add_packed(writer, waiting[:GROUP_ROWS], settings)
+                waiting = waiting[GROUP_ROWS:]
+        _add_packed(writer, waiting, settings)
+        told.append(_source_stats(job, here, writer.num_rows - first_row))
+        counts.add(here)
+    stats = _stats(told, counts, writer, settings, sources, tokenizer)
+    dataset = writer.finish(stats)
+    _check_trained(dataset.stats, settings, sources)
+    return dataset
+
+
+def _add_packed(
+    writer: TokenWriter, documents: list[tuple[np.ndarray, np.ndarray]], settings: Settings
+) -> None:
+    if not documents or settings.packing is None:
+        return
+    assert settings.max_length is not None
+    ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
+    offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
+    for row in pack_group(offsets, max_length=settings.max_length, strategy=settings.packing):
+        writer.add([(ids[a:b], labels[a:b]) for a, b in row])
+
+
+# ---------------------------------------------------------------------------------------- counts
+
+
+@dataclass
+class _Counts:
+    """What happened to rows: why some were dropped, and what was seen in the others."""
+
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    seen: Counter[str] = field(default_factory=Counter)
+    longest: int = 0  # tokens, before a row is cut
+
+    def add(self, other: _Counts) -> None:
+        self.dropped.update(other.dropped)
+        self.seen.update(other.seen)
+        self.longest = max(self.longest, other.longest)
+
+
+def _source_stats(job: _Job, counts: _Counts, num_rows: int) -> dict[str, Any]:
+    rows, settings = job.rows, job.settings
     return {
+        "source": rows.source,
         "format": settings.format,
-        "rows_read": len(rows) + rows.skipped,
-        "rows_kept": kept,
-        "dropped": {reason: n for reason, n in counts.dropped.items() if n},
-        "truncated": counts.seen["truncated"],
-        "longest": counts.seen["longest"],  # before it is cut
-        "duplicates": kept - len({d.ids.tobytes() for d in documents}),
-        "packing_efficiency": None,
-        "warnings": _warnings(kept, lost=lost, twice=twice, literal=literal),
+        "columns": rows.renames,
+        "rows_total": len(rows) + rows.skipped,
+        "rows_read": counts.seen["read"] + rows.skipped,
+        "rows_kept": counts.seen["kept"],
+        "rows": num_rows,
+        "end_of_turn": job.end_of_turn,
     }
 
 
-def _warnings(kept: int, *, lost: int, twice: int, literal: int) -> list[str]:
-    warnings = []
-    if lost:
+def _stats(
+    told: list[dict[str, Any]],
+    counts: _Counts,
+    writer: TokenWriter,
+    settings: Settings,
+    sources: Sequence[Rows],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    found = dict.fromkeys(s["format"] for s in told)
+    stats = {
+        "format": ", ".join(found),
+        "rows_read": sum(s["rows_read"] for s in told),
+        "rows_kept": counts.seen["kept"],
+        "dropped": {reason: n for reason, n in counts.dropped.items() if n},
+        "truncated": counts.seen["truncated"],
+        "split": counts.seen["split"],
+        "longest": counts.longest,
+        "duplicates": writer.num_duplicates(),
+        "packing_efficiency": None,
+        "warnings": _warnings(counts.seen),
+        "sources": told,
+    }
+    if settings.packing is not None and settings.max_length is not None:
+        stats["rows_packed"] = writer.num_rows
+        stats["packing_efficiency"] = writer.num_tokens / max(
+            writer.num_rows * settings.max_length, 1
+        )
+    if settings.completion_only_loss and found.keys() & {"text", "messages", "sharegpt"}:
+        stats["warnings"].append(
+            f"completion_only_loss has no effect on format {stats['format']!r}: every token is "
+            "trained; use prompt and completion columns, or assistant_only_loss"
+        )
+    return stats
+
+
+def _warnings(seen: Counter[str]) -> list[str]:
+    kept, warnings = seen["kept"], []
+    if n := seen["lost_prompt_tokens"]:
         warnings.append(
-            f"in {lost} of {kept} rows the prompt's last tokens change when the completion "
+            f"in {n} of {kept} rows the prompt's last tokens change when the completion "
             "follows, and count as completion; end the prompt at a token boundary, for instance "
             "with the blank at the start of the completion"
         )
-    if twice:
+    if n := seen["two_bos"]:
         warnings.append(
-            f"{twice} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
+            f"{n} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
             "it out of the text"
         )
-    if literal:
+    if n := seen["special_text"]:
         warnings.append(
-            f"{literal} of {kept} chats hold special-token strings in their messages; they are "
+            f"{n} of {kept} chats hold special-token strings in their messages; they are "
             "encoded as plain text"
+        )
+    if n := seen["no_answer"]:
+        warnings.append(
+            f"{n} of {kept} chats hold no assistant message, and every token of them is trained, "
+            "the user's words too; leave them out, or use --assistant-only-loss"
+        )
+    if n := seen["no_end"]:
+        warnings.append(
+            f"in {n} of {kept} chats the last trained token is no special token, so nothing there "
+            "teaches the model to stop; does the chat template end the assistant's turn, inside "
+            "what is trained?"
         )
     return warnings
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+def _check_trained(stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]) -> None:
+    if stats["num_trained_tokens"]:
+        return
+    names = ", ".join(rows.source for rows in sources)
+    cut = settings.max_length is not None and stats["longest"] > settings.max_length
+    remedy = "raise --max-length" if cut else "give rows with something to learn"
+    if settings.response_part and not cut:
+        remedy = (
+            f"is --response-part {settings.response_part!r} in the rendered rows? See --preview"
+        )
+    raise UserError(
+        f"{names}: nothing is left to train: {stats['rows_read']} rows read, "
+        f"{stats['rows_kept']} kept, dropped {stats['dropped']}; the longest row has "
+        f"{stats['longest']} tokens, --max-length is {settings.max_length}; {remedy}"
+    )
 
 
-def _checked_format(rows: Rows, format: str | None, text_field: str) -> str:
+# ---------------------------------------------------------------------------------------- groups
+
+
+class _Job(NamedTuple):
+    """One source, and all that its rows are tokenised with."""
+
+    rows: Rows
+    tokenizer: Tokenizer
+    settings: Settings  # its format and completion_only_loss are known
+    end_of_turn: str | None  # what ends a trained turn, where only the assistant's are
+
+
+class _Group(NamedTuple):
+    documents: list[tuple[np.ndarray, np.ndarray]]  # (ids, labels), int32
+    counts: _Counts
+
+
+def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:
+    """The groups of a source in order, tokenised here or by num_proc processes."""
+    num_rows = len(job.rows) if limit is None else min(limit, len(job.rows))
+    ranges = [(a, min(a + GROUP_ROWS, num_rows)) for a in range(0, num_rows, GROUP_ROWS)]
+    if num_proc <= 1 or len(ranges) <= 1:
+        for begin, stop in ranges:
+            yield _tokenize_range(job, begin, stop)
+        return
+    # Fresh processes: a forked one would share the threads and the GPU of this one.
+    with ProcessPoolExecutor(
+        min(num_proc, len(ranges)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(job,),
+    ) as pool:
+        pending: deque[Future[_Group]] = deque()
+        for begin, stop in ranges:
+            pending.append(pool.submit(_work, begin, stop))
+            if len(pending) > 2 * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+_worker_job: list[_Job] = []  # of a worker process; empty elsewhere
+
+
+def _start_worker(job: _Job) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_job[:] = [job]
+
+
+def _work(begin: int, stop: int) -> _Group:
+    return _tokenize_range(_worker_job[0], begin, stop)
+
+
+def _tokenize_range(job: _Job, begin: int, stop: int) -> _Group:
+    """Rows begin..stop of a source as documents, in row order, with their counts."""
+    counts = _Counts()
+    counts.seen["read"] = stop - begin
+    examples = _read_examples(job, begin, stop, counts)
+    found = _tokenize_group(job, examples, counts)
+    counts.longest = max((len(d.ids) for _, d in found), default=0)
+    documents = []
+    for i, document in found:
+        pieces = _fit(document, job, i, counts)
+        counts.seen["kept"] += bool(pieces)
+        documents += pieces
+        if pieces:
+            _note(document, job, counts)
+    return _Group(documents, counts)
+
+
+def _note(document: _Document, job: _Job, counts: _Counts) -> None:
+    ids, bos = document.ids, job.tokenizer.bos_token_id
+    counts.seen["two_bos"] += len(ids) > 1 and ids[0] == bos == ids[1]
+    for name in ("lost_prompt_tokens", "special_text", "no_answer", "no_end"):
+        counts.seen[name] += getattr(document, name)
+
+
+def _fit(
+    document: _Document, job: _Job, row: int, counts: _Counts
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The document as it is kept: whole, cut, in pieces, or not at all."""
+    settings = job.settings
+    whole = [(document.ids, document.labels)]
+    if settings.keep_untrained:
+        return whole
+    length = settings.max_length or max(1, len(document.ids))
+    too_long = len(document.ids) > length
+    if too_long and settings.overlong == "error":
+        raise UserError(
+            f"{job.rows.where(row)}: {len(document.ids)} tokens; --max-length is {length} and "
+            "--overlong is error; raise the one, or choose truncate, split or drop"
+        )
+    if too_long and settings.overlong == "drop":
+        counts.dropped["longer than max_length"] += 1
+        return []
+    if too_long and settings.packing is not None and settings.overlong is None:
+        counts.seen["truncated" if settings.packing == "bfd" else "split"] += 1
+        return whole  # packing cuts it
+    if not too_long:
+        pieces = whole
+    else:
+        stops = range(0, len(document.ids), length) if settings.overlong == "split" else [0]
+        pieces = [(document.ids[a : a + length], document.labels[a : a + length]) for a in stops]
+    if settings.packing is None:
+        # The first token of a document is never a target, but TRL keeps such a row, and so here.
+        pieces = [piece for piece in pieces if (piece[1] != IGNORED).any()]
+    if not pieces:
+        reason = "nothing to train within max_length" if too_long else "nothing to train"
+        counts.dropped[reason] += 1
+    elif too_long:
+        counts.seen["split" if settings.overlong == "split" else "truncated"] += 1
+    return pieces
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+def _resolve(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> Settings:
+    """The settings with the source's format, and whether prompts are masked; checked."""
+    format = settings.format
     if format is None:
-        return formats.detect_format(rows.columns, text_field=text_field, source=rows.source)
-    if missing := formats.missing_columns(format, rows.columns, text_field=text_field):
+        format = formats.detect_format(
+            rows.columns, text_field=settings.text_field, source=rows.source
+        )
+    elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
         close = formats.nearest(missing[0], rows.columns)
         hint = f"; did you mean {close!r}?" if close else ""
         raise UserError(
             f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
             f"{', '.join(rows.columns)}{hint} Use --columns or --dataset-text-field"
         )
-    return format
-
-
-def _check_settings(settings: _Settings, tokenizer: Tokenizer, rows: Rows) -> None:
-    if settings.format != "input_ids" and tokenizer.eos_token_id is None:
+    completion_only = settings.completion_only_loss
+    if completion_only is None:
+        completion_only = format == "alpaca" or not formats.missing_columns(
+            "prompt-completion", rows.columns
+        )
+    if format != "input_ids" and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token; set it in tokenizer_config.json")
-    if settings.assistant_only_loss and settings.format == "text":
+    if settings.assistant_only_loss and format == "text":
         raise UserError(
             f"{rows.source}: assistant_only_loss needs chat rows, but the format is 'text'; "
             "leave it out, or give a 'messages' column"
         )
+    if settings.response_part and format == "input_ids":
+        raise UserError(
+            f"{rows.source}: --response-part looks into text, but the rows are token ids; give "
+            "them labels or masks"
+        )
+    return replace(settings, format=format, completion_only_loss=completion_only)
 
 
-def _read_examples(rows: Rows, begin: int, settings: _Settings, counts: _Counts) -> dict[int, Any]:
+# ------------------------------------------------------------------------------------- one row
+
+
+class _Document(NamedTuple):
+    ids: np.ndarray  # int32 [n]
+    labels: np.ndarray  # int32 [n]
+    lost_prompt_tokens: bool = False  # the prompt alone ends in other tokens
+    special_text: bool = False  # a message holds a special token's string
+    no_answer: bool = False  # a chat that is trained whole has no assistant message
+    no_end: bool = False  # the last trained token of a chat is no special token
+
+
+def _read_examples(job: _Job, begin: int, stop: int, counts: _Counts) -> dict[int, Any]:
     """Row number -> Example, or _Document for rows that hold token ids."""
+    settings, rows = job.settings, job.rows
     readers = {
         "text": lambda r: formats.read_text(r, text_field=settings.text_field),
         "prompt-completion": formats.read_prompt_completion,
         "messages": formats.read_messages,
-        "input_ids": lambda r: _read_ids(r, settings.completion_only_loss),
+        "sharegpt": formats.read_sharegpt,
+        "alpaca": formats.read_alpaca,
+        "input_ids": lambda r: _read_ids(r, bool(settings.completion_only_loss)),
     }
-    read = readers[settings.format]
+    read = readers[settings.format or ""]
     examples = {}
-    for i in range(begin, min(begin + _GROUP_ROWS, len(rows))):
+    for i in range(begin, stop):
         try:
             example = read(rows[i])
         except UserError as e:
@@ -541,31 +510,37 @@ def _int_array(record: dict, name: str, length: int | None) -> np.ndarray:
 
 
 def _tokenize_group(
-    rows: Rows,
-    examples: dict[int, Any],
-    tokenizer: Tokenizer,
-    settings: _Settings,
-    counts: _Counts,
-) -> list[_Document]:
-    """Documents of one group, in row order. Prompts and whole texts go through one batch each."""
+    job: _Job, examples: dict[int, Any], counts: _Counts
+) -> list[tuple[int, _Document]]:
+    """(row, document) of one group in row order; texts of a kind go through one batch."""
+    settings, tokenizer = job.settings, job.tokenizer
     if settings.format == "input_ids":
-        return list(examples.values())
+        return list(examples.items())
     prepared: dict[int, _Prepared] = {}
     for i, example in examples.items():
         try:
-            prepared[i] = _prepare(example, tokenizer, settings)
+            prepared[i] = _prepare(example, job)
         except UserError as e:
             if not settings.skip_bad:
-                raise UserError(f"{rows.where(i)}: {e}") from None
+                raise UserError(f"{job.rows.where(i)}: {e}") from None
             counts.dropped["malformed"] += 1
-    wholes = _encode_all(tokenizer, [p.whole for p in prepared.values()])
+    whole = _encode_wholes(tokenizer, list(prepared.values()))
     prompts = iter(
         _encode_all(tokenizer, [p.prompt for p in prepared.values() if p.prompt is not None])
     )
     documents = []
-    for p, whole in zip(prepared.values(), wholes, strict=True):
+    for (i, p), (ids, mask) in zip(prepared.items(), whole, strict=True):
         prompt = next(prompts) if p.prompt is not None else None
-        documents.append(_label(whole, prompt, p, settings.completion_only_loss))
+        if mask is not None and settings.assistant_only_loss and not mask.any():
+            if not settings.skip_bad:
+                raise UserError(
+                    f"{job.rows.where(i)}: assistant_only_loss finds no assistant token in this "
+                    "chat; does it hold an answer, and does the chat template mark every "
+                    "assistant turn?"
+                )
+            counts.dropped["malformed"] += 1
+            continue
+        documents.append((i, _label(ids, mask, prompt, p, job)))
     return documents
 
 
@@ -579,11 +554,13 @@ class _Text(NamedTuple):
 class _Prepared(NamedTuple):
     whole: _Text
     prompt: _Text | None
-    mask: list[int] | None  # 1 on the assistant's tokens, where asked for
+    spans: list[tuple[int, int]] | None  # characters of `whole` that are trained; None: all
+    no_answer: bool = False
 
 
-def _prepare(example: Example, tokenizer: Tokenizer, settings: _Settings) -> _Prepared:
+def _prepare(example: Example, job: _Job) -> _Prepared:
     """The strings of a row: EOS appended to text, chats rendered."""
+    settings, tokenizer = job.settings, job.tokenizer
     if isinstance(example.completion, str):
         if settings.assistant_only_loss:
             raise UserError("assistant_only_loss needs chat rows; this row is text")
@@ -592,14 +569,26 @@ def _prepare(example: Example, tokenizer: Tokenizer, settings: _Settings) -> _Pr
         eos = tokenizer.special_tokens["eos_token"]
         completion += "" if completion.endswith(eos) else eos
         whole = _Text(_encodable((prompt or "") + completion), False)
-        return _Prepared(whole, None if prompt is None else _Text(prompt, False), None)
+        asked = None if prompt is None else _Text(prompt, False)
+        return _Prepared(whole, asked, _marked_spans(whole.text, settings))
     prompt = example.prompt if isinstance(example.prompt, list) else None
-    whole = _render(example, (prompt or []) + example.completion, tokenizer, generate=False)
-    mask = _assistant_mask(example, tokenizer) if settings.assistant_only_loss else None
+    messages = [*(prompt or []), *example.completion]
+    if settings.assistant_only_loss:
+        text, spans = _assistant_spans(example, messages, tokenizer)
+    else:
+        text = _render(example, messages, tokenizer, generate=False)
+        spans = _marked_spans(text, settings)
+    no_answer = spans is None and not any(m["role"] in masks.ASSISTANT for m in messages)
     if prompt is None:
-        return _Prepared(_Text(whole, True), None, mask)
+        return _Prepared(_Text(text, True), None, spans, no_answer)
     rendered_prompt = _render(example, prompt, tokenizer, generate=True)
-    return _Prepared(_Text(whole, True), _Text(rendered_prompt, True), mask)
+    return _Prepared(_Text(text, True), _Text(rendered_prompt, True), spans, no_answer)
+
+
+def _marked_spans(text: str, settings: Settings) -> list[tuple[int, int]] | None:
+    if not settings.response_part:
+        return None
+    return masks.marker_spans(text, settings.instruction_part, settings.response_part)
 
 
 def _encodable(text: str) -> str:
@@ -642,37 +631,103 @@ def _render(example: Example, messages: list[dict], tokenizer: Tokenizer, *, gen
     return _encodable(chat.render(template, marked, **arguments))
 
 
-def _assistant_mask(example: Example, tokenizer: Tokenizer) -> list[int]:
+def _assistant_spans(
+    example: Example, messages: list[dict], tokenizer: Tokenizer
+) -> tuple[str, list[tuple[int, int]]]:
+    """(rendered chat, the characters of the assistant's turns)."""
     template, arguments = _render_arguments(example, tokenizer)
     del arguments["add_generation_prompt"]
-    messages = [*(example.prompt or []), *example.completion]
     marked = mark_special_text(tokenizer, messages)
-    text, spans = chat.assistant_spans(template, marked, **arguments)
-    _, mask = encode_chat_spans(tokenizer, text, spans)
-    if 1 not in mask:
-        raise UserError(
-            "assistant_only_loss finds no assistant token in this chat; does the chat template "
-            "mark every assistant turn with {% generation %}?"
+    if chat.has_generation_block(template):
+        text, spans = chat.assistant_spans(template, marked, **arguments)
+        return _encodable(text), spans
+
+    def render(messages: list[dict], generate: bool) -> str:
+        return chat.render(template, messages, add_generation_prompt=generate, **arguments)
+
+    shape = _turn_shape(template, json.dumps(arguments, sort_keys=True, default=str))
+    text, spans = masks.prefix_spans(render, marked, shape, tokenizer.special_text)
+    return _encodable(text), spans
+
+
+@lru_cache(maxsize=64)
+def _turn_shape(template: str, arguments: str) -> masks.TurnShape:
+    """`masks.turn_shape` of a template under the arguments (JSON) that a row renders with."""
+    given = json.loads(arguments)
+
+    def render(messages: list[dict], generate: bool) -> str:
+        return chat.render(template, messages, add_generation_prompt=generate, **given)
+
+    return masks.turn_shape(render)
+
+
+def _end_of_turn(rows: Rows, tokenizer: Tokenizer, settings: Settings) -> str | None:
+    """With assistant_only_loss, what ends a trained turn; the masks are tried on a probe first."""
+    if not settings.assistant_only_loss or settings.format == "input_ids" or not len(rows):
+        return None
+    if tokenizer.chat_template is None:
+        return None  # each row says so, unless it brings its own
+
+    def find(messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        return _assistant_spans(Example(None, messages), messages, tokenizer)
+
+    try:
+        return masks.check_spans(find)
+    except UserError as e:
+        raise UserError(f"assistant_only_loss: {e}") from None
+
+
+def _encode_wholes(
+    tokenizer: Tokenizer, prepared: list[_Prepared]
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """(ids, mask) of each row; mask (None: all) is True on the tokens that the spans cover."""
+    plain = iter(_encode_all(tokenizer, [p.whole for p in prepared if p.spans is None]))
+    covered = {
+        is_chat: iter(
+            encode_spans(
+                tokenizer,
+                [
+                    (p.whole.text, p.spans)
+                    for p in prepared
+                    if p.spans is not None and p.whole.is_chat == is_chat
+                ],
+                add_special_tokens=not is_chat,
+            )
         )
-    return mask
+        for is_chat in (False, True)
+    }
+    out = []
+    for p in prepared:
+        if p.spans is None:
+            out.append((next(plain), None))
+        else:
+            ids, mask = next(covered[p.whole.is_chat])
+            out.append((np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)))
+    return out
 
 
 def _encode_all(tokenizer: Tokenizer, texts: list[_Text]) -> list[np.ndarray]:
-    if texts and texts[0].is_chat:  # a dataset is all chats or all text
-        marked = [TEXT_OPEN in t.text for t in texts]
-        plain = [t.text for t, m in zip(texts, marked, strict=True) if not m]
-        batch = iter(encode_batch(tokenizer, plain, add_special_tokens=False))
-        ids = [
-            encode_chat(tokenizer, t.text) if m else next(batch)
-            for t, m in zip(texts, marked, strict=True)
-        ]
-    else:
-        ids = encode_batch(tokenizer, [t.text for t in texts], add_special_tokens=True)
+    plain = [t.text for t in texts if not t.is_chat]
+    chats = [t.text for t in texts if t.is_chat and TEXT_OPEN not in t.text]
+    batches = {
+        False: iter(encode_batch(tokenizer, plain, add_special_tokens=True)),
+        True: iter(encode_batch(tokenizer, chats, add_special_tokens=False)),
+    }
+    ids = [
+        encode_chat(tokenizer, t.text)
+        if t.is_chat and TEXT_OPEN in t.text
+        else next(batches[t.is_chat])
+        for t in texts
+    ]
     return [np.array(row, dtype=np.int32) for row in ids]
 
 
 def _label(
-    whole: np.ndarray, prompt: np.ndarray | None, prepared: _Prepared, completion_only: bool
+    whole: np.ndarray,
+    mask: np.ndarray | None,
+    prompt: np.ndarray | None,
+    prepared: _Prepared,
+    job: _Job,
 ) -> _Document:
     """Labels of a row: the ids, masked up to where the prompt's tokens end."""
     labels = whole.copy()
@@ -682,116 +737,27 @@ def _label(
         differs = np.flatnonzero(prompt[:shared] != whole[:shared])
         prompt_length = int(differs[0]) if len(differs) else shared
         lost = prompt_length < len(prompt)
-        if completion_only:
+        if job.settings.completion_only_loss:
             labels[:prompt_length] = IGNORED
-    if prepared.mask is not None:
-        labels[np.array(prepared.mask, dtype=np.int32) == 0] = IGNORED
-    return _Document(whole, labels, lost, TEXT_OPEN in prepared.whole.text)
-
-
-def _dataset(
-    ids: np.ndarray,
-    labels: np.ndarray,
-    document_offsets: np.ndarray,
-    row_offsets: np.ndarray,
-    stats: dict[str, Any],
-) -> TokenizedDataset:
-    # The first token of a document has nothing before it, so it is never a target.
-    targets = labels != IGNORED
-    starts = document_offsets[:-1]
-    num_trained = int(targets.sum()) - int(targets[starts[starts < len(ids)]].sum())
-    stats = stats | {"num_tokens": len(ids), "num_trained_tokens": num_trained}
-    return TokenizedDataset(
-        torch.from_numpy(ids.astype(np.int32, copy=False)),
-        torch.from_numpy(labels.astype(np.int32, copy=False)),
-        torch.from_numpy(document_offsets.astype(np.int64)),
-        torch.from_numpy(row_offsets.astype(np.int64)),
-        stats,
+    if mask is not None:
+        labels[~mask] = IGNORED
+    is_chat = prepared.whole.is_chat
+    return _Document(
+        whole,
+        labels,
+        lost,
+        TEXT_OPEN in prepared.whole.text,
+        prepared.no_answer and prompt is None,
+        is_chat and not prepared.no_answer and not _ends_in_special(whole, labels, job.tokenizer),
     )
 
 
-def data_hash(dataset: TokenizedDataset) -> str:
-    """sha256 over the token arrays and their offsets as hex; equal if and only if the data is."""
-    digest = hashlib.sha256()
-    for name in ("input_ids", "labels", "document_offsets", "row_offsets"):
-        array = getattr(dataset, name).numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------- packing
-
-
-def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> TokenizedDataset:
-    """Rows of at most max_length tokens made from many documents; as TRL 1.16's pack_dataset.
-
-    "bfd": best fit decreasing, documents cut to max_length; "bfd_split": the rest of a long
-    document becomes documents of its own; "wrapped": everything back to back, cut every max_length
-    tokens, one document per row. Each group of 1000 rows is packed by itself. Labels are kept.
-    Raises UserError for an unknown strategy or max_length below 1.
-    """
-    if strategy not in PACKING:
-        raise UserError(f"packing strategy is {strategy!r}; expected one of {', '.join(PACKING)}")
-    if max_length < 1:
-        raise UserError(f"max_length is {max_length}; packing needs at least 1")
-    assert len(dataset) == len(dataset.document_offsets) - 1, "pack takes one document per row"
-    offsets = dataset.document_offsets.tolist()
-    packed: list[list[tuple[int, int]]] = []  # rows of (start, stop)
-    for begin in range(0, len(dataset), _GROUP_ROWS):
-        group = offsets[begin : begin + _GROUP_ROWS + 1]
-        if strategy == "wrapped":
-            packed += [[piece] for piece in _cut(group[0], group[-1], max_length)]
-            continue
-        pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(group)]
-        kept = 1 if strategy == "bfd" else None
-        fragments = [piece for document in pieces for piece in document[:kept]]
-        bins = _best_fit_decreasing([b - a for a, b in fragments], max_length)
-        packed += [[fragments[i] for i in bin] for bin in bins]
-    fragments = [piece for row in packed for piece in row]
-    ids, labels = dataset.input_ids.numpy(), dataset.labels.numpy()
-    lengths = [b - a for a, b in fragments]
-    stats = dataset.stats | {
-        "rows_packed": len(packed),
-        "packing_efficiency": sum(lengths) / max(len(packed) * max_length, 1),
-    }
-    if strategy == "bfd":
-        stats["truncated"] = int((np.diff(offsets) > max_length).sum())
-    return _dataset(
-        _joined([ids[a:b] for a, b in fragments]),
-        _joined([labels[a:b] for a, b in fragments]),
-        np.cumsum([0, *lengths]),
-        np.cumsum([0, *(len(row) for row in packed)]),
-        stats,
-    )
-
-
-def _cut(start: int, stop: int, length: int) -> list[tuple[int, int]]:
-    return [(a, min(a + length, stop)) for a in range(start, stop, length)]
-
-
-def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Bins of indices: longest first, each into the open bin with the least space that suffices.
-
-    Among bins with equal space the one that came to it first is taken. n log n in the fragments.
-    """
-    bins: list[list[int]] = []
-    spaces: list[int] = []  # distinct spaces of open bins, ascending
-    waiting: dict[int, deque[list[int]]] = {}  # space -> its bins, oldest first
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(spaces, lengths[i])
-        if at == len(spaces):
-            bin, space = [], capacity
-            bins.append(bin)
-        else:
-            space = spaces[at]
-            bin = waiting[space].popleft()
-            if not waiting[space]:
-                del waiting[space], spaces[at]
-        bin.append(i)
-        if left := space - lengths[i]:
-            if left not in waiting:
-                waiting[left] = deque()
-                bisect.insort(spaces, left)
-            waiting[left].append(bin)
-    return bins
+def _ends_in_special(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether the last trained token, blanks aside, is a special token; True if none is trained."""
+    trained = ids[labels != IGNORED]
+    for i in trained[:-5:-1].tolist():  # a template may write a line end behind the turn
+        if i in tokenizer.special_ids:
+            return True
+        if tokenizer.backend.decode([i], skip_special_tokens=False).strip():
+            return False
+    return not len(trained)

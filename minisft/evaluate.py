@@ -13,13 +13,13 @@ import torch
 from minisft.batches import IGNORED, MicroBatch, Schedule, cut_by_tokens, make_micro_batch
 from minisft.checkpoint import write_json
 from minisft.config import TrainConfig, UserError, load_json
-from minisft.data import TokenizedDataset
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.loss import evaluation
 from minisft.model import Model
 from minisft.report import Reporter
 from minisft.step import State
 from minisft.tokenizer import Tokenizer, decode
+from minisft.tokens import TokenizedDataset
 
 STEP0 = "step0.json"  # eval loss and answers before training
 

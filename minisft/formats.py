@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from minisft.config import UserError
 
-FORMATS = ("input_ids", "prompt-completion", "messages", "text")  # in order of precedence
+FORMATS = (  # in order of precedence
+    "input_ids",
+    "prompt-completion",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "text",
+)
 KNOWN_COLUMNS = (
     "text",
     "prompt",
@@ -21,6 +28,10 @@ KNOWN_COLUMNS = (
     "conversations",
     "tools",
     "chat_template_kwargs",
+    "instruction",
+    "input",
+    "output",
+    "system",
     "input_ids",
     "labels",
     "completion_mask",
@@ -59,8 +70,7 @@ class Example(NamedTuple):
 def detect_format(columns: Iterable[str], *, text_field: str = "text", source: str = "") -> str:
     """One of FORMATS for these column names; the first that has all its columns.
 
-    `conversations` counts as messages. Raises UserError listing the columns found, the nearest
-    guess, and the flag that mends it.
+    Raises UserError listing the columns found, the nearest guess, and the flag that mends it.
     """
     columns = list(columns)
     for format in FORMATS:
@@ -69,7 +79,8 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
     where = f"{source}: " if source else ""
     raise UserError(
         f"{where}no known format; found columns {', '.join(columns) or '(none)'}; expected "
-        f"{text_field!r}, or 'prompt' and 'completion', or 'messages', or 'input_ids'; "
+        f"{text_field!r}, or 'prompt' and 'completion', or 'messages', or 'conversations', or "
+        f"'instruction' and 'output', or 'input_ids'; "
         f"{_remedy(columns)}"
     )
 
@@ -79,9 +90,12 @@ def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "t
     if format not in FORMATS:
         raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
     columns = set(columns)
-    if format == "messages" and "conversations" in columns:
-        return []
-    needed = {"prompt-completion": ["prompt", "completion"], "text": [text_field]}
+    needed = {
+        "prompt-completion": ["prompt", "completion"],
+        "sharegpt": ["conversations"],
+        "alpaca": ["instruction", "output"],
+        "text": [text_field],
+    }
     return [name for name in needed.get(format, [format]) if name not in columns]
 
 
@@ -136,13 +150,48 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """A chat: `messages`, or `conversations` in either spelling. Example(None, messages).
+    """A chat: `messages` (or `conversations`), in either spelling. Example(None, messages).
 
-    ShareGPT's from/value become role/content, and its role names become user and assistant.
     Raises UserError for an empty chat, an unknown role, or content that is not text.
     """
-    name = "messages" if "messages" in record else "conversations"
+    return _read_chat(record, "messages" if "messages" in record else "conversations")
+
+
+def read_sharegpt(record: dict) -> Example:
+    """A chat: `conversations` of from/value, and a `system` text if there is one.
+
+    from/value become role/content, and the role names human and gpt become user and assistant.
+    Raises UserError as `read_messages`.
+    """
+    example = _read_chat(record, "conversations")
+    if record.get("system"):
+        system = {"role": "system", "content": _string(record, "system")}
+        chat = [m for m in example.completion if isinstance(m, dict)]
+        if chat[0]["role"] == "system":
+            raise UserError("the row has a system column and a system message; keep one of them")
+        return example._replace(completion=[system, *chat])
+    return example
+
+
+def _read_chat(record: dict, name: str) -> Example:
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
+
+
+def read_alpaca(record: dict) -> Example:
+    """`instruction`, `input` (may be empty or absent) and `output`: one turn of a chat.
+
+    The user's message is the instruction, and after an empty line the input; a `system` text comes
+    first. Example(prompt messages, [the answer]): the answer is what is trained.
+    Raises UserError for a value that is not a string.
+    """
+    asked = _string(record, "instruction")
+    if record.get("input"):
+        asked += "\n\n" + _string(record, "input")
+    prompt = [{"role": "user", "content": asked}]
+    if record.get("system"):
+        prompt.insert(0, {"role": "system", "content": _string(record, "system")})
+    answer = [{"role": "assistant", "content": _string(record, "output")}]
+    return Example(prompt, answer, **_chat_extras(record))
 
 
 def is_empty(example: Example) -> bool:

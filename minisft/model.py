@@ -58,7 +58,7 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
             f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
             "the unquantised base, or drop --full-finetuning to train an adapter"
         )
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
     lora = None if config.lora is None else split_targets(config.lora)
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.batches import Batches, Schedule
+from minisft.batches import Batches, Schedule, source_shares
 from minisft.checkpoint import (
     find_checkpoint,
     load_checkpoint_,
@@ -27,7 +28,7 @@ from minisft.checkpoint import (
     write_json,
 )
 from minisft.config import TrainConfig, UserError, flag, load_json
-from minisft.data import TokenizedDataset, data_hash, pack, read_rows, tokenize_rows
+from minisft.dry_run import dry_run
 from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during, stops_early
 from minisft.export import (
     describe_config,
@@ -51,9 +52,12 @@ from minisft.outputs import (
     start_over,
 )
 from minisft.preempt import Preempted, stop_signals
+from minisft.preview import describe_data, show_preview
 from minisft.report import Reporter, reporting, say
+from minisft.sources import load_eval, load_train, num_shared
 from minisft.step import State
 from minisft.targets import adapter_shapes, split_targets
+from minisft.tokens import TokenizedDataset, data_hash
 
 # A checkpoint made under other values of these is not a checkpoint of this run.
 _FIXED_ON_RESUME = (
@@ -89,9 +93,11 @@ def train(config: TrainConfig) -> TrainOutput:
 
     Raises UserError for what the user can mend, TrainingStopped when a guard ends training,
     Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
-    changes nothing and returns its result.
+    changes nothing and returns its result. With dry_run nothing is trained: `minisft.dry_run`.
     """
     check_required(config)
+    if config.dry_run:
+        return TrainOutput(0, math.nan, dry_run(config))
     where = "before its first step: the same command starts again"
     with (
         stop_signals(where) as stop,
@@ -102,7 +108,7 @@ def train(config: TrainConfig) -> TrainOutput:
         if (done := finished(out, config)) is not None:
             return done
         model, state = load_model(config)
-        data = load_data(config, model)
+        data = load_data(config, model, out)
         stop.raise_if_asked()
         batches, total_steps = plan_steps(config, data, model.device)
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
@@ -227,43 +233,16 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
     return output
 
 
-def load_data(config: TrainConfig, model: Model) -> Data:
+def load_data(config: TrainConfig, model: Model, out: Path) -> Data:
     """Read, render, tokenise and (with --packing) pack the rows; UserError if none is trained."""
-    train_set = load_dataset(config, config.dataset, config.dataset_split, model, config.packing)
-    eval_set = None
-    if config.eval_dataset:
-        eval_set = load_dataset(config, config.eval_dataset, config.dataset_split, model, False)
-    return Data(train_set, eval_set, data_hash(train_set))
-
-
-def load_dataset(
-    config: TrainConfig, source: str, split: str, model: Model, packing: bool
-) -> TokenizedDataset:
-    """One source as token rows; ids are checked against the embedding matrix."""
-    rows = read_rows(source, split=split, columns=config.column_map)
-    dataset = tokenize_rows(
-        rows,
-        model.tokenizer,
-        format=None,
-        text_field=config.dataset_text_field,
-        max_length=config.max_length,
-        keep_untrained=packing,
-        source=source,
-    )
-    highest = dataset.max_token_id
-    if highest >= model.cfg.vocab_size:
-        raise UserError(
-            f"{source}: token id {highest} does not exist in the model, whose embedding has "
-            f"{model.cfg.vocab_size} rows; use the model's own tokenizer"
-        )
-    if packing:
-        dataset = pack(dataset, max_length=config.max_length, strategy=config.packing_strategy)
-        if not dataset.stats["num_trained_tokens"]:
-            raise UserError(
-                f"{source}: nothing is left to train on once rows are cut to --max-length "
-                f"{config.max_length}; raise it"
-            )
-    return dataset
+    given = (config, model.tokenizer, model.cfg.vocab_size)
+    train_set = load_train(*given, scratch=out, say=say)
+    eval_set = load_eval(*given, scratch=out, say=say)
+    weights = [weight for _, weight in config.sources]
+    hash = data_hash(train_set)
+    if any(weights):  # they decide the order of the rows
+        hash = hashlib.sha256(f"{hash} {weights}".encode()).hexdigest()
+    return Data(train_set, eval_set, hash)
 
 
 def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[Batches, int]:
@@ -273,6 +252,10 @@ def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[B
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         seed=config.seed,
+        shares=source_shares(
+            [told["rows"] for told in data.train.stats["sources"]],
+            [weight for _, weight in config.sources],
+        ),
     )
     batches = Batches(
         data.train,
@@ -388,14 +371,17 @@ def describe(
         names = ", ".join(model.lora.modules_to_save)
         tied = " (tied: one matrix)" if cfg.tie_word_embeddings else ""
         say(f"        trained copies beside the adapter: {names}{tied}")
-    for what, source, dataset in (
-        ("data ", config.dataset, data.train),
-        ("eval ", config.eval_dataset, data.eval),
-    ):
+    for what, dataset in (("data", data.train), ("eval", data.eval)):
         if dataset is not None:
-            say(f"{what}   {source}: {describe_stats(dataset.stats)}")
-            for warning in dataset.stats["warnings"]:
-                say(f"warning: {warning}")
+            for line in describe_data(what, dataset.stats):
+                say(line)
+    if data.eval is not None and (shared := num_shared(data.train, data.eval)):
+        say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
+    for told, (size, drawn) in zip(
+        data.train.stats["sources"], batches.schedule.shares, strict=False
+    ):
+        say(f"        {told['source']}: {drawn:,} rows an epoch, of {size:,}")
+    show_preview(data.train, model.tokenizer, config.preview, config.preview_json, say)
     schedule = batches.schedule
     say(
         f"steps   {steps} ({schedule.steps_per_epoch} an epoch), {schedule.batch_size} x "
@@ -409,22 +395,6 @@ def describe(
 def count(weight: Tensor | NF4Weight) -> int:
     """How many numbers a weight has."""
     return math.prod(weight.shape)
-
-
-def describe_stats(stats: dict[str, Any]) -> str:
-    """Rows kept, dropped, truncated; tokens and the share of them that is trained."""
-    tokens = max(1, stats["num_tokens"])
-    text = (
-        f"{stats['rows_kept']:,} rows, {stats['num_tokens']:,} tokens, "
-        f"{stats['num_trained_tokens'] / tokens:.0%} trained, longest {stats['longest']:,}"
-    )
-    for reason, count in stats.get("dropped", {}).items():
-        text += f"; {count:,} dropped ({reason})" if count else ""
-    if stats.get("truncated"):
-        text += f"; {stats['truncated']:,} truncated to --max-length"
-    if stats.get("packing_efficiency"):
-        text += f"; packed {stats['packing_efficiency']:.1%} full"
-    return text
 
 
 def save(

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Encoding, pre_tokenizers
 
 from minisft.config import UserError, load_json
+from minisft.templates import BUILT_IN, built_in_template
 
 SPECIAL_NAMES = (
     "bos_token",
@@ -72,7 +73,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError(
                 f"the tokenizer has no default chat template (has: {sorted(self.chat_templates)}); "
-                f"chat rows need one: put {_TEMPLATE} beside tokenizer.json, or use text columns"
+                f"chat rows need one: give --chat-template {' or '.join(BUILT_IN)} or a file, put "
+                f"{_TEMPLATE} beside tokenizer.json, or use text columns"
             )
         return self.chat_template
 
@@ -89,6 +91,12 @@ class Tokenizer:
             or "(?!)"
         )
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        decoder = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in decoder.items() if token.special)
+
     def _id(self, name: str) -> int | None:
         content = self.special_tokens.get(name)
         return None if content is None else self.backend.token_to_id(content)
@@ -97,9 +105,11 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizer(directory: Path, *, pipeline: str = "hf5") -> Tokenizer:
+def load_tokenizer(directory: Path, *, pipeline: str = "hf5", chat_template: str = "") -> Tokenizer:
     """Read tokenizer.json and the small files beside it.
 
+    chat_template: a template file, or the name of one in minisft/templates.py, in place of the
+    directory's own templates.
     pipeline "hf5" gives the ids of transformers v5 (a Llama-2 style file loses its own normalizer
     and pre-tokenizer there); "raw" gives what tokenizer.json alone says.
     Raises UserError for a missing or malformed file, or an added token whose id does not fit.
@@ -132,7 +142,27 @@ def load_tokenizer(directory: Path, *, pipeline: str = "hf5") -> Tokenizer:
         defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         special_tokens = {n: c for n, c in defaults.items() if n not in config} | special_tokens
     _add_tokens(backend, config, special_tokens, directory / _CONFIG)
-    return Tokenizer(backend, special_tokens, _templates(files, config, directory), files)
+    templates = _templates(files, config, directory)
+    if chat_template:
+        special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        templates = {"default": _chosen_template(chat_template, special)}
+    return Tokenizer(backend, special_tokens, templates, files)
+
+
+def _chosen_template(name: str, special: set[str]) -> str:
+    """--chat-template: a file, or a built-in one; special: the special tokens there are."""
+    if name in BUILT_IN:
+        return built_in_template(name, special)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--chat-template {name}: no such file; expected a Jinja file, or one of "
+            f"{', '.join(BUILT_IN)}"
+        )
+    try:
+        return _decode_utf8(path.read_bytes(), path)
+    except OSError as e:
+        raise UserError(f"--chat-template {name}: cannot be read ({e.strerror})") from None
 
 
 def _read_files(directory: Path) -> dict[str, bytes]:
@@ -307,7 +337,33 @@ def encode_chat_spans(
     spans index `rendered`. A span whose start falls on no token ends the marking; one whose end
     falls on none marks to the end of the row.
     """
-    pieces = _encode_pieces(tokenizer, rendered)
+    return _mask_pieces(_encode_pieces(tokenizer, rendered), rendered, spans)
+
+
+def encode_spans(
+    tokenizer: Tokenizer,
+    texts: list[tuple[str, list[tuple[int, int]]]],
+    *,
+    add_special_tokens: bool,
+) -> list[tuple[list[int], list[int]]]:
+    """`encode_chat_spans` of many (text, spans), on all cores and in order.
+
+    add_special_tokens: the texts are no chats, and get what the file's post-processor inserts.
+    """
+    plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
+    batch = iter(tokenizer.backend.encode_batch(plain, add_special_tokens=add_special_tokens))
+    out = []
+    for text, spans in texts:
+        if not add_special_tokens and TEXT_OPEN in text:
+            out.append(encode_chat_spans(tokenizer, text, spans))
+        else:
+            out.append(_mask_pieces([_Piece(0, len(text), next(batch), 0)], text, spans))
+    return out
+
+
+def _mask_pieces(
+    pieces: list[_Piece], rendered: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
     ids = [i for piece in pieces for i in piece.ids]
     mask = [0] * len(ids)
     for start, end in spans:

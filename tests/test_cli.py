@@ -249,3 +249,19 @@ def test_flags_of_a_run_do_not_mix_with_the_demo(tmp_path):
     """Naming a model or rows leaves nothing of the demo's settings."""
     outcome = call("train", ["--model", str(tmp_path), "--output-dir", str(tmp_path / "out")])
     assert outcome.code == 2 and "--dataset is missing" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], None),
+        (["--completion-only-loss"], True),
+        (["--no-completion-only-loss", "--packing"], False),
+        (["--no_completion_only_loss"], False),
+        (["--completion-only-loss", "true", "--packing"], True),
+        (["--completion_only_loss", "False"], False),
+    ],
+)
+def test_a_switch_may_be_left_open(argv, expected):
+    config = parse(*argv)
+    assert config.completion_only_loss is expected and config.packing == ("--packing" in argv)

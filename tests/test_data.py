@@ -16,16 +16,11 @@ import torch
 from tiny_tokenizer import write_byte_level
 
 from minisft.config import UserError
-from minisft.data import (
-    IGNORED,
-    Rows,
-    TokenizedDataset,
-    data_hash,
-    pack,
-    read_rows,
-    tokenize_rows,
-)
+from minisft.data import tokenize_rows
+from minisft.packing import pack
+from minisft.reading import Rows, read_rows
 from minisft.tokenizer import Tokenizer, decode, load_tokenizer
+from minisft.tokens import IGNORED, TokenizedDataset, data_hash
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 BOS, EOT = 0, 1

@@ -229,5 +229,5 @@ def test_demo_config_names_what_ships():
     config = demo_config()
     assert config.model == str(HERE / "base") and config.lora is not None
     assert (config.lora.r, config.lora.lora_alpha) == (16, 16)
-    assert config.dataset == str(HERE / "chat_train.jsonl")
+    assert config.dataset == (str(HERE / "chat_train.jsonl"),)
     assert config.eval_dataset == str(HERE / "chat_eval.jsonl")

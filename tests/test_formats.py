@@ -19,7 +19,9 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [
         (["text"], "text"),
         (["id", "messages"], "messages"),
-        (["conversations", "id"], "messages"),
+        (["conversations", "id"], "sharegpt"),
+        (["instruction", "input", "output"], "alpaca"),
+        (["instruction", "output", "text"], "alpaca"),
         (["completion", "prompt"], "prompt-completion"),
         (["input_ids", "labels"], "input_ids"),
         (["text", "messages", "prompt", "completion"], "prompt-completion"),
@@ -59,8 +61,8 @@ def test_unknown_columns_are_listed_with_a_remedy(columns: list[str], remedy: st
 
 
 def test_unknown_format_is_named() -> None:
-    with pytest.raises(UserError, match="'alpaca'"):
-        formats.missing_columns("alpaca", ["text"])
+    with pytest.raises(UserError, match="'parquet'"):
+        formats.missing_columns("parquet", ["text"])
 
 
 # ----------------------------------------------------------------------------------------- rows

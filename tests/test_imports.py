@@ -14,16 +14,20 @@ from runs import ROOT, pairs, tree, write_model, write_rows
 # Where each module of minisft stands: it may import those on lower floors, and no others.
 FLOORS = [
     ["config"],
-    ["safetensors_io", "targets", "nn", "formats", "chat", "tokenizer", "cli", "demo", "preempt"],
-    ["quant_state"],
+    [
+        *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "masks", "tokens"),
+        *("cli", "demo", "preempt"),
+    ],
+    ["tokenizer", "reading", "packing", "quant_state"],
     ["weights", "lora", "adapter", "llama", "data"],
-    ["batches", "optim", "schedules", "generate"],
+    ["batches", "optim", "schedules", "generate", "sources", "preview"],
     ["loss"],
     ["step"],
     ["checkpoint", "model"],
     ["export", "outputs"],
     ["report"],
     ["evaluate", "loop", "memory"],
+    ["dry_run"],
     ["run"],
     ["__init__"],
 ]
@@ -33,8 +37,8 @@ LAZY = {
     "tyro": ["cli"],
     "rich": ["report"],
     "huggingface_hub": ["weights"],
-    "datasets": ["data"],
-    "pyarrow": ["data"],
+    "datasets": ["reading"],
+    "pyarrow": ["reading"],
     "bitsandbytes": ["optim"],
 }
 # Packages that any file may import.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from minisft.batches import Batches, Schedule, StepBatch
 from minisft.config import LoraConfig, ModelConfig
-from minisft.data import TokenizedDataset
 from minisft.lora import Flat, allocate, init_lora_, trainable_shapes
 from minisft.optim import init_moments
 from minisft.step import State
+from minisft.tokens import TokenizedDataset
 
 CFG = ModelConfig(
     vocab_size=97,

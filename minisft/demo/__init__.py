@@ -17,7 +17,7 @@ def demo_config() -> TrainConfig:
     """What scripts/train.py runs without flags: well under a minute on two CPU cores."""
     return TrainConfig(
         model=demo_model(),
-        dataset=str(HERE / "chat_train.jsonl"),
+        dataset=(str(HERE / "chat_train.jsonl"),),
         eval_dataset=str(HERE / "chat_eval.jsonl"),
         eval_generate=1000,
         learning_rate=1e-3,

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from minisft.batches import Batches, Schedule
 from minisft.config import LoraConfig, ModelConfig
-from minisft.data import TokenizedDataset
 from minisft.llama import Compute
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.nn import Documents, dropout, packed_attention
 from minisft.step import Plan, loss_and_grads
+from minisft.tokens import TokenizedDataset
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,11 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_tokenizer import write_byte_level, write_llama2  # noqa: E402
 
-from minisft.data import TokenizedDataset, pack, read_rows, tokenize_rows  # noqa: E402
+from minisft.data import tokenize_rows  # noqa: E402
+from minisft.packing import pack  # noqa: E402
+from minisft.reading import read_rows  # noqa: E402
 from minisft.tokenizer import load_tokenizer  # noqa: E402
+from minisft.tokens import TokenizedDataset  # noqa: E402
 
 SHARED = Path(__file__).parents[3] / "shared"
 SYSTEM = {"role": "system", "content": "Be kind."}
