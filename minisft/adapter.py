@@ -38,6 +38,7 @@ PICKLE_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 DIGEST_KEY = "minisft_digest"
+FOUR_BIT_KEY = "minisft_load_in_4bit"  # PEFT's config has no word for it
 PEFT_VERSION = "0.21.2"  # whose layout is followed
 EMBED_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -146,11 +147,13 @@ def save_adapter(
     *,
     revision: str | None = None,
     card: str | None = None,
+    load_in_4bit: bool = False,
 ) -> None:
     """Write an adapter that PEFT, transformers and vLLM load: weights, config, optional README.
 
     tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, any float dtype and
-    device; written as float32. With a tied base the one trained copy is written under both keys.
+    device; written as float32. load_in_4bit: whether the base was, kept in the file's metadata for
+    `base_in_4bit`. With a tied base the one trained copy is written under both keys.
     The config is written last, each file whole or not at all; `card`: text from `model_card`.
     Raises UserError if the directory cannot be written, ValueError if tensors do not fit.
     """
@@ -171,7 +174,8 @@ def save_adapter(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{directory}: cannot be created ({e.strerror})") from None
-    save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", DIGEST_KEY: _digest(config)})
+    metadata = {DIGEST_KEY: _digest(config), FOUR_BIT_KEY: json.dumps(load_in_4bit)}
+    save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", **metadata})
     if card is not None:
         _write_text(directory / CARD_NAME, card)
     _write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -257,6 +261,15 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw
+
+
+def base_in_4bit(directory: str | Path) -> bool | None:
+    """Whether the adapter was trained on a base in 4 bits; None if the file does not say (PEFT's).
+
+    Raises UserError if the weights file is missing or malformed.
+    """
+    said = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(FOUR_BIT_KEY)
+    return None if said is None else said == "true"
 
 
 def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, dict[str, Tensor]]:

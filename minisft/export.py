@@ -32,11 +32,15 @@ def write_trained(
     cfg: ModelConfig,
     base: str,
     revision: str | None,
+    load_in_4bit: bool,
     card: str | None = None,
 ) -> None:
     """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors."""
     if lora:
-        save_adapter(directory, trainable.views, lora, cfg, base, revision=revision, card=card)
+        save_adapter(
+            directory, trainable.views, lora, cfg, base,
+            revision=revision, card=card, load_in_4bit=load_in_4bit,
+        )  # fmt: skip
         return
     tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -50,12 +54,13 @@ def export_adapter(
     tokenizer: Tokenizer,
     base: str,
     revision: str | None,
+    load_in_4bit: bool,
     facts: dict[str, Any],
 ) -> None:
     """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
     _write_files(directory, export_tokenizer_files(tokenizer))
     card = model_card({"base_model": base, **facts})
-    write_trained(directory, trainable, lora, cfg, base, revision, card)
+    write_trained(directory, trainable, lora, cfg, base, revision, load_in_4bit, card)
 
 
 def export_model(

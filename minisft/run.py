@@ -410,8 +410,9 @@ def save(
 
     def write_model(directory: Path) -> None:
         write_trained(
-            directory, state.trainable, model.lora, model.cfg, config.model, config.revision
-        )
+            directory, state.trainable, model.lora, model.cfg, config.model, config.revision,
+            config.load_in_4bit,
+        )  # fmt: skip
 
     save_checkpoint(out, state, write_model, {"config": plain_config(config), **facts})
     rotate(out, config.save_total_limit, state.best_step)
@@ -502,6 +503,7 @@ def export(
         model.tokenizer,
         config.model,
         config.revision,
+        config.load_in_4bit,
         facts,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minisft.adapter import load_adapter, read_adapter_config
+from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
 from minisft.chat import render
 from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
@@ -19,7 +19,14 @@ from minisft.generate import Sampling, generate, stop_ids
 from minisft.llama import Compute
 from minisft.model import resolve_device, resolve_dtype
 from minisft.tokenizer import decode, encode, encode_chat, load_tokenizer, mark_special_text
-from minisft.weights import load_model_config, open_checkpoint, resolve_model, stream_weights
+from minisft.weights import (
+    four_bit_names,
+    load_model_config,
+    open_checkpoint,
+    place,
+    resolve_model,
+    stream_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class GenerateConfig:
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"
     """auto, bfloat16, float16 or float32."""
+    load_in_4bit: str = "auto"
+    """true, false, or auto: a base in 4 bits (NF4) for an adapter that was trained on one, and for
+    a checkpoint that is stored so."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -75,22 +85,29 @@ def answers(config: GenerateConfig) -> list[str]:
     base = config.model
     if not base and config.adapter:
         base = str(read_adapter_config(config.adapter).get("base_model_name_or_path") or "")
+    if config.load_in_4bit not in ("auto", "true", "false"):
+        raise UserError(f"--load-in-4bit is {config.load_in_4bit!r}; expected auto, true or false")
     directory = resolve_model(base or demo_model(), config.revision)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     cfg = checkpoint.cfg
     trainable, scaling, tokenizer_from = {}, 1.0, directory
+    in_4bit = bool(checkpoint.four_bit)
     if config.adapter:
         lora, tensors = load_adapter(config.adapter, cfg)
         trainable = {n: t.to(device) for n, t in tensors.items()}
         scaling = lora.scaling
+        in_4bit = in_4bit or bool(base_in_4bit(config.adapter))
         if (Path(config.adapter) / "tokenizer.json").exists():
             tokenizer_from = Path(config.adapter)
     tokenizer = load_tokenizer(tokenizer_from)
+    if config.load_in_4bit != "auto":
+        in_4bit = config.load_in_4bit == "true"
+    four_bit = four_bit_names(checkpoint, in_4bit)
     frozen = {
-        name: tensor.to(device, dtype)
-        for name, tensor in stream_weights(checkpoint)
+        name: place(name, weight, device, dtype, name in four_bit)
+        for name, weight in stream_weights(checkpoint)
         if name not in trainable
     }
     prompts = [prompt_ids(tokenizer, config, text) for text in config.prompt]

@@ -146,7 +146,7 @@ def test_the_files_and_their_form(tmp_path: Path) -> None:
     header = read_header(directory / "adapter_model.safetensors")
     assert header.tensors.keys() == {PREFIX + name for name in tensors}
     assert {info.dtype for info in header.tensors.values()} == {torch.float32}
-    assert header.metadata.keys() == {"format", "minisft_digest"}
+    assert header.metadata.keys() == {"format", "minisft_digest", "minisft_load_in_4bit"}
     assert header.metadata["format"] == "pt"
     assert re.fullmatch("[0-9a-f]{64}", header.metadata["minisft_digest"])
 

@@ -41,6 +41,7 @@ def trained(base, rows, tmp_path_factory):
         output_dir=place / "out",
         modules_to_save=["embed_tokens", "lm_head"],
         learning_rate=1e-2,
+        load_in_4bit=False,  # PEFT is given the base as it is
         gradient_accumulation_steps=2,
         max_steps=120,
         max_length=96,
