@@ -7,11 +7,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minisft.batches import Batches
+from minisft.checkpoint import list_checkpoints
 from minisft.config import TrainConfig
 from minisft.lora import groups
 from minisft.model import Model
@@ -49,7 +51,9 @@ def steps_(
             report.step(_step_metrics(state, result.grad_norm, batch.epoch, rate, model.device))
             state.unlogged = []
         if stopped:
-            raise TrainingStopped(stopped)
+            kept = list_checkpoints(Path(config.output_dir))
+            last = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise TrainingStopped(f"{stopped}; {last}")
         yield result
 
 
@@ -68,7 +72,7 @@ def _stopped(result: StepResult, state: State, rows: list[int], dtype: torch.dty
     value = result.loss if what == "loss" else result.grad_norm
     return (
         f"step {state.step}: the {what} is {value}; no weight was changed by it. Rows of the step: "
-        f"{_shown(rows)}. Look at them, lower --learning-rate, or resume from the last checkpoint"
+        f"{_shown(rows)}. Look at them, or lower --learning-rate and resume"
     )
 
 

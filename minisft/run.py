@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import math
 import os
+import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +117,7 @@ def train(config: TrainConfig) -> TrainOutput:
         resume_(state, out, config, model, facts, total_steps)
         start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         describe(config, model, data, state, batches, total_steps)
+        check_space(out, state.trainable.buffer.numel())
         with reporting(out, total_steps, state.step) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
             if state.step:  # an evaluation that was broken off is made up for
@@ -178,6 +181,17 @@ def deterministic(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def check_space(out: Path, trained: int) -> None:
+    """UserError if the disk has no room for one checkpoint and the result."""
+    need = trained * 4 * 4  # float32: the tensors, two moments, and the tensors once more
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise UserError(
+            f"--output-dir {out} has {free / 2**30:.2f} GiB free; one checkpoint and the result "
+            f"need {need / 2**30:.2f} GiB: make room or choose another directory"
+        )
 
 
 def _go_on(step: int) -> str:
@@ -367,6 +381,10 @@ def describe(
         )
     elif config.full_finetuning:
         say("        every weight is trained, in float32: --load-in-4bit is off")
+    for name in ("config.json", "tokenizer_config.json"):
+        raw = load_json(path) if (path := model.directory / name).exists() else {}
+        if isinstance(raw, dict) and raw.get("auto_map"):
+            say(f"warning: {name} has an auto_map; no code that comes with a model is run")
     if model.lora and model.lora.modules_to_save:
         names = ", ".join(model.lora.modules_to_save)
         tied = " (tied: one matrix)" if cfg.tie_word_embeddings else ""
@@ -532,8 +550,8 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
     say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
     if not config.full_finetuning:
         say(
-            f"try it: python scripts/generate.py --model {config.model} --adapter {out} "
-            "--prompt '...'"
+            f"try it: python scripts/generate.py --model {shlex.quote(config.model)} "
+            f"--adapter {shlex.quote(str(out))} --prompt '...'"
         )
     return TrainOutput(state.step, loss, metrics)
 
