@@ -28,7 +28,14 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":  # the repository first: tests/kernels would pass for the package
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_kill import Yard, lines, log_of, newest, until, wait
+from test_kill import (  # noqa: E402
+    Yard,
+    lines,
+    log_of,
+    newest,
+    until,
+    wait,
+)
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 PHASES = ("start", "load", "tokenise", "step", "eval", "save")
@@ -145,7 +152,8 @@ def terminations(yard: Yard, each: int) -> dict:
                 code, seconds = started_and_stopped(yard, out, draw)
             else:
                 child = yard.start(out, in_phase(phase, draw), **EVALUATED)
-                until(lambda log=log_of(out): log.exists() and "SIGTERM: " in log.read_text())
+                log = log_of(out)
+                until(lambda log=log: log.exists() and "SIGTERM: " in log.read_text())
                 asked = time.perf_counter()
                 code, seconds = wait(child), time.perf_counter() - asked
             found["signals"] += 1
@@ -162,7 +170,7 @@ def terminations(yard: Yard, each: int) -> dict:
 
 
 def started_and_stopped(yard: Yard, out: Path, draw: random.Random) -> tuple[int, float]:
-    """SIGTERM to a fresh process that is still importing torch: (exit code, seconds to the exit)."""
+    """SIGTERM to a process that is still importing torch: (exit code, seconds to the exit)."""
     from runs import flags
     from test_kill import SETTINGS
 
@@ -232,7 +240,7 @@ def cut(file: Path, draw: random.Random) -> None:
     file.write_bytes(data[: draw.randrange(len(data))])
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def main(directory: Path, share: float) -> dict[str, dict]:
