@@ -130,9 +130,9 @@ def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monke
 
     given = inputs | {"eval_dataset": inputs["dataset"], "eval_strategy": "steps", "eval_steps": 2}
     train(**given, output_dir=tmp_path / "whole")
-    real, calls = evaluate.mean_loss, []
+    real, calls = evaluate.evaluation, []
 
-    def mean_loss(*args):
+    def evaluation(*args):
         calls.append(1)
         if len(calls) == 2:  # the first is before step 1, the second after step 2
             os.kill(os.getpid(), signal.SIGTERM)
@@ -141,7 +141,7 @@ def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monke
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "mean_loss", mean_loss)
+        patch.setattr(evaluate, "evaluation", evaluation)
         outcome = call("train", flags(**given | {"save_steps": 500}, output_dir=out))
     assert outcome.code == 75 and "SIGTERM: stopped after step 2" in outcome.err
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-2"]
