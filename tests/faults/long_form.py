@@ -208,7 +208,7 @@ def damaged(yard: Yard, count: int, damage: Callable[[Path, random.Random], None
 
     reference = whole(yard)
     kept = sorted(p.name for p in reference.glob("checkpoint-*"))[-2:]
-    assert kept == ["checkpoint-7", "checkpoint-8"]
+    assert len(kept) == 2 and kept[1] == "checkpoint-8"
     draw = random.Random(3)
     found: dict = {"tried": 0, "undetected": []}
     for _ in range(count):
@@ -221,7 +221,7 @@ def damaged(yard: Yard, count: int, damage: Callable[[Path, random.Random], None
         said: list[str] = []
         path = find_checkpoint(out, "auto", said.append)
         found["tried"] += 1
-        if path != out / "checkpoint-7" or not any("skipping checkpoint-8" in s for s in said):
+        if path != out / kept[0] or not any("skipping checkpoint-8" in s for s in said):
             found["undetected"].append(file.name)
         shutil.rmtree(out)
     return found
