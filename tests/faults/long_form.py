@@ -127,16 +127,14 @@ def in_phase(phase: str, draw: random.Random) -> Callable[[], None]:
     def prepare() -> None:
         from minisft import checkpoint, evaluate, run, step
 
-        if phase == "load":
-            run.load_model = stretched(run.load_model, delay)
-        elif phase == "tokenise":
-            run.tokenize_rows = stretched(run.tokenize_rows, delay)
-        elif phase == "step":
-            step.loss_and_grads = stretched(step.loss_and_grads, delay, entry=entry)
-        elif phase == "eval":  # before the first step, in between, or after the last
-            evaluate.evaluation = stretched(evaluate.evaluation, delay, entry=draw.randint(1, 5))
-        elif phase == "save":
-            checkpoint.file_digest = stretched(checkpoint.file_digest, delay, entry=4 * entry)
+        module, name, call = {
+            "load": (run, "load_model", 1),
+            "tokenise": (run, "load_data", 1),
+            "step": (step, "loss_and_grads", entry),
+            "eval": (evaluate, "evaluation", entry - 1),  # before step 1, in between, at the end
+            "save": (checkpoint, "file_digest", 4 * entry),
+        }[phase]
+        setattr(module, name, stretched(getattr(module, name), delay, entry=call))
 
     return prepare
 
@@ -153,7 +151,7 @@ def terminations(yard: Yard, each: int) -> dict:
             else:
                 child = yard.start(out, in_phase(phase, draw), **EVALUATED)
                 log = log_of(out)
-                until(lambda log=log: log.exists() and "SIGTERM: " in log.read_text())
+                until(lambda log=log: log.exists() and "SIGTERM: " in log.read_text(), seconds=20)
                 asked = time.perf_counter()
                 code, seconds = wait(child), time.perf_counter() - asked
             found["signals"] += 1
