@@ -77,6 +77,26 @@ _PLAIN_FIELDS: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
+_USE = """```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/directory")
+```
+"""
+_FOUR_BIT_USE = """Trained on the base in 4 bits (NF4, double quantisation). To load it on the same:
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import BitsAndBytesConfig
+
+model = AutoPeftModelForCausalLM.from_pretrained(
+    "path/to/this/directory",
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+)
+```
+"""
 # Fields that may hold anything: they do not change what the adapter computes.
 _FREE_FIELDS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
@@ -203,8 +223,7 @@ def model_card(facts: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# LoRA adapter for {base}\n",
         "Trained by supervised fine-tuning with minisft.\n",
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/directory")\n```\n',
+        _FOUR_BIT_USE if facts.get("config", {}).get("load_in_4bit") else _USE,
     ]
     for title, rows in tables.items():
         if rows:

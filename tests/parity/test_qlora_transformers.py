@@ -7,12 +7,13 @@ in_features that are multiples of 64, where its CPU decode is right.
 import bitsandbytes
 import pytest
 import torch
-from runs import call, flags, read
+from runs import call, flags, pairs, read, train, write_rows
 from safetensors import safe_open
 from test_adapter_peft import peft
 from tiny_tokenizer import write_byte_level
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from minisft.adapter import load_adapter
 from minisft.config import LoraConfig
 from minisft.export import save_shards
 from minisft.llama import Compute, logits, make_tokens
@@ -272,3 +273,31 @@ def test_decoded_where_asked(tmp_path):
     for name, weight in packed.items():
         matrix = dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
         assert torch.equal(plain[name], matrix), name
+
+
+def test_an_adapter_of_a_run_in_peft_on_the_4_bit_copy(tmp_path):
+    """What the README says: the copy is the base that the run trained through."""
+    write_byte_level(tmp_path / "base")
+    base = save_base(tmp_path / "base", vocab_size=384)
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(8))
+    train(model=base, dataset=rows, output_dir=tmp_path / "out", max_steps=3, learning_rate=1e-2)
+    call("quantize", flags(model=base, output_dir=tmp_path / "q"))
+    cfg, weights = load_ours(base, torch.float32)
+    lora, tensors = load_adapter(tmp_path / "out", cfg)
+    ids = torch.randint(384, (2, 12), generator=torch.Generator().manual_seed(0))
+    compute = Compute(cfg, lora_scaling=lora.scaling)
+    got = logits(tensors, weights, make_tokens(ids.tolist()), compute).view(2, 12, -1)
+    copy = load_theirs(tmp_path / "q", torch.float32)
+    model = peft.PeftModel.from_pretrained(copy, tmp_path / "out").train()
+    assert torch.equal(got, model(input_ids=ids, use_cache=False).logits)
+    plain = logits({}, weights, make_tokens(ids.tolist()), compute).view(2, 12, -1)
+    assert (got - plain).abs().max() > 1e-3
+    card = (tmp_path / "out/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", "{}")
+    assert "quantization_config" in code
+    given = {}
+    exec(code.replace("{}", str(tmp_path / "out")), given)
+    near = given["model"].train()(input_ids=ids, use_cache=False).logits
+    # Not always equal: bitsandbytes rounds the scales through a coarser table on a CPU.
+    assert (near - got).norm() < 0.02 * got.norm()
+    assert (plain - got).norm() > 0.02 * got.norm()
