@@ -25,14 +25,22 @@ except ImportError:
         "minisft needs its own package `kernels`, but another one is imported under that name "
         "(PyPI's `kernels`?): uninstall that one, or install minisft in an environment of its own"
     ) from None
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.nf4 import NF4Weight, dequantize, quantize
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
+from kernels.low_rank import LowRank, outer_sum, reduce_partials
+from kernels.nf4 import NF4Weight, dequantize, dequantize_into, quantize, side_by_side
 from kernels.nf4.reference import CODES, NESTED_BLOCK
+from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
+from kernels.rope import rope_, rope_backward
+from kernels.swiglu import swiglu as swiglu_kernel
+from kernels.swiglu import swiglu_backward_
 
 __all__ = [
-    "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "NF4Weight", "apply_rope", "dequantize",
-    "dropout", "frozen_linear", "linear", "linear_cross_entropy", "packed_attention", "quantize",
-    "rms_norm", "rope_inverse_frequencies", "rope_table", "swiglu",
+    "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "LowRank", "NF4Weight", "add_rms_norm",
+    "apply_rope", "cos_and_sin", "dequantize", "dequantize_into", "dropout", "frozen_linear",
+    "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "normalise", "outer_sum",
+    "packed_attention", "quantize", "reduce_partials", "rms_norm", "rms_norm_backward", "rope_",
+    "rope_backward", "rope_inverse_frequencies", "rope_table", "side_by_side", "swiglu",
+    "swiglu_backward_", "swiglu_kernel",
 ]  # fmt: skip
 
 
@@ -236,6 +244,13 @@ def rope_table(
     else:
         frequencies, factor = rope_inverse_frequencies(rope, head_dim, max_positions)
         frequencies = frequencies.to(positions_T.device).unsqueeze(0)
+    return cos_and_sin(positions_T, frequencies, factor, dtype)
+
+
+def cos_and_sin(
+    positions_T: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, [T, H] in dtype. frequencies: float32 [1 or T, H/2]."""
     angles = positions_T.float().unsqueeze(1) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

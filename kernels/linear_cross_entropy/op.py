@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy.reference import loss_and_grads_by_chunk
+from kernels.linear_cross_entropy.reference import (
+    cross_entropy_reference_,
+    loss_and_grads_by_chunk,
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,3 +61,40 @@ def linear_cross_entropy(
         )
     chunk = chunk or max(64, min(4096, 2**26 // V))
     return _LinearCrossEntropy.apply(hidden_MD, head_VD, targets_M, chunk)  # pyright: ignore[reportReturnType]
+
+
+def linear_cross_entropy_grad(
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    targets_M: Tensor,
+    weight: Tensor,
+    *,
+    chunk: int,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and weight * d(sum)/d(hidden): both passes at once, no autograd.
+
+    As linear_cross_entropy, but for a frozen head and with targets of -1 allowed: such a row counts
+    nothing. weight: float32 [1] on the device (one over the number of targets, say), so that a
+    captured graph can change it. At most [chunk, V] logits in hidden's dtype live at a time; they
+    become their own gradient in place. Returns ([] float32 unweighted loss, [M, D]).
+    """
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl is {impl!r}; expected auto, triton or reference")
+    triton = hidden_MD.is_cuda if impl == "auto" else impl == "triton"
+    M, V = hidden_MD.shape[0], head_VD.shape[0]
+    losses = torch.empty(M, dtype=torch.float32, device=hidden_MD.device)
+    d_hidden = torch.empty_like(hidden_MD)
+    logits = torch.empty((min(chunk, M), V), dtype=hidden_MD.dtype, device=hidden_MD.device)
+    for start in range(0, M, chunk):
+        rows = slice(start, min(start + chunk, M))
+        z_CV = logits[: rows.stop - start]
+        torch.mm(hidden_MD[rows], head_VD.T, out=z_CV)
+        if triton:
+            from kernels.linear_cross_entropy.kernel import launch_cross_entropy_
+
+            launch_cross_entropy_(z_CV, targets_M[rows], losses[rows], weight, gradient=True)
+        else:
+            losses[rows] = cross_entropy_reference_(z_CV, targets_M[rows], weight, gradient=True)
+        torch.mm(z_CV, head_VD, out=d_hidden[rows])
+    return losses.sum(), d_hidden

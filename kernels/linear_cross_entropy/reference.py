@@ -44,3 +44,22 @@ def loss_and_grads_by_chunk(
             d_head += dz_CV.T @ x_CD
         del z_CV, dz_CV  # else they live on beside the next chunk's
     return loss, d_hidden, d_head
+
+
+def cross_entropy_reference_(
+    logits_MV: Tensor, targets_M: Tensor, weight: Tensor, *, gradient: bool
+) -> Tensor:
+    """Losses of the rows, float32 [M]; logits become (softmax - onehot) * weight where asked.
+
+    A negative target stands for no target: loss and gradient are zero.
+    """
+    z = logits_MV.float()
+    lse = z.logsumexp(dim=1, keepdim=True)
+    at = targets_M.clamp(min=0).unsqueeze(1)
+    there = (targets_M >= 0).unsqueeze(1)
+    losses = torch.where(there, lse - z.gather(1, at), 0).squeeze(1)
+    if gradient:
+        d = (z - lse).exp()
+        d.scatter_add_(1, at, torch.full_like(at, -1, dtype=torch.float32))
+        logits_MV.copy_(torch.where(there, d * weight, 0))
+    return losses

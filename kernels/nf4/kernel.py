@@ -19,6 +19,7 @@ def dequantize_kernel(
     out_stride: tl.constexpr,
     WORDS_PER_BLOCK: tl.constexpr,  # 8: a block of 64 weights
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,  # an offset for every 256 blocks instead of one
     BLOCK_W: tl.constexpr,
 ):
     """in_features is a multiple of 8, so that a word's weights share a row of `out`."""
@@ -30,7 +31,8 @@ def dequantize_kernel(
     if NESTED:
         nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
         product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
-        scale = product + tl.load(nested_offset_ptr)
+        at = block // 256 if OFFSETS else block * 0
+        scale = product + tl.load(nested_offset_ptr + at, mask=inside, other=0.0)
     else:
         scale = absmax
     # Bytes are little-endian in a word, and a byte's high nibble comes first.
@@ -60,6 +62,7 @@ def dequantize_any_kernel(
     out_stride,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,  # an offset for every 256 blocks instead of one
     BLOCK: tl.constexpr,
 ):
     """One weight per lane: any in_features, any block size."""
@@ -72,7 +75,8 @@ def dequantize_any_kernel(
     if NESTED:
         nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
         product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
-        scale = product + tl.load(nested_offset_ptr)
+        at = block // 256 if OFFSETS else block * 0
+        scale = product + tl.load(nested_offset_ptr + at, mask=inside, other=0.0)
     else:
         scale = absmax
     value = tl.load(code_ptr + nibble) * scale
@@ -98,18 +102,20 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
         out,
     )
     in_features, stride = weight.shape[1], out.stride(0)
+    offsets = nested and weight.nested_offset.dim() == 1
     wide = in_features % 8 == 0 and weight.blocksize % 8 == 0 and weight.packed.data_ptr() % 4 == 0
     if wide:
         num_words = num_weights // 8
         words = weight.packed.view(torch.int32)
         dequantize_kernel[(triton.cdiv(num_words, block_words),)](
             words, *pointers, num_words, in_features, stride,
-            WORDS_PER_BLOCK=weight.blocksize // 8, NESTED=nested, BLOCK_W=block_words,
+            WORDS_PER_BLOCK=weight.blocksize // 8, NESTED=nested, OFFSETS=offsets,
+            BLOCK_W=block_words,
             num_warps=num_warps, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return
     dequantize_any_kernel[(triton.cdiv(num_weights, 1024),)](
         weight.packed, *pointers, num_weights, in_features, stride,
-        BLOCKSIZE=weight.blocksize, NESTED=nested, BLOCK=1024,
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        BLOCKSIZE=weight.blocksize, NESTED=nested, OFFSETS=offsets, BLOCK=1024,
+        enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

@@ -8,6 +8,7 @@ n weights  b blocks of 64  s superblocks of 256 blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class NF4Weight(NamedTuple):
     code: Tensor  # float32 [16]
     nested_absmax: Tensor | None  # float32 [s]
     nested_code: Tensor | None  # float32 [256]
-    nested_offset: Tensor | None  # float32 []
+    nested_offset: Tensor | None  # float32 [], or [s] where matrices lie side by side
     shape: tuple[int, int]
     blocksize: int = BLOCK
     quant_type: str = "nf4"
@@ -72,7 +73,57 @@ def scales(weight: NF4Weight) -> Tensor:
     assert weight.nested_code is not None and weight.nested_offset is not None
     nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: weight.absmax.numel()]
     product = weight.nested_code[weight.absmax.int()] * nested
-    return product + weight.nested_offset
+    if weight.nested_offset.dim() == 0:
+        return product + weight.nested_offset
+    return product + weight.nested_offset.repeat_interleave(NESTED_BLOCK)[: product.numel()]
+
+
+def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weight]] | None:
+    """One matrix with the rows of all, decoded in one launch, and the given ones as views of it.
+
+    None where their blocks of 256 scales would not fall into step (a matrix of Llama's shapes holds
+    a multiple of 64 * 256 weights), or codes, block sizes or columns differ.
+    """
+    first = weights[0]
+    for w in weights:
+        same = (
+            w[7:] == first[7:] and w.shape[1] == first.shape[1] and torch.equal(w.code, first.code)
+        )
+        if not same or (w.nested_code is None) != (first.nested_code is None):
+            return None
+        if (w.shape[0] * w.shape[1]) % (w.blocksize * NESTED_BLOCK):
+            return None
+        if w.nested_code is not None and not torch.equal(w.nested_code, first.nested_code):  # pyright: ignore
+            return None
+    shape = (sum(w.shape[0] for w in weights), first.shape[1])
+    nested = first.nested_absmax is not None
+    joined = first._replace(
+        packed=torch.cat([w.packed for w in weights]),
+        absmax=torch.cat([w.absmax for w in weights]),
+        nested_absmax=torch.cat([w.nested_absmax for w in weights]) if nested else None,  # pyright: ignore
+        nested_offset=torch.cat([_offsets(w) for w in weights]) if nested else None,
+        shape=shape,
+    )
+    views, block, start = [], first.blocksize, 0
+    for w in weights:
+        stop = start + w.shape[0] * w.shape[1]
+        superblocks = slice(start // block // NESTED_BLOCK, stop // block // NESTED_BLOCK)
+        views.append(
+            joined._replace(
+                packed=joined.packed[start // 2 : stop // 2],
+                absmax=joined.absmax[start // block : stop // block],
+                nested_absmax=joined.nested_absmax[superblocks] if nested else None,  # pyright: ignore
+                nested_offset=joined.nested_offset[superblocks] if nested else None,  # pyright: ignore
+                shape=w.shape,
+            )
+        )
+        start = stop
+    return joined, views
+
+
+def _offsets(weight: NF4Weight) -> Tensor:
+    assert weight.nested_offset is not None and weight.nested_absmax is not None
+    return weight.nested_offset.expand(weight.nested_absmax.shape)
 
 
 def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,103 @@
+"""Triton: the low-rank tile that other kernels add, and ordered sums over tokens."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def low_rank_tile(
+    left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n,
+    rows, row_ok, cols, col_ok, R: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """left[rows] @ right[:, cols] in float32, [BLOCK_M, BLOCK_N]; RP is R padded for the dot."""
+    r = tl.arange(0, RP)
+    left = tl.load(
+        left_ptr + rows.to(tl.int64)[:, None] * left_stride + r[None, :],
+        mask=row_ok[:, None] & (r < R)[None, :],
+        other=0.0,
+    )
+    right = tl.load(
+        right_ptr + r[:, None] * right_stride_r + cols[None, :] * right_stride_n,
+        mask=(r < R)[:, None] & col_ok[None, :],
+        other=0.0,
+    )
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def outer_sum_kernel(
+    left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
+    num_rows, rows_per_split, N,
+    left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
+    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N columns of one split's sum, kept in registers over its tokens."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    col_ok = cols < N
+    r = tl.arange(0, RP)
+    total = tl.zeros((RP, BLOCK_N), tl.float32)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    for start in range(first, last, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        ok = rows < last
+        rows64 = rows.to(tl.int64)
+        left = tl.load(
+            left_ptr + rows64[:, None] * left_stride + r[None, :],
+            mask=ok[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        if ROW_SCALE:
+            scale = tl.load(row_scale_ptr + rows, mask=ok, other=0.0)
+            left = (left.to(tl.float32) * scale[:, None]).to(left_ptr.dtype.element_ty)
+        x = tl.load(
+            x_ptr + rows64[:, None] * x_stride + cols[None, :],
+            mask=ok[:, None] & col_ok[None, :],
+            other=0.0,
+        )
+        total += tl.dot(tl.trans(left), x, input_precision="ieee")
+    if COLUMN_SCALE:
+        column = tl.load(column_scale_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
+        total *= column[None, :]
+    at = split * out_stride_s + r[:, None] * out_stride_r + cols[None, :] * out_stride_n
+    tl.store(out_ptr + at, total, mask=(r < R)[:, None] & col_ok[None, :])
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partials_ptr, grads_ptr, n, stride, scale, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(S):
+        total += tl.load(partials_ptr + s * stride + at, mask=ok, other=0.0)
+    grad = tl.load(grads_ptr + at, mask=ok, other=0.0)
+    tl.store(grads_ptr + at, grad + scale * total, mask=ok)
+
+
+def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:
+    """partials: a view [S, R, N] with any strides."""
+    splits, R, N = partials.shape
+    num_rows = left.shape[0]
+    block_n = 64
+    per_split = triton.cdiv(triton.cdiv(num_rows, splits), 64) * 64
+    outer_sum_kernel[(triton.cdiv(N, block_n), splits)](
+        left, x, left if row_scale is None else row_scale,
+        left if column_scale is None else column_scale, partials,
+        num_rows, per_split, N, left.stride(0), x.stride(0), *partials.stride(),
+        R=R, RP=max(16, triton.next_power_of_2(R)),
+        ROW_SCALE=row_scale is not None, COLUMN_SCALE=column_scale is not None,
+        BLOCK_T=64, BLOCK_N=block_n, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def launch_reduce_partials(partials, grads, scale) -> None:
+    n = grads.numel()
+    reduce_partials_kernel[(triton.cdiv(n, 1024),)](
+        partials, grads, n, partials.stride(0), scale, S=partials.shape[0], BLOCK=1024, num_warps=4
+    )

@@ -1,0 +1,61 @@
+"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.low_rank.reference import (
+    LowRank,
+    outer_sum_reference,
+    reduce_partials_reference,
+)
+
+__all__ = ["LowRank", "outer_sum", "reduce_partials", "use_triton"]
+
+
+def use_triton(x: Tensor, impl: str) -> bool:
+    """Whether `impl` ("auto", "triton" or "reference") means Triton for this tensor."""
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl is {impl!r}; expected auto, triton or reference")
+    return x.is_cuda if impl == "auto" else impl == "triton"
+
+
+def outer_sum(
+    left_TR: Tensor,
+    x_TN: Tensor,
+    partials_SRN: Tensor,
+    *,
+    row_scale_T: Tensor | None = None,
+    column_scale_N: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Sums over tokens of left[t] (x) x[t], one per split of the tokens: dA and dB of a LoRA.
+
+    left [T, R] and x [T, N]: one dtype, columns contiguous. row_scale: float32 [T]; column_scale:
+    [N]. partials: float32 [S, R, N], any strides (a transposed view gives [N, R]); overwritten. The
+    order of summation is fixed by S: results are the same in every run.
+    """
+    R, N = partials_SRN.shape[1:]
+    if left_TR.shape[1] != R or x_TN.shape != (left_TR.shape[0], N):
+        raise ValueError(
+            f"outer_sum: left {tuple(left_TR.shape)}, x {tuple(x_TN.shape)} and partials "
+            f"{tuple(partials_SRN.shape)} do not fit as [T, R], [T, N], [S, R, N]"
+        )
+    if not use_triton(x_TN, impl):
+        outer_sum_reference(left_TR, x_TN, row_scale_T, column_scale_N, partials_SRN)
+        return
+    from kernels.low_rank.kernel import launch_outer_sum
+
+    launch_outer_sum(left_TR, x_TN, row_scale_T, column_scale_N, partials_SRN)
+
+
+def reduce_partials(
+    partials_Sn: Tensor, grads_n: Tensor, scale: float, *, impl: str = "auto"
+) -> None:
+    """grads += scale * sum over the splits; float32 [S, n] (rows contiguous) and float32 [n]."""
+    if not use_triton(grads_n, impl):
+        reduce_partials_reference(partials_Sn, grads_n, scale)
+        return
+    from kernels.low_rank.kernel import launch_reduce_partials
+
+    launch_reduce_partials(partials_Sn, grads_n, scale)

@@ -1,0 +1,48 @@
+"""The definition in plain torch.
+
+T tokens  D hidden  R rank
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.low_rank.reference import LowRank, add_reference
+
+
+def add_rms_norm_reference(
+    x_TD: Tensor, y_TD: Tensor | None, delta: LowRank | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + y + delta, its RMSNorm, 1 / rms); the sum is rounded once, the norm as transformers."""
+    if y_TD is not None:
+        x_TD = (x_TD.float() + add_reference(y_TD, delta)).to(x_TD.dtype)
+    x32 = x_TD.float()
+    rstd = torch.rsqrt(x32.pow(2).mean(-1) + eps)
+    return x_TD, normalise_reference(x_TD, weight_D, rstd), rstd
+
+
+def normalise_reference(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
+    """x * rstd, rounded, times weight."""
+    return weight_D.to(x_TD.dtype) * (x_TD.float() * rstd_T.unsqueeze(1)).to(x_TD.dtype)
+
+
+def rms_norm_backward_reference(
+    dh_TD: Tensor,
+    x_TD: Tensor,
+    weight_D: Tensor,
+    rstd_T: Tensor,
+    dresidual_TD: Tensor | None,
+) -> Tensor:
+    """d loss / dx.
+
+    With g = dh * weight and n = x / rms(x): dx = (g - n * mean(g * n)) / rms(x), plus what comes
+    along the residual.
+    """
+    rstd = rstd_T.unsqueeze(1)
+    g = dh_TD.float() * weight_D.float()
+    n = x_TD.float() * rstd
+    dx = (g - n * (g * n).mean(-1, keepdim=True)) * rstd
+    if dresidual_TD is not None:
+        dx = dx + dresidual_TD.float()
+    return dx.to(x_TD.dtype)

@@ -1,0 +1,44 @@
+"""The definition in plain torch.
+
+T tokens  N query heads  K key/value heads  H head_dim  R rank  S splits of the tokens
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.low_rank.reference import outer_sum_reference
+
+
+def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Turn the pairs (i, i + H/2) of every head by the token's angles, in float32."""
+    x1, x2 = x_TNH.float().chunk(2, dim=-1)
+    turned = torch.cat((-x2, x1), dim=-1)
+    return x_TNH.float() * cos_TH.float().unsqueeze(1) + turned * sin_TH.float().unsqueeze(1)
+
+
+def rope_reference_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> None:
+    """The first `heads` heads of every row, turned; one rounding."""
+    H = cos_TH.shape[1]
+    part = qk[:, : heads * H]
+    part.copy_(rotate(part.unflatten(1, (heads, H)), cos_TH, sin_TH).flatten(1))
+
+
+def rope_backward_reference(
+    grads: tuple[Tensor, Tensor, Tensor],
+    us: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    out: Tensor,
+    partials: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """The inverse turn, and dB = dy^T u of each projection in splits."""
+    start = 0
+    for i, (grad, u, partial) in enumerate(zip(grads, us, partials, strict=True)):
+        d = (rotate(grad, cos_TH, -sin_TH) if i < 2 else grad.float()).flatten(1)
+        stop = start + d.shape[1]
+        out[:, start:stop] = d
+        if u is not None and partial is not None:
+            outer_sum_reference(u, out[:, start:stop], None, None, partial.transpose(1, 2))
+        start = stop

@@ -1,0 +1,112 @@
+"""Triton: forward tile by tile; backward column by column, with dB and dA kept in registers."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swiglu_kernel(
+    x_ptr, x_stride, out_ptr, out_stride, F: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    ok = cols < F
+    at = x_ptr + row * x_stride + cols
+    g = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    u = tl.load(at + F, mask=ok, other=0.0).to(tl.float32)
+    a = g * tl.sigmoid(g) * u
+    tl.store(out_ptr + row * out_stride + cols, a.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _left(ptr, stride, rows64, row_ok, R: tl.constexpr, RP: tl.constexpr):
+    r = tl.arange(0, RP)
+    mask = row_ok[:, None] & (r < R)[None, :]
+    return tl.load(ptr + rows64 * stride + r[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    x_ptr, x_stride, da_ptr, da_stride, num_rows, rows_per_split,
+    g_left, g_left_stride, u_left, u_left_stride, d_left, d_left_stride,
+    g_partial, g_split, u_partial, u_split, d_partial, d_split,
+    F: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
+    PG: tl.constexpr, PU: tl.constexpr, PD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    split = tl.program_id(1)
+    col_ok = cols < F
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    dtype = x_ptr.dtype.element_ty
+    total_g = tl.zeros((PG, BLOCK_F), tl.float32)
+    total_u = tl.zeros((PU, BLOCK_F), tl.float32)
+    total_d = tl.zeros((PD, BLOCK_F), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        row_ok = rows < last
+        ok = row_ok[:, None] & col_ok[None, :]
+        rows64 = rows.to(tl.int64)[:, None]
+        at = x_ptr + rows64 * x_stride + cols[None, :]
+        g = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        u = tl.load(at + F, mask=ok, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + rows64 * da_stride + cols[None, :], mask=ok, other=0.0)
+        da = da.to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        silu = g * sigmoid
+        du = (da * silu).to(dtype)
+        dg = (da * u * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+        tl.store(at, dg, mask=ok)
+        tl.store(at + F, du, mask=ok)
+        if RG > 0:
+            left = _left(g_left, g_left_stride, rows64, row_ok, RG, PG)
+            total_g += tl.dot(tl.trans(left), dg, input_precision="ieee")
+        if RU > 0:
+            left = _left(u_left, u_left_stride, rows64, row_ok, RU, PU)
+            total_u += tl.dot(tl.trans(left), du, input_precision="ieee")
+        if RD > 0:
+            left = _left(d_left, d_left_stride, rows64, row_ok, RD, PD)
+            total_d += tl.dot(tl.trans(left), (silu * u).to(dtype), input_precision="ieee")
+    if RG > 0:
+        r = tl.arange(0, PG)
+        at = g_partial + split * g_split + cols[None, :] * RG + r[:, None]
+        tl.store(at, total_g, mask=col_ok[None, :] & (r < RG)[:, None])
+    if RU > 0:
+        r = tl.arange(0, PU)
+        at = u_partial + split * u_split + cols[None, :] * RU + r[:, None]
+        tl.store(at, total_u, mask=col_ok[None, :] & (r < RU)[:, None])
+    if RD > 0:
+        r = tl.arange(0, PD)
+        at = d_partial + split * d_split + r[:, None] * F + cols[None, :]
+        tl.store(at, total_d, mask=(r < RD)[:, None] & col_ok[None, :])
+
+
+def launch_swiglu(x, F, out) -> None:
+    T = out.shape[0]
+    block = min(2048, triton.next_power_of_2(F))
+    swiglu_kernel[(T, triton.cdiv(F, block))](
+        x, x.stride(0), out, out.stride(0), F=F, BLOCK_F=block,
+        num_warps=max(1, block // 512),
+    )  # fmt: skip
+
+
+def launch_swiglu_backward(
+    x, da, lefts, partials, block_t=32, block_f=64, num_warps=4, num_stages=2
+) -> None:
+    T, F = da.shape
+    left_args, partial_args, ranks = [], [], []
+    for left, partial in zip(lefts, partials, strict=True):
+        left_args += [x, 0] if left is None else [left, left.stride(0)]
+        partial_args += [x, 0] if partial is None else [partial, partial.stride(0)]
+        ranks.append(0 if left is None else left.shape[1])
+    padded = [max(16, triton.next_power_of_2(max(1, R))) for R in ranks]
+    splits = next((p.shape[0] for p in partials if p is not None), 8)
+    per_split = triton.cdiv(triton.cdiv(T, splits), 64) * 64
+    swiglu_backward_kernel[(triton.cdiv(F, block_f), splits)](
+        x, x.stride(0), da, da.stride(0), T, per_split, *left_args, *partial_args,
+        F=F, RG=ranks[0], RU=ranks[1], RD=ranks[2], PG=padded[0], PU=padded[1], PD=padded[2],
+        BLOCK_T=block_t, BLOCK_F=block_f, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.low_rank.op import use_triton
+from kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
+
+
+def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Tensor:
+    """silu(gate) * up, [T, F + extra] in gate_up's dtype; the last `extra` columns are not written.
+
+    gate_up: [T, >= 2F], gate in the first F columns, up in the next; columns contiguous.
+    Source: arXiv:2002.05202.
+    """
+    T = gate_up.shape[0]
+    out = torch.empty((T, F + extra), dtype=gate_up.dtype, device=gate_up.device)
+    if not use_triton(gate_up, impl):
+        out[:, :F] = swiglu_reference(gate_up, F)
+        return out
+    from kernels.swiglu.kernel import launch_swiglu
+
+    launch_swiglu(gate_up, F, out)
+    return out
+
+
+def swiglu_backward_(
+    gate_up: Tensor,
+    da_TF: Tensor,
+    *,
+    lefts: Three = (None, None, None),
+    partials: Three = (None, None, None),
+    impl: str = "auto",
+) -> None:
+    """Overwrite gate and up, in place, by their gradients, given the product's, da [T, F].
+
+    lefts: u of gate and of up (x A^T) and t of down (dy B), each [T, R] or None. partials, one for
+    each left: dB of gate and up, float32 [S, F, R], and dA of down, float32 [S, R, F], in S ordered
+    splits of the tokens. Gate, up and their product are in registers here, so that these sums over
+    tokens read nothing again. Raises ValueError if one comes without the other.
+    """
+    for left, partial in zip(lefts, partials, strict=True):
+        if (left is None) != (partial is None):
+            raise ValueError("swiglu_backward_: every left needs its partial, and only those")
+    if not use_triton(gate_up, impl):
+        swiglu_backward_reference_(gate_up, da_TF, lefts, partials)
+        return
+    from kernels.swiglu.kernel import launch_swiglu_backward
+
+    launch_swiglu_backward(gate_up, da_TF, lefts, partials)

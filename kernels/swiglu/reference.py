@@ -1,0 +1,39 @@
+"""The definition in plain torch.
+
+T tokens  F ffn  R rank  S splits of the tokens
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.low_rank.reference import outer_sum_reference
+
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def swiglu_reference(gate_up: Tensor, F: int) -> Tensor:
+    """silu(gate) * up in float32, one rounding to the dtype of gate_up."""
+    g, u = gate_up[:, :F].float(), gate_up[:, F : 2 * F].float()
+    return (g * torch.sigmoid(g) * u).to(gate_up.dtype)
+
+
+def swiglu_backward_reference_(
+    gate_up: Tensor, da_TF: Tensor, lefts: Three, partials: Three
+) -> None:
+    """Overwrites gate and up by their gradients; partials: dB of gate and up, dA of down."""
+    F = da_TF.shape[1]
+    gate, up = gate_up[:, :F], gate_up[:, F : 2 * F]
+    g, u, da = gate.float(), up.float(), da_TF.float()
+    sigmoid = torch.sigmoid(g)
+    silu = g * sigmoid
+    dg = da * u * (sigmoid + silu * (1 - sigmoid))
+    if lefts[2] is not None and partials[2] is not None:
+        a = (silu * u).to(gate_up.dtype)
+        outer_sum_reference(lefts[2], a, None, None, partials[2])
+    gate.copy_(dg)
+    up.copy_(da * silu)
+    for x, left, partial in zip((gate, up), lefts[:2], partials[:2], strict=True):
+        if left is not None and partial is not None:
+            outer_sum_reference(left, x, None, None, partial.transpose(1, 2))

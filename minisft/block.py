@@ -1,0 +1,351 @@
+"""One decoder block by hand: forward and backward as two functions; all that is kept is seen.
+
+A frozen weight needs no gradient, so its input is never kept for it; LoRA's A needs the input,
+which is cheap to make again. LoRA rides along in the large products: with B beside the decoded
+weight, [x, x A^T] times it is the whole output, and with A below it, [dy, dy B] times it the whole
+gradient of the input.
+
+T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank  S splits of tokens
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisft.attention import Attended, Layout, attend, attend_backward
+from minisft.config import ModelConfig
+from minisft.nn import (
+    LowRank,
+    NF4Weight,
+    add_rms_norm,
+    dequantize_into,
+    normalise,
+    outer_sum,
+    reduce_partials,
+    rms_norm_backward,
+    rope_,
+    rope_backward,
+    swiglu_backward_,
+    swiglu_kernel,
+)
+
+
+class Group(NamedTuple):
+    """Linears that read one input, their rows side by side as one weight [O, I]."""
+
+    weight: Tensor | NF4Weight
+    sizes: tuple[int, ...]  # rows of each linear
+    A: Tensor | None  # [R, I]: the A of every adapted linear, one below the other
+    B: tuple[Tensor | None, ...]  # of each linear [O_j, R_j]
+    dA: Tensor | None  # float32 [S, R, I]: where the sums over tokens go
+    dB: tuple[Tensor | None, ...]  # float32 [S, O_j, R_j]
+
+    @property
+    def rank(self) -> int:
+        """R, of all linears together; 0 where none is adapted."""
+        return 0 if self.A is None else self.A.shape[0]
+
+
+class FastLayer(NamedTuple):
+    """A decoder layer as the hand-written pass takes it."""
+
+    norm1: Tensor
+    qkv: Group
+    o: Group
+    norm2: Tensor
+    gate_up: Group
+    down: Group
+    partials: Tensor  # float32 [S, n]: all dA and dB of the layer, in the order of the flat buffer
+    grads: Tensor  # float32 [n]: the layer's slice of the flat gradient
+
+
+class Setting(NamedTuple):
+    """What all layers share in one micro-batch."""
+
+    cfg: ModelConfig
+    scaling: float
+    cos: Tensor
+    sin: Tensor
+    layout: Layout
+    scratch: Tensor  # 1-D: decoded weights, one group at a time
+
+
+class Small(NamedTuple):
+    """Kept under every policy: a few numbers a token."""
+
+    rstd1: Tensor  # 1 / rms of the layer's input, float32 [T]
+    rstd2: Tensor
+    u_qkv: Tensor | None  # x A^T, [T, R]
+    u_o: Tensor | None
+    u_gate_up: Tensor | None
+    u_down: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What a layer's backward pass needs; None where it is to be computed again."""
+
+    x_TD: Tensor | None
+    qkv: Tensor | None  # q and k turned, and v: [T, (N + 2K) H + R]
+    attended: Attended | None
+    mid_TD: Tensor | None
+    gate_up: Tensor | None  # [T, 2F + R]; the last R columns are room for dy B
+    small: Small
+
+
+# ------------------------------------------------------------------------------------- products
+
+
+def place_weight(group: Group, out_OI: Tensor) -> None:
+    """The weight in the compute dtype, decoded or copied into `out`, whose rows may be strided."""
+    if isinstance(group.weight, NF4Weight):
+        dequantize_into(group.weight, out_OI)
+    else:
+        out_OI.copy_(group.weight)
+
+
+def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
+    """[W, scaling * B], [O, I + R]; B of linears side by side is block diagonal."""
+    O, I = group.weight.shape
+    w = scratch[: O * (I + group.rank)].view(O, I + group.rank)
+    place_weight(group, w[:, :I])
+    if group.rank and len(group.B) > 1:
+        w[:, I:].zero_()
+    row, column = 0, I
+    for size, B in zip(group.sizes, group.B, strict=True):
+        if B is not None:
+            torch.mul(B, scaling, out=w[row : row + size, column : column + B.shape[1]])
+            column += B.shape[1]
+        row += size
+    return w
+
+
+def with_A_below(group: Group, scaling: float, scratch: Tensor) -> Tensor:
+    """[W; scaling * A], [O + R, I]."""
+    O, I = group.weight.shape
+    w = scratch[: (O + group.rank) * I].view(O + group.rank, I)
+    place_weight(group, w[:O])
+    if group.A is not None:
+        torch.mul(group.A, scaling, out=w[O:])
+    return w
+
+
+def product(x_ext: Tensor, u: Tensor | None, group: Group, at: Setting) -> tuple[Tensor, Tensor]:
+    """x W^T and its LoRA update, [T, O + R] with R columns of room, and u = x A^T.
+
+    x_ext: [T, I + R], whose last R columns are filled here, with u where it is known already.
+    """
+    O, I = group.weight.shape
+    room = x_ext[:, I:]
+    if u is None and group.A is not None:
+        torch.mm(x_ext[:, :I], group.A.T, out=room)
+    elif u is not None:
+        room.copy_(u)
+    y = torch.empty((x_ext.shape[0], O + group.rank), dtype=x_ext.dtype, device=x_ext.device)
+    torch.mm(x_ext, with_B_beside(group, at.scaling, at.scratch).T, out=y[:, :O])
+    return y, room if u is None else u
+
+
+def product_and_update(
+    x_TI: Tensor, group: Group, at: Setting
+) -> tuple[Tensor, LowRank | None, Tensor | None]:
+    """x W^T [T, O]; its LoRA update, for the kernel that reads the product next; u = x A^T.
+
+    A lies below the weight here, so that u comes with the product and x is read once.
+    """
+    O = group.weight.shape[0]
+    y = x_TI @ with_A_below(group, 1.0, at.scratch).T
+    (B,) = group.B
+    if B is None:
+        return y, None, None
+    u = y[:, O:].contiguous()
+    return y[:, :O], LowRank(u, B.T, at.scaling), u
+
+
+def product_backward(dy_ext: Tensor, group: Group, at: Setting) -> Tensor:
+    """Gradient of the input: [dy, dy B] [W; scaling * A]. dy_ext: filled_with_t's."""
+    return dy_ext @ with_A_below(group, at.scaling, at.scratch)
+
+
+def fill_t(dy_ext: Tensor, group: Group) -> None:
+    """t = dy B of each linear into the last R columns of dy_ext [T, O + R]."""
+    row, column = 0, sum(group.sizes)
+    for size, B in zip(group.sizes, group.B, strict=True):
+        if B is not None:
+            out = dy_ext[:, column : column + B.shape[1]]
+            torch.mm(dy_ext[:, row : row + size], B, out=out)
+            column += B.shape[1]
+        row += size
+
+
+def by_linear(u: Tensor | None, group: Group) -> list[Tensor | None]:
+    """The columns of u [T, R] that belong to each linear of the group."""
+    out: list[Tensor | None] = []
+    column = 0
+    for B in group.B:
+        if B is None or u is None:
+            out.append(None)
+            continue
+        out.append(u[:, column : column + B.shape[1]])
+        column += B.shape[1]
+    return out
+
+
+def _heads(qkv: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    q, k, v = qkv[:, : (N + 2 * K) * H].split((N * H, K * H, K * H), dim=1)
+    return q.unflatten(1, (N, H)), k.unflatten(1, (K, H)), v.unflatten(1, (K, H))
+
+
+# -------------------------------------------------------------------------------------- forward
+
+
+def make_qkv(
+    h_ext: Tensor, u: Tensor | None, layer: FastLayer, at: Setting
+) -> tuple[Tensor, Tensor]:
+    """q and k turned, and v; u of the three."""
+    qkv, u = product(h_ext, u, layer.qkv, at)
+    rope_(qkv, at.cos, at.sin, at.cfg.num_attention_heads + at.cfg.num_key_value_heads)
+    return qkv, u
+
+
+def make_mid(
+    x_TD: Tensor, attended: Attended, layer: FastLayer, at: Setting
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(x + attention's output, its norm with room for u, 1 / rms, u of o_proj)."""
+    y, update, u = product_and_update(attended.out_TNH.flatten(1), layer.o, at)
+    mid, h_ext, rstd = add_rms_norm(
+        x_TD, y, layer.norm2, at.cfg.rms_norm_eps, delta=update, extra=layer.gate_up.rank
+    )
+    return mid, h_ext, rstd, u
+
+
+def forward(
+    x_TD: Tensor,
+    h_ext: Tensor,
+    rstd: Tensor,
+    layer: FastLayer,
+    next_norm: Tensor,
+    next_extra: int,
+    at: Setting,
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """(x of the next layer, its norm with room for u, 1 / rms, what the backward pass could want).
+
+    h_ext, rstd: the same of this layer's input.
+    """
+    cfg = at.cfg
+    qkv, u_qkv = make_qkv(h_ext, None, layer, at)
+    u_qkv = u_qkv.contiguous()
+    attended = attend(*_heads(qkv, cfg), at.layout)
+    mid, h_ext, rstd2, u_o = make_mid(x_TD, attended, layer, at)
+    gate_up, u_gate_up = product(h_ext, None, layer.gate_up, at)
+    u_gate_up = u_gate_up.contiguous()
+    del h_ext
+    a = swiglu_kernel(gate_up, cfg.intermediate_size)
+    y, update, u_down = product_and_update(a, layer.down, at)
+    del a
+    x_next, h_next, rstd_next = add_rms_norm(
+        mid, y, next_norm, cfg.rms_norm_eps, delta=update, extra=next_extra
+    )
+    small = Small(rstd, rstd2, u_qkv, u_o, u_gate_up, u_down)
+    return x_next, h_next, rstd_next, Saved(x_TD, qkv, attended, mid, gate_up, small)
+
+
+def complete(saved: Saved, layer: FastLayer, at: Setting) -> Saved:
+    """Compute again what was not kept. down_proj never is: nothing needs its output."""
+    x, qkv, attended, mid, gate_up, small = saved
+    assert x is not None
+    if qkv is None:
+        h_ext = normalise(x, layer.norm1, small.rstd1, extra=layer.qkv.rank)
+        qkv, _ = make_qkv(h_ext, small.u_qkv, layer, at)
+    if attended is None:
+        attended = attend(*_heads(qkv, at.cfg), at.layout)
+    h_ext = None
+    if mid is None:
+        mid, h_ext, _, _ = make_mid(x, attended, layer, at)
+    if gate_up is None:
+        if h_ext is None:
+            h_ext = normalise(mid, layer.norm2, small.rstd2, extra=layer.gate_up.rank)
+        gate_up, _ = product(h_ext, small.u_gate_up, layer.gate_up, at)
+    return Saved(x, qkv, attended, mid, gate_up, small)
+
+
+# ------------------------------------------------------------------------------------- backward
+
+
+def backward(
+    dx_ext: Tensor, saved: Saved, layer: FastLayer, extra_below: int, at: Setting, last: bool
+) -> Tensor | None:
+    """Gradient of the layer's input; the layer's adapters' gradients are added to layer.grads.
+
+    dx_ext: [T, D + R], the gradient of the layer's output, with room for down_proj's rank. Returns
+    the same for the layer below, [T, D + extra_below]; None where last: below is the frozen
+    embedding, which needs none.
+    """
+    saved = complete(saved, layer, at)
+    dmid_ext = _mlp_backward(dx_ext, saved, layer, at)
+    saved = saved._replace(gate_up=None)
+    dx_below = _attention_backward(dmid_ext, saved, layer, extra_below, at, last)
+    reduce_partials(layer.partials, layer.grads, at.scaling)
+    return dx_below
+
+
+def _mlp_backward(dx_ext: Tensor, saved: Saved, layer: FastLayer, at: Setting) -> Tensor:
+    D, F = at.cfg.hidden_size, at.cfg.intermediate_size
+    gate_up, mid, small, down = saved.gate_up, saved.mid_TD, saved.small, layer.down
+    assert gate_up is not None and mid is not None
+    fill_t(dx_ext, down)
+    dy, t = dx_ext[:, :D], dx_ext[:, D:] if down.rank else None
+    da = product_backward(dx_ext, down, at)
+    _add_dB(small.u_down, dy, down)
+    swiglu_backward_(
+        gate_up,
+        da,
+        lefts=(*by_linear(small.u_gate_up, layer.gate_up), t),  # pyright: ignore
+        partials=(*layer.gate_up.dB, down.dA),  # pyright: ignore
+    )
+    del da
+    fill_t(gate_up, layer.gate_up)
+    dh = product_backward(gate_up, layer.gate_up, at)
+    if layer.gate_up.dA is not None:  # the input of gate and up is mid / rms(mid) * weight
+        outer_sum(
+            gate_up[:, 2 * F :], mid, layer.gate_up.dA,
+            row_scale_T=small.rstd2, column_scale_N=layer.norm2,
+        )  # fmt: skip
+    return rms_norm_backward(dh, mid, layer.norm2, small.rstd2, dresidual_TD=dy, extra=layer.o.rank)
+
+
+def _attention_backward(
+    dmid_ext: Tensor, saved: Saved, layer: FastLayer, extra_below: int, at: Setting, last: bool
+) -> Tensor | None:
+    D, group, small = at.cfg.hidden_size, layer.qkv, saved.small
+    x, qkv, attended = saved.x_TD, saved.qkv, saved.attended
+    assert x is not None and qkv is not None and attended is not None
+    fill_t(dmid_ext, layer.o)
+    dmid = dmid_ext[:, :D]
+    do = product_backward(dmid_ext, layer.o, at)
+    if layer.o.dA is not None:
+        outer_sum(dmid_ext[:, D:], attended.out_TNH.flatten(1), layer.o.dA)
+    _add_dB(small.u_o, dmid, layer.o)
+    q, k, v = _heads(qkv, at.cfg)
+    grads = attend_backward(do.view_as(attended.out_TNH), q, k, v, attended, at.layout)
+    del do, q, k, v
+    width = sum(group.sizes)
+    us = by_linear(small.u_qkv, group)
+    rope_backward(grads, at.cos, at.sin, qkv[:, :width], us=tuple(us), partials=group.dB)  # pyright: ignore
+    del grads
+    fill_t(qkv, group)  # where q, k and v were, their gradients are now
+    if group.dA is not None:
+        outer_sum(qkv[:, width:], x, group.dA, row_scale_T=small.rstd1, column_scale_N=layer.norm1)
+    if last:
+        return None
+    dh = product_backward(qkv, group, at)
+    return rms_norm_backward(dh, x, layer.norm1, small.rstd1, dresidual_TD=dmid, extra=extra_below)
+
+
+def _add_dB(u: Tensor | None, dy_TO: Tensor, group: Group) -> None:
+    """dB = dy^T u of a group of one."""
+    if u is not None and group.dB[0] is not None:
+        outer_sum(u, dy_TO, group.dB[0].transpose(1, 2))

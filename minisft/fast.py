@@ -1,0 +1,337 @@
+"""Loss and gradients of a micro-batch by the hand-written pass: layers, head, layers backwards.
+
+Static shapes, no autograd, no reading back: on a GPU the whole of it is captured in a CUDA graph,
+one for each bucket of shapes, and replayed.
+
+T tokens  M targets  D hidden  V vocab
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisft.attention import Layout
+from minisft.batches import MicroBatch
+from minisft.block import FastLayer, Group, Saved, Setting, backward, forward
+from minisft.llama import Compute, Weights, head_weight
+from minisft.lora import Flat
+from minisft.nn import (
+    NF4Weight,
+    add_rms_norm,
+    cos_and_sin,
+    dequantize_into,
+    linear_cross_entropy_grad,
+    rms_norm_backward,
+    rope_inverse_frequencies,
+    side_by_side,
+)
+from minisft.offload import Host
+from minisft.policy import Policy
+
+SPLITS = 8  # of the tokens, in the sums that make dA and dB
+
+_GROUPS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@dataclass
+class Fast:
+    """A model prepared for the hand-written pass. Buffers are allocated once."""
+
+    layers: list[FastLayer]
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    shadow: Flat  # the adapters in the compute dtype
+    grads: Tensor  # float32 [n], in the order of the trainable buffer
+    loss: Tensor  # float32 []: sum over the targets so far
+    weight: Tensor  # float32 [1]: what the loss is multiplied by before the backward pass
+    scratch: Tensor
+    rope: tuple[Tensor, float]  # frequencies float32 [1, H/2], and the factor on cos and sin
+    compute: Compute
+    policies: list[Policy]  # of each layer
+    chunk: int  # rows of logits alive at once
+    host: Host
+    graphs: dict[tuple, Graph] = field(default_factory=dict)
+    pool: object = None
+
+
+@dataclass
+class Graph:
+    """A captured micro-step and the tensors it reads."""
+
+    inputs: StaticBatch
+    graph: object = None
+
+
+@dataclass(frozen=True)
+class StaticBatch:
+    """A micro-batch padded to a bucket: what a graph reads. Padding trains nothing.
+
+    targets_M of -1 stand for no target; dense: target i belongs to token i and rows are not read.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    rows_M: Tensor
+    targets_M: Tensor
+    layout: Layout
+    dense: bool
+
+    def key(self) -> tuple:
+        """What a graph is captured for."""
+        return (
+            len(self.input_ids_T), len(self.targets_M), len(self.layout.cu_seqlens),
+            self.layout.longest, self.layout.dense, self.dense,
+        )  # fmt: skip
+
+
+def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
+    """Why the hand-written pass does not cover this run ("" where it does)."""
+    if compute.lora_dropout:
+        return "LoRA dropout"
+    if not all(".lora_" in name for name in trainable.views):
+        return "trained weights beside the adapter"
+    if any(name.endswith("_proj.bias") for name in frozen):
+        return "biases"
+    if compute.model.rope.rope_type == "dynamic":
+        return "RoPE that depends on the document's length"
+    return ""
+
+
+def prepare(
+    trainable: Flat,
+    frozen: dict[str, Tensor | NF4Weight],
+    compute: Compute,
+    policies: list[Policy],
+    *,
+    chunk: int,
+    max_tokens: int,
+) -> Fast:
+    """Views and buffers for the hand-written pass.
+
+    4-bit weights that read one input are laid side by side, group by group; `frozen` keeps views of
+    them, so that nothing is stored twice.
+    """
+    cfg, dtype = compute.model, compute.dtype
+    device = trainable.buffer.device
+    grads = torch.zeros_like(trainable.buffer)
+    shadow_buffer = torch.empty_like(trainable.buffer, dtype=dtype)
+    slices, start = {}, 0
+    for name, view in trainable.views.items():
+        slices[name] = slice(start, start + view.numel())
+        start += view.numel()
+    shadow = Flat(
+        shadow_buffer,
+        {n: shadow_buffer[slices[n]].view(v.shape) for n, v in trainable.views.items()},
+    )
+    spans = [_layer_span(slices, i) for i in range(cfg.num_hidden_layers)]
+    most = max(stop - start for start, stop in spans)
+    partials = torch.empty((SPLITS, most), dtype=torch.float32, device=device)
+    layers, largest = [], 0
+    for i, (start, stop) in enumerate(spans):
+        mine = partials[:, : stop - start]
+        prefix = f"model.layers.{i}."
+        groups = {
+            key: _group([prefix + n for n in names], frozen, shadow, slices, mine, start)
+            for key, names in _GROUPS.items()
+        }
+        for group in groups.values():
+            O, I = group.weight.shape
+            R = 0 if group.A is None else group.A.shape[0]
+            largest = max(largest, (O + R) * I, O * (I + R))
+        layers.append(
+            FastLayer(
+                norm1=_tensor(frozen, prefix + "input_layernorm.weight"),
+                norm2=_tensor(frozen, prefix + "post_attention_layernorm.weight"),
+                partials=mine,
+                grads=grads[start:stop],
+                **groups,
+            )
+        )
+    frequencies, factor = rope_inverse_frequencies(
+        cfg.rope, cfg.head_dim, cfg.max_position_embeddings
+    )
+    return Fast(
+        rope=(frequencies.to(device).unsqueeze(0), factor),
+        layers=layers,
+        embedding=_tensor(frozen, "model.embed_tokens.weight"),
+        norm=_tensor(frozen, "model.norm.weight"),
+        head=head_weight({}, frozen, cfg, dtype),
+        shadow=shadow,
+        grads=grads,
+        loss=torch.zeros((), dtype=torch.float32, device=device),
+        weight=torch.ones(1, dtype=torch.float32, device=device),
+        scratch=torch.empty(largest, dtype=dtype, device=device),
+        compute=compute,
+        policies=policies,
+        chunk=chunk,
+        host=Host(device, max_tokens),
+    )
+
+
+def _tensor(frozen: Weights, name: str) -> Tensor:
+    weight = frozen[name]
+    assert isinstance(weight, Tensor), f"{name} is never in 4 bits"
+    return weight
+
+
+def _layer_span(slices: dict[str, slice], i: int) -> tuple[int, int]:
+    mine = [s for name, s in slices.items() if name.startswith(f"model.layers.{i}.")]
+    return (mine[0].start, mine[-1].stop) if mine else (0, 0)
+
+
+def _group(
+    paths: list[str],
+    frozen: dict[str, Tensor | NF4Weight],
+    shadow: Flat,
+    slices: dict[str, slice],
+    partials: Tensor,
+    first: int,
+) -> Group:
+    names = [f"{p}.weight" for p in paths]
+    weights = [frozen[n] for n in names]
+    sizes = tuple(w.shape[0] for w in weights)
+    if len(weights) == 1:
+        weight = weights[0]
+    elif joined := _four_bit_side_by_side(weights):
+        weight, views = joined
+        frozen.update(zip(names, views, strict=True))
+    else:
+        weight = _dense_side_by_side(weights, shadow.buffer.dtype)
+        if not any(isinstance(w, NF4Weight) for w in weights):
+            frozen.update(zip(names, weight.split(sizes), strict=True))
+
+    def place(name: str) -> Tensor:
+        shape = shadow.views[name].shape
+        start = slices[name].start - first
+        return partials[:, start : start + math.prod(shape)].unflatten(1, shape)
+
+    A = [f"{p}.lora_A.weight" for p in paths if f"{p}.lora_A.weight" in shadow.views]
+    B = [f"{p}.lora_B.weight" for p in paths]
+    rank = sum(shadow.views[n].shape[0] for n in A)
+    columns = weight.shape[1]
+    stacked = dA = None
+    if A:  # neighbours in the buffer: one matrix, one below the other
+        start = slices[A[0]].start
+        stacked = shadow.buffer[start : start + rank * columns].view(rank, columns)
+        place_A = partials[:, start - first : start - first + rank * columns]
+        dA = place_A.unflatten(1, (rank, columns))
+    return Group(
+        weight=weight,
+        sizes=sizes,
+        A=stacked,
+        B=tuple(shadow.views.get(n) for n in B),
+        dA=dA,
+        dB=tuple(place(n) if n in shadow.views else None for n in B),
+    )
+
+
+def _four_bit_side_by_side(
+    weights: list[Tensor | NF4Weight],
+) -> tuple[NF4Weight, list[NF4Weight]] | None:
+    four_bit = [w for w in weights if isinstance(w, NF4Weight)]
+    return side_by_side(four_bit) if len(four_bit) == len(weights) else None
+
+
+def _dense_side_by_side(weights: list, dtype: torch.dtype) -> Tensor:
+    rows = sum(w.shape[0] for w in weights)
+    device = weights[0].packed.device if isinstance(weights[0], NF4Weight) else weights[0].device
+    out = torch.empty((rows, weights[0].shape[1]), dtype=dtype, device=device)
+    row = 0
+    for w in weights:
+        part = out[row : row + w.shape[0]]
+        if isinstance(w, NF4Weight):
+            dequantize_into(w, part)
+        else:
+            part.copy_(w)
+        row += w.shape[0]
+    return out
+
+
+# --------------------------------------------------------------------------------- a micro-batch
+
+
+def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: int) -> StaticBatch:
+    """The micro-batch in a bucket of that many tokens, documents and targets, on its own device.
+
+    Padding tokens are documents of their own at the end; further documents are empty.
+    """
+    ids, positions = micro.tokens.input_ids_T, micro.tokens.position_ids_T
+    device = ids.device
+    lengths = list(micro.tokens.documents.lengths)
+    uniform = lengths[0] if len(set(lengths)) == 1 and sum(lengths) == tokens else 0
+    spare = tokens - sum(lengths)
+    while spare > 0:
+        lengths.append(min(spare, longest))
+        spare -= lengths[-1]
+    lengths += [0] * (documents - len(lengths))
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    padding = tokens - len(ids)
+    dense = targets == tokens
+    if dense:
+        rows = torch.zeros(1, dtype=torch.int64)
+        at = torch.full((tokens,), -1, dtype=torch.int64)
+        at[micro.target_rows_M.cpu()] = micro.targets_M.cpu()
+    else:
+        more = targets - len(micro.targets_M)
+        rows = F.pad(micro.target_rows_M.cpu(), (0, more))
+        at = F.pad(micro.targets_M.cpu(), (0, more), value=-1)
+    return StaticBatch(
+        F.pad(ids, (0, padding)),
+        F.pad(positions, (0, padding)),
+        rows.to(device),
+        at.to(device),
+        Layout(cu.to(device), longest, uniform),
+        dense,
+    )
+
+
+def micro_step_(fast: Fast, batch: StaticBatch) -> None:
+    """Adds the micro-batch's loss to fast.loss, and its gradient, times fast.weight, to grads."""
+    compute, cfg = fast.compute, fast.compute.model
+    cos, sin = cos_and_sin(batch.position_ids_T, *fast.rope, compute.dtype)
+    at = Setting(cfg, compute.lora_scaling, cos, sin, batch.layout, fast.scratch)
+    layers, eps = fast.layers, cfg.rms_norm_eps
+    x = F.embedding(batch.input_ids_T, fast.embedding).to(compute.dtype)
+    x, h, rstd = add_rms_norm(x, None, layers[0].norm1, eps, extra=layers[0].qkv.rank)
+    kept: list[Saved | None] = []
+    for i, layer in enumerate(layers):
+        above = layers[i + 1] if i + 1 < len(layers) else None
+        norm, extra = (above.norm1, above.qkv.rank) if above else (fast.norm, 0)
+        x, h, rstd, saved = forward(x, h, rstd, layer, norm, extra, at)
+        kept.append(fast.host.keep(i, saved, fast.policies[i]))
+        del saved
+    dh = _head_(fast, h, batch)
+    del h
+    dx = rms_norm_backward(dh, x, fast.norm, rstd, extra=layers[-1].down.rank)
+    del dh, x
+    fast.host.start_fetching(len(layers) - 1)
+    for i in range(len(layers) - 1, -1, -1):
+        saved = fast.host.fetch(i, kept[i])
+        kept[i] = None
+        extra = layers[i - 1].down.rank if i else 0
+        assert dx is not None
+        dx = backward(dx, saved, layers[i], extra, at, last=i == 0)
+        del saved
+
+
+def _head_(fast: Fast, h_TD: Tensor, batch: StaticBatch) -> Tensor:
+    """Loss into fast.loss; the gradient of the last norm's output, [T, D]."""
+    h_MD = h_TD if batch.dense else h_TD[batch.rows_M]
+    loss, d_MD = linear_cross_entropy_grad(
+        h_MD, fast.head, batch.targets_M, fast.weight, chunk=fast.chunk
+    )
+    fast.loss += loss
+    if batch.dense:
+        return d_MD
+    return torch.zeros_like(h_TD).index_add_(0, batch.rows_M, d_MD)

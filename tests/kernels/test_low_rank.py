@@ -1,0 +1,52 @@
+"""Sums over tokens of outer products, against float64 and in a fixed order."""
+
+import pytest
+import torch
+from fused import DTYPES, close, poisoned, rand, wide
+
+from kernels.low_rank import outer_sum, reduce_partials
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "T, R, N, splits", [(130, 3, 70, 2), (64, 16, 64, 8), (1, 1, 1, 1), (200, 40, 33, 3)]
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_outer_sum(T, R, N, splits, dtype, scaled):
+    left, x = wide(rand(T, R, dtype=dtype)), wide(rand(T, N, dtype=dtype, seed=1))
+    row = rand(T, seed=2).abs() if scaled else None
+    column = rand(N, dtype=dtype, seed=3) if scaled else None
+    truth = left.double().T @ (x.double() if row is None else x.double() * row.double()[:, None])
+    truth = truth if column is None else truth * column.double()
+    found = []
+    for impl in ("triton", "reference"):
+        partials = poisoned(splits, R, N)
+        outer_sum(left, x, partials, row_scale_T=row, column_scale_N=column, impl=impl)
+        grads = torch.ones(R * N, device=x.device)
+        reduce_partials(partials.flatten(1), grads, 2.0, impl=impl)
+        found.append((grads - 1) / 2)
+    close(*found, truth.flatten())
+
+
+def test_a_transposed_view_of_the_partials_is_filled():
+    left, x = rand(70, 4), rand(70, 6, seed=1)
+    partials = poisoned(2, 6, 4)
+    outer_sum(left, x, partials.transpose(1, 2), impl="triton")
+    close(partials.sum(0), x.T @ left, x.double().T @ left.double())
+
+
+def test_the_same_bits_every_time():
+    left, x = rand(300, 8), rand(300, 40, seed=1)
+    runs = []
+    for _ in range(2):
+        partials = poisoned(4, 8, 40)
+        outer_sum(left, x, partials, impl="triton")
+        runs.append(partials)
+    assert torch.equal(*runs)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="outer_sum: left"):
+        outer_sum(rand(4, 2), rand(5, 3), poisoned(1, 2, 3))
+    with pytest.raises(ValueError, match="impl is 'fast'"):
+        outer_sum(rand(4, 2), rand(4, 3), poisoned(1, 2, 3), impl="fast")

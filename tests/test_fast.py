@@ -1,0 +1,148 @@
+"""The hand-written pass against autograd over the reference block: loss, gradients, policies."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, random_weights, relative
+
+from minisft.config import LoraConfig, RopeConfig
+from minisft.fast import Policy, micro_step_, pad, prepare, why_not
+from minisft.llama import Compute
+from minisft.nn import NF4Weight, quantize
+from minisft.policy import POLICIES
+from minisft.step import Plan, loss_and_grads
+
+ROWS = [[5, 9], [14], [3, 3, 8], [12, 2]]
+# Multiples of 64 * 256 weights in every matrix: these lie side by side.
+WIDE = dataclasses.replace(
+    CFG, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=32,
+)  # fmt: skip
+
+
+def four_bit(weights):
+    return {
+        n: quantize(w) if n.endswith("_proj.weight") and w.dim() == 2 else w
+        for n, w in weights.items()
+    }
+
+
+def run(cfg, lora, weights, policies, *, tokens=64, targets=None, documents=12, chunk=7):
+    """(loss, gradient) of one padded micro-batch by the hand-written pass."""
+    trainable = random_adapter(cfg, lora)
+    compute = Compute(cfg, lora_scaling=lora.scaling)
+    assert why_not(trainable, weights, compute) == ""
+    step = all_rows(random_dataset(ROWS, vocab=cfg.vocab_size))
+    (micro,) = step.micro_batches
+    fast = prepare(trainable, dict(weights), compute, policies, chunk=chunk, max_tokens=tokens)
+    fast.shadow.buffer.copy_(trainable.buffer)
+    fast.weight.fill_(1 / step.num_loss_tokens)
+    batch = pad(micro, tokens, documents, targets or tokens, longest=16)
+    micro_step_(fast, batch)
+    return fast.loss / step.num_loss_tokens, fast.grads
+
+
+def truth(cfg, lora, weights):
+    trainable = random_adapter(cfg, lora)
+    step = all_rows(random_dataset(ROWS, vocab=cfg.vocab_size))
+    return loss_and_grads(trainable, weights, step, Plan(Compute(cfg, lora_scaling=lora.scaling)))
+
+
+def everything(cfg, name="none"):
+    return [POLICIES[name]] * cfg.num_hidden_layers
+
+
+@pytest.mark.parametrize("leaves", ["dense", "nf4"])
+@pytest.mark.parametrize("cfg", [CFG, WIDE], ids=["odd", "wide"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LORA,
+        LoraConfig(r=16, lora_alpha=8),
+        LoraConfig(r=2, target_modules=("q_proj", "v_proj")),
+        LoraConfig(r=2, target_modules=("k_proj", "up_proj", "down_proj")),
+        LoraConfig(r=2, target_modules=("o_proj",), use_rslora=True),
+    ],
+    ids=["all", "r16", "qv", "k_up_down", "o"],
+)
+def test_loss_and_gradients_are_those_of_autograd(lora, cfg, leaves):
+    weights = random_weights(cfg)
+    weights = four_bit(weights) if leaves == "nf4" else weights
+    loss, grads = run(cfg, lora, weights, everything(cfg))
+    expected_loss, expected = truth(cfg, lora, weights)
+    assert abs(loss - expected_loss) < 1e-5 * expected_loss
+    assert relative(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if n != "none"])
+def test_policies_change_no_bit(name):
+    weights = four_bit(random_weights(WIDE))
+    loss, grads = run(WIDE, LORA, weights, everything(WIDE))
+    again = run(WIDE, LORA, weights, everything(WIDE, name))
+    assert torch.equal(loss, again[0]) and torch.equal(grads, again[1])
+
+
+def test_layers_may_have_different_policies():
+    weights = random_weights(CFG)
+    both = [POLICIES["full"], POLICIES["none"]]
+    assert torch.equal(run(CFG, LORA, weights, both)[1], run(CFG, LORA, weights, both[::-1])[1])
+
+
+@pytest.mark.parametrize("tokens, targets, documents", [(56, 56, 9), (100, 48, 30), (64, 64, 40)])
+def test_the_bucket_changes_nothing(tokens, targets, documents):
+    weights = random_weights(CFG)
+    sizes = {"tokens": tokens, "targets": targets, "documents": documents}
+    loss, grads = run(CFG, LORA, weights, everything(CFG), **sizes)
+    expected_loss, expected = truth(CFG, LORA, weights)
+    assert abs(loss - expected_loss) < 1e-5 * expected_loss
+    assert relative(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_the_chunk_of_logits_changes_nothing(chunk):
+    weights = random_weights(CFG)
+    grads = run(CFG, LORA, weights, everything(CFG), chunk=chunk)[1]
+    assert relative(grads, run(CFG, LORA, weights, everything(CFG))[1]) < 1e-6
+
+
+def test_llama3_rope():
+    rope = RopeConfig("llama3", 500.0, 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=16)  # fmt: skip
+    cfg = dataclasses.replace(CFG, rope=rope)
+    weights = random_weights(cfg)
+    assert (
+        relative(run(cfg, LORA, weights, everything(cfg))[1], truth(cfg, LORA, weights)[1]) < 1e-5
+    )
+
+
+def test_weights_side_by_side_are_stored_once():
+    weights = four_bit(random_weights(WIDE))
+    frozen = dict(weights)
+    compute = Compute(WIDE, lora_scaling=1.0)
+    fast = prepare(random_adapter(WIDE), frozen, compute, everything(WIDE), chunk=8, max_tokens=8)
+    q = frozen["model.layers.1.self_attn.v_proj.weight"]
+    whole = fast.layers[1].qkv.weight
+    assert isinstance(q, NF4Weight) and isinstance(whole, NF4Weight)
+    start = whole.packed.data_ptr()
+    assert start < q.packed.data_ptr() < start + whole.packed.numel()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"model": dataclasses.replace(CFG, rope=RopeConfig("dynamic", factor=2.0))}, "RoPE"),
+    ],
+)
+def test_what_is_not_covered_is_said(change, reason):
+    compute = dataclasses.replace(Compute(CFG), **change)
+    assert reason in why_not(random_adapter(), random_weights(), compute)
+    trained = random_adapter(lora=LoraConfig(r=2, modules_to_save=("lm_head",)))
+    assert "beside the adapter" in why_not(trained, random_weights(), Compute(CFG))
+
+
+def test_a_policy_names_parts():
+    for policy in POLICIES.values():
+        assert isinstance(policy, Policy) and "x" in policy.gpu | policy.host
+        assert not policy.gpu & policy.host
