@@ -7,12 +7,13 @@ of them are one optimizer step, and an epoch's last step may be shorter.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,18 @@ from minisft.llama import Tokens
 from minisft.nn import Documents, mix64
 from minisft.tokens import TokenizedDataset
 
+# A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
+# same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: nowhere). It
+# must be a function of its input alone, or a resumed run is another one.
+BatchFn = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
 IGNORED = -100  # Hugging Face's label of a token that is not trained
+
+
+class Collator(NamedTuple):
+    """A batch_fn, and the size of the vocabulary that its ids are checked against."""
+
+    batch_fn: BatchFn
+    vocab_size: int
 
 
 class MicroBatch(NamedTuple):
@@ -142,7 +154,8 @@ class Batches:
 
     max_tokens: rows are laid side by side, in order, into as few micro-batches of at most this many
     tokens as they fit (a longer row is one of its own). The cut changes memory and speed; loss and
-    gradients are those of the token mean over the step, whatever the cut.
+    gradients are those of the token mean over the step, whatever the cut. The collator, if
+    there is one, is applied to the rows of each micro-batch first.
     """
 
     dataset: TokenizedDataset
@@ -150,6 +163,7 @@ class Batches:
     max_tokens: int
     device: torch.device
     dropout: bool = False
+    collator: Collator | None = None
 
     @cached_property
     def _trained_per_row(self) -> Tensor:
@@ -168,6 +182,8 @@ class Batches:
             for row in b
         ]
         mine = [row for rows in self.schedule.rows(step, rank) for row in rows]
+        if self.collator is not None:
+            return self._collated(step, rank, mine)
         lengths = [int(self._tokens_per_row[row]) for row in mine]
         return StepBatch(
             micro_batches=[
@@ -184,6 +200,82 @@ class Batches:
             rows=mine,
             epoch=self.schedule.epoch_after(step),
         )
+
+    def _collated(self, step: int, rank: int, mine: list[int]) -> StepBatch:
+        """The step after the collator; what it makes decides the counts."""
+        assert self.collator is not None
+        everyone = [
+            collate(self.dataset, self.schedule.rows(step, r), self.collator)
+            for r in range(self.schedule.world)
+        ]
+        plain = dataclasses.replace(self, collator=None, dataset=everyone[rank])
+        rows = list(range(len(everyone[rank])))
+        seed = (self.schedule.seed, step) if self.dropout else None
+        cut = cut_by_tokens(rows, plain._tokens_per_row.tolist(), self.max_tokens)
+        return StepBatch(
+            micro_batches=[
+                make_micro_batch(plain.dataset, part, self.device, dropout_seed=seed)
+                for part in cut
+            ],
+            num_loss_tokens=sum(int(trained_per_row(d).sum()) for d in everyone),
+            num_tokens=sum(d.input_ids.numel() for d in everyone),
+            rows=mine,
+            epoch=self.schedule.epoch_after(step),
+        )
+
+
+def collate(
+    dataset: TokenizedDataset, batches: list[list[int]], collator: Collator
+) -> TokenizedDataset:
+    """Rows of a dataset, batch by batch through the collator, its padding taken away again.
+
+    UserError, naming what is wrong, for a result that is no batch of this model's ids.
+    """
+    rows: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        examples = []
+        for row in batch:
+            start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+            ids, labels = dataset.input_ids[start:stop], dataset.labels[start:stop]
+            mask = [1] * len(ids)
+            examples.append(
+                {"input_ids": ids.tolist(), "labels": labels.tolist(), "attention_mask": mask}
+            )
+        made = collator.batch_fn(examples)
+        try:
+            ids = torch.as_tensor(made["input_ids"])
+            labels = torch.as_tensor(made["labels"])
+            mask = torch.as_tensor(made.get("attention_mask", torch.ones_like(ids))).bool()
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(
+                f"batch_fn made no batch of input_ids and labels [rows, length] ({e!r})"
+            ) from None
+        shapes = {tuple(t.shape) for t in (ids, labels, mask)}
+        if len(shapes) != 1 or ids.dim() != 2:
+            raise UserError(
+                f"batch_fn made input_ids {tuple(ids.shape)}, labels {tuple(labels.shape)} and "
+                f"attention_mask {tuple(mask.shape)}; expected three of one shape [rows, length]"
+            )
+        wrong = [i for i in ids[mask].tolist() if not 0 <= i < collator.vocab_size]
+        wrong += [
+            t for t in labels[mask].tolist() if t != IGNORED and not 0 <= t < collator.vocab_size
+        ]
+        if wrong:
+            raise UserError(
+                f"batch_fn made the id or label {wrong[0]}; expected 0 to "
+                f"{collator.vocab_size - 1}, or {IGNORED} for a label that is not trained"
+            )
+        rows += [(i[m], t[m]) for i, t, m in zip(ids, labels, mask, strict=True) if m.any()]
+    if not rows:
+        raise UserError("batch_fn left no row in a batch; expected at least one token")
+    lengths = torch.tensor([0, *(len(ids) for ids, _ in rows)])
+    return dataclasses.replace(
+        dataset,
+        input_ids=torch.cat([ids for ids, _ in rows]).int(),
+        labels=torch.cat([labels for _, labels in rows]).int(),
+        document_offsets=lengths.cumsum(0),
+        row_offsets=torch.arange(len(rows) + 1),
+    )
 
 
 def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:

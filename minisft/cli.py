@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minisft.config import UserError, flag
+from minisft.names import translate, translate_flags
 
 Config = TypeVar("Config")
 
@@ -32,6 +33,7 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
 
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     argv, config_file = _take_config(list(argv))
+    argv = translate_flags(argv, fields)
     if config_file is not None:
         default = _with_yaml(default, config_file, fields)
     argv = _spell_out(argv, fields)
@@ -171,7 +173,13 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
         )
     values = {}
     for key, value in raw.items():
-        name = str(key).replace("-", "_")
+        name, text = translate(str(key), None if value is None else str(value), fields)
+        if not name:  # a switch that is off
+            continue
+        value = text if text is not None and text != str(value) else value
+        name = name.replace("-", "_")
+        if name in values:
+            raise UserError(f"--config {file}: {key!r} gives {name} a second time")
         if name not in fields:
             guess = _nearest(name, list(fields))
             hint = f"; did you mean {guess}?" if guess else ""

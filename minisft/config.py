@@ -36,6 +36,7 @@ _SAME_OPTIMIZER = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
 }
+LOGGERS = ("tensorboard", "wandb", "trackio")
 EVAL_METRICS = ("loss", "mean_token_accuracy", "entropy")
 _WAVES = ("linear", "cosine", "1-sqrt")
 # Learning-rate schedules, and what --lr-scheduler-kwargs may say to each.
@@ -484,6 +485,12 @@ class TrainConfig:
     """Seed of row order, adapter initialisation and dropout."""
     logging_steps: int = 1
     """Write a metrics line every N steps (the mean over them)."""
+    report_to: tuple[str, ...] = ()
+    """tensorboard, wandb and/or trackio, beside metrics.jsonl, which is always written."""
+    run_name: str = ""
+    """Name of the run in them; left out, that of the output directory."""
+    logging_dir: str = ""
+    """Where they write; left out, into the output directory."""
     save_strategy: str = "steps"
     """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
     where an evaluation is the best so far, each also at the end; `no` only when stopped."""
@@ -521,8 +528,18 @@ class TrainConfig:
             object.__setattr__(self, "load_in_4bit", False)
         object.__setattr__(self, "dataset", tuple(map(str, self.dataset)))
         # The command line gives "a,b" as well as "a b"; Python callers may give one string.
-        for name in ("target_modules", "modules_to_save", "columns", "lr_scheduler_kwargs"):
+        for name in (
+            "target_modules",
+            "modules_to_save",
+            "columns",
+            "lr_scheduler_kwargs",
+            "report_to",
+        ):
             object.__setattr__(self, name, split_list(getattr(self, name)))
+        object.__setattr__(self, "report_to", tuple(n for n in self.report_to if n != "none"))
+        if self.resume_from_checkpoint.lower() in ("true", "false"):
+            which = "auto" if self.resume_from_checkpoint.lower() == "true" else ""
+            object.__setattr__(self, "resume_from_checkpoint", which)
         object.__setattr__(self, "optim", _SAME_OPTIMIZER.get(self.optim, self.optim))
         choices = {
             "dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -541,6 +558,10 @@ class TrainConfig:
             if value not in allowed:
                 known = ", ".join(filter(None, allowed))
                 raise UserError(f"{flag(name)} is {value!r}; expected one of {known}")
+        for name in self.report_to:
+            if name not in LOGGERS:
+                known = ", ".join(("none", *LOGGERS))
+                raise UserError(f"--report-to is {name!r}; expected some of {known}")
         at_least = {
             "max_length": 2, "lora_r": 1, "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
@@ -621,6 +642,9 @@ class TrainConfig:
         if not self.early_stopping_patience:
             remedy = "give a patience"
             idle.append(("early_stopping_threshold", "early_stopping_patience 0", remedy))
+        if not self.report_to:
+            names = ("run_name", "logging_dir")
+            idle += [(n, "report_to none", "name a logger there") for n in names]
         if not self.eval_dataset:
             idle.append(("per_device_eval_batch_size", "eval_dataset ''", "give eval rows"))
         if self.lr_scheduler_type == "constant":

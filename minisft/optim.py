@@ -7,6 +7,7 @@ Norms, biases, embeddings and heads keep float32 moments under every rule.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -142,6 +143,8 @@ def _group_moment(name: str, group: Group, device: torch.device, paged: bool) ->
 
 def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
     """bitsandbytes' functions, and its code tables for signed and for unsigned values."""
+    # On a CPU it looks for PyPI's package `kernels`, finds this project's, and warns of it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except (ImportError, OSError, RuntimeError) as e:

@@ -28,6 +28,8 @@ _WRITTEN = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "additional_chat_templates",
 )  # fmt: skip
+# What only one kind of run leaves: another would not overwrite it.
+_LEFT = ("README.md", "config.json", "generation_config.json", "samples.jsonl", "runs", "wandb")
 _PIECE = 1 << 16  # bytes
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
@@ -72,7 +74,8 @@ def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
     write_json(new, record)
     if config.overwrite_output_dir:
         with writing(out):
-            for path in _products(out):
+            left = [out / name for name in _LEFT if (out / name).exists()]
+            for path in _products(out) + (left if (out / RUN).exists() else []):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     with writing(out / RUN):
         os.replace(new, out / RUN)

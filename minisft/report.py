@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from minisft.checkpoint import writing
+from minisft.config import TrainConfig
 from minisft.export import to_json_line
+from minisft.loggers import loggers
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # answers to the eval prompts of --eval-generate
@@ -25,10 +27,12 @@ class Reporter:
         metrics: IO[bytes],
         total_steps: int,
         evaluated: set[int],
+        log: Callable[[dict[str, Any]], None],
         progress: Any = None,
     ):
         self._metrics, self._directory = metrics, Path(metrics.name).parent
         self._evaluated = evaluated  # steps with an eval line
+        self._log = log  # to the loggers of --report-to
         self._total = total_steps
         self._progress = progress
         self._task = progress.add_task("", total=total_steps) if progress else None
@@ -84,10 +88,13 @@ class Reporter:
             line = to_json_line(metrics).encode()
             while line:
                 line = line[self._metrics.write(line) :]
+        self._log(metrics)
 
 
 @contextmanager
-def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Reporter]:
+def reporting(
+    config: TrainConfig, directory: Path, total_steps: int, first_step: int
+) -> Iterator[Reporter]:
     """A Reporter on directory/metrics.jsonl; lines beyond first_step, from before a kill, go."""
     path = directory / METRICS
 
@@ -99,9 +106,13 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
 
     evaluated = _keep_lines(path, keep)
     _keep_lines(directory / SAMPLES, keep)
-    with open(path, "ab", buffering=0) as metrics:  # unbuffered: nothing is left to fail on closing
+    # Unbuffered: nothing is left to fail on closing.
+    with (
+        open(path, "ab", buffering=0) as metrics,
+        loggers(config, directory, first_step, say) as log,
+    ):
         if not sys.stdout.isatty():
-            yield Reporter(metrics, total_steps, evaluated)
+            yield Reporter(metrics, total_steps, evaluated, log)
             return
         from rich.progress import (
             BarColumn,
@@ -118,7 +129,7 @@ def reporting(directory: Path, total_steps: int, first_step: int) -> Iterator[Re
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
-            yield Reporter(metrics, total_steps, evaluated, progress)
+            yield Reporter(metrics, total_steps, evaluated, log, progress)
 
 
 def say(line: str) -> None:

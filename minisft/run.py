@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.batches import Batches, Schedule, source_shares
+from minisft.batches import Batches, BatchFn, Collator, Schedule, collate, source_shares
 from minisft.checkpoint import (
     find_checkpoint,
     load_checkpoint_,
@@ -39,6 +39,7 @@ from minisft.export import (
     trained_file,
     write_trained,
 )
+from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
 from minisft.memory import out_of_memory
 from minisft.model import Model, load_model
@@ -90,9 +91,10 @@ class Data:
         return {"data": self.train.stats, "eval_data": self.eval.stats if self.eval else None}
 
 
-def train(config: TrainConfig) -> TrainOutput:
+def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     """Fine-tune as `config` says and write everything to config.output_dir.
 
+    batch_fn: a data collator (`minisft.batches.BatchFn`) for the rows of every micro-batch.
     Raises UserError for what the user can mend, TrainingStopped when a guard ends training,
     Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
     changes nothing and returns its result. With dry_run nothing is trained: `minisft.dry_run`.
@@ -110,15 +112,16 @@ def train(config: TrainConfig) -> TrainOutput:
         if (done := finished(out, config)) is not None:
             return done
         model, state = load_model(config)
-        data = load_data(config, model, out)
+        collator = None if batch_fn is None else Collator(batch_fn, model.cfg.vocab_size)
+        data = collated(load_data(config, model, out), config, collator)
         stop.raise_if_asked()
-        batches, total_steps = plan_steps(config, data, model.device)
+        batches, total_steps = plan_steps(config, data, model.device, collator)
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         resume_(state, out, config, model, facts, total_steps)
         start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         describe(config, model, data, state, batches, total_steps)
         check_space(out, state.trainable.buffer.numel())
-        with reporting(out, total_steps, state.step) as report:
+        with reporting(config, out, total_steps, state.step) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
             if state.step:  # an evaluation that was broken off is made up for
                 evaluate_during(
@@ -211,6 +214,7 @@ def check_required(config: TrainConfig) -> None:
         raise UserError(
             "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub id"
         )
+    require_loggers(config)
 
 
 def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
@@ -259,7 +263,23 @@ def load_data(config: TrainConfig, model: Model, out: Path) -> Data:
     return Data(train_set, eval_set, hash)
 
 
-def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[Batches, int]:
+def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data:
+    """With a collator, the eval rows as it makes them; the training rows go through it by step."""
+    if collator is None:
+        return data
+    if config.packing:
+        raise UserError("batch_fn takes rows as they are read; drop --packing")
+    if data.eval is None:
+        return data
+    rows = list(range(len(data.eval)))
+    size = config.eval_batch_size
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return dataclasses.replace(data, eval=collate(data.eval, batches, collator))
+
+
+def plan_steps(
+    config: TrainConfig, data: Data, device: torch.device, collator: Collator | None
+) -> tuple[Batches, int]:
     """Which rows each step sees, and how many steps there are."""
     schedule = Schedule(
         num_rows=len(data.train),
@@ -277,6 +297,7 @@ def plan_steps(config: TrainConfig, data: Data, device: torch.device) -> tuple[B
         max_tokens=config.per_device_train_batch_size * config.max_length,
         device=device,
         dropout=config.lora_dropout > 0 and not config.full_finetuning,
+        collator=collator,
     )
     epochs = math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
     return batches, config.max_steps if config.max_steps > 0 else epochs

@@ -14,6 +14,7 @@ from runs import ROOT, pairs, tree, write_model, write_rows
 # Where each module of minisft stands: it may import those on lower floors, and no others.
 FLOORS = [
     ["config"],
+    ["names", "loggers"],
     [
         *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "masks", "tokens"),
         *("cli", "demo", "preempt"),
@@ -40,6 +41,9 @@ LAZY = {
     "datasets": ["reading"],
     "pyarrow": ["reading"],
     "bitsandbytes": ["optim"],
+    "wandb": ["loggers"],
+    "trackio": ["loggers"],
+    "matplotlib": ["plot"],
 }
 # Packages that any file may import.
 EAGER = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "yaml"}

@@ -1,0 +1,276 @@
+"""Every argument of the peers is a setting here, an alias of one, or refused with a reason."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+import yaml
+from runs import ROOT, call, metrics, pairs, read, write_model, write_rows
+from safetensors.torch import load_file
+
+import minisft
+from minisft.cli import parse_flags
+from minisft.config import TrainConfig, UserError
+from minisft.names import ALIASES, REFUSED, SWITCHES, refusal
+
+FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
+NAMED_BY_USERS = {
+    *("resume_from_checkpoint", "packing", "dataset_text_field", "max_seq_length", "r", "seed"),
+    *("dataset_num_proc", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs", "learning_rate", "embedding_learning_rate", "optim"),
+    *("warmup_steps", "lr_scheduler_type", "fp16", "bf16", "logging_steps", "save_steps"),
+    *("save_strategy", "evaluation_strategy", "eval_strategy", "eval_steps", "report_to"),
+    *("load_best_model_at_end", "metric_for_best_model", "run_name", "logging_dir"),
+    *("output_dir", "lora_alpha", "target_modules", "modules_to_save", "load_in_4bit"),
+    *("eval_dataset", "data_collator"),
+}
+WAIT = {
+    *("assistant_only_loss", "completion_only_loss", "dataset_num_proc", "chat_template_path"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "loss_type"),
+}
+
+
+def table():
+    """Argument -> what the table gives for it."""
+    rows = {}
+    for line in (ROOT / "docs" / "arguments.md").read_text().splitlines():
+        if line.startswith("| `"):
+            left, here = line.split("|")[1:3]
+            rows |= dict.fromkeys(re.findall(r"`(\w+)`", left), here.strip().strip("`"))
+    return rows
+
+
+def parse(*argv):
+    return parse_flags(TrainConfig, list(argv), prog="train.py", default=TrainConfig())
+
+
+def test_the_table_names_every_argument_and_a_flag_that_exists():
+    rows = table()
+    assert set(rows) >= NAMED_BY_USERS
+    for argument, here in rows.items():
+        if argument == "data_collator":
+            assert here == "minisft.train(config, batch_fn=collator)"
+            continue
+        name, _, value = here.removeprefix("--").replace("-", "_").partition(" ")
+        assert name in FIELDS | WAIT, argument
+        if argument in SWITCHES:
+            assert (name, value) == SWITCHES[argument]
+        else:
+            assert ALIASES.get(argument, argument) == name, argument
+
+
+def test_every_argument_of_sft_config_is_taken_or_refused():
+    trl = pytest.importorskip("trl")
+    names = {f.name for f in dataclasses.fields(trl.SFTConfig)}
+    names |= {"embedding_learning_rate", "data_collator", "peft_config", "max_seq_length"}
+    known = FIELDS | set(SWITCHES) | {a for a, ours in ALIASES.items() if ours in FIELDS}
+    assert {n for n in names if n not in known and not refusal(n)} <= WAIT
+
+
+def test_nothing_that_works_is_refused():
+    assert {n for n in FIELDS | set(ALIASES) | set(SWITCHES) if refusal(n)} == set()
+    assert all(len(why) > 10 for why in REFUSED.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--r", "8"], "lora_r", 8),
+        (["--max_seq_length=77"], "max_length", 77),
+        (["--evaluation-strategy", "steps", "--eval-dataset", "x"], "eval_strategy", "steps"),
+        (["--warmup-ratio", "0.1"], "warmup_steps", 0.1),
+        (["--bf16"], "dtype", "bfloat16"),
+        (["--fp16", "True"], "dtype", "float16"),
+        (["--bf16=false"], "dtype", "auto"),
+        (["--no-fp16"], "dtype", "auto"),
+        (["--fp16", "False", "--bf16"], "dtype", "bfloat16"),
+        (["--use-cpu"], "device", "cpu"),
+        (["--optim", "adamw_torch_fused"], "optim", "adamw"),
+        (["--optim", "adamw_bnb_8bit"], "optim", "adamw_8bit"),
+        (["--report-to", "none"], "report_to", ()),
+        (["--resume-from-checkpoint", "True"], "resume_from_checkpoint", "auto"),
+        (
+            ["--greater-is-better", "True", "--load-best-model-at-end", "--eval-strategy", "epoch",
+             "--eval-dataset", "x"],
+            "greater_is_better",
+            True,
+        ),
+    ],
+)  # fmt: skip
+def test_a_name_of_the_peers_sets_ours(argv, name, value):
+    assert getattr(parse(*argv), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--deepspeed", "x.json"], "--deepspeed is not a setting here: training runs on one"),
+        (["--push_to_hub"], "--push-to-hub is not a setting here: nothing is uploaded"),
+        (["--hub-token=1"], "--hub-token is not a setting here"),
+        (["--bf16", "--fp16"], "--bf16 and --fp16 both give --dtype; drop one"),
+        (["--data-collator", "x"], "from Python: minisft.train"),
+        (["--bf16=maybe"], "--bf16 is 'maybe'; expected true or false"),
+    ],
+)
+def test_what_there_is_not_is_refused_by_name(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(*argv)
+
+
+def test_yaml_takes_the_same_names(tmp_path):
+    file = tmp_path / "run.yaml"
+    raw = {"r": 8, "max_seq_length": 64, "bf16": True, "fp16": False, "warmup_ratio": 0.25}
+    file.write_text(yaml.safe_dump(raw))
+    config = parse("--config", str(file))
+    assert (config.lora_r, config.max_length, config.dtype) == (8, 64, "bfloat16")
+    assert config.warmup_steps == 0.25
+    file.write_text("r: 8\nlora_r: 9\n")
+    with pytest.raises(UserError, match="'lora_r' gives lora_r a second time"):
+        parse("--config", str(file))
+    file.write_text("deepspeed: x\n")
+    with pytest.raises(UserError, match="--deepspeed is not a setting here"):
+        parse("--config", str(file))
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    rows = [{"body": f"{row['prompt']}{row['completion']}"} for row in pairs(24)]
+    return {
+        "model": str(write_model(directory / "model")),
+        "dataset": str(write_rows(directory / "train.jsonl", rows)),
+        "eval_dataset": str(write_rows(directory / "eval.jsonl", rows[:4])),
+    }
+
+
+def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
+    """As flags in the peers' spelling; then resumed with the same."""
+    pytest.importorskip("tensorboard")
+    settings = {
+        **inputs, "dataset_text_field": "body", "packing": None, "max_seq_length": 48,
+        "dataset_num_proc": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+        "max_steps": 4, "num_train_epochs": 3, "learning_rate": 1e-2, "warmup_steps": 1,
+        "embedding_learning_rate": 1e-3, "lr_scheduler_type": "cosine", "optim": "adamw_8bit",
+        "bf16": "True", "fp16": "False", "logging_steps": 1, "save_strategy": "steps",
+        "save_steps": 2, "evaluation_strategy": "steps", "eval_steps": 2,
+        "per_device_eval_batch_size": 2, "load_best_model_at_end": None,
+        "metric_for_best_model": "eval_loss", "greater_is_better": "False",
+        "report_to": "tensorboard", "run_name": "named", "logging_dir": str(tmp_path / "logs"),
+        "output_dir": str(tmp_path / "out"), "seed": 3407, "r": 4, "lora_alpha": 8,
+        "lora_dropout": 0, "use_rslora": None, "load_in_4bit": None,
+        "target_modules": ["q_proj", "v_proj", "embed_tokens"], "modules_to_save": "lm_head",
+    }  # fmt: skip
+    missing = set(table()) - set(settings) - {
+        "max_length", "eval_strategy", "warmup_ratio", "data_collator", "resume_from_checkpoint"
+    }  # fmt: skip
+    assert missing == set()
+    settings = {k: v for k, v in settings.items() if k != "dataset_num_proc" or k in FIELDS}
+    argv = []
+    for name, value in settings.items():
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *map(str, values)]
+    outcome = call("train", argv)
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "out"
+    lines = [m for m in metrics(out) if "loss" in m]
+    assert [m["step"] for m in lines] == [1, 2, 3, 4]
+    assert [m["step"] for m in metrics(out) if "eval_loss" in m] == [0, 2, 4, 4]
+    assert lines[0]["learning_rate"] == 0 and lines[1]["learning_rate"] == 1e-2
+    config = read(out / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)
+    assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert read(out / "run.json")["resolved"]["dtype"] == "bfloat16"
+    assert any((tmp_path / "logs" / "named").glob("events.*"))
+    codes = load_file(out / "checkpoint-4" / "optimizer.safetensors")
+    assert {t.dtype for t in codes.values()} == {torch.uint8, torch.float32}
+    resumed = call("train", [*argv, "--resume_from_checkpoint", "True"])
+    assert resumed.code == 0 and "complete already (4 steps)" in resumed.out
+
+
+# ------------------------------------------------------------------------------------ data_collator
+
+PLAIN = {"max_length": 64, "max_steps": 3, "dtype": "float32", "lora_r": 4, "learning_rate": 1e-2}
+
+
+def padded(examples):
+    """What transformers' collators make: right-padded tensors, an attention mask."""
+    longest = max(len(e["input_ids"]) for e in examples)
+
+    def pad(name, value):
+        rows = [e[name] + [value] * (longest - len(e[name])) for e in examples]
+        return torch.tensor(rows)
+
+    mask = pad("attention_mask", 0)
+    return {"input_ids": pad("input_ids", 2), "labels": pad("labels", -100), "attention_mask": mask}
+
+
+def run(inputs, out, batch_fn=None, **settings):
+    fields = {**inputs, **PLAIN, "output_dir": str(out), "dataset_text_field": "body", **settings}
+    minisft.train(TrainConfig(**fields), batch_fn=batch_fn)
+    names = ("loss", "grad_norm", "eval_loss", "num_loss_tokens", "num_tokens", "epoch")
+    return [[m.get(n) for n in names] for m in metrics(out)]
+
+
+def test_a_collator_that_pads_changes_nothing(inputs, tmp_path):
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    settings["lora_dropout"] = 0.0
+    plain = run(inputs, tmp_path / "plain", **settings)
+    assert run(inputs, tmp_path / "padded", padded, **settings) == plain
+
+
+def test_transformers_own_collator_is_one(inputs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer.pad_token = tokenizer.eos_token
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    assert run(inputs, tmp_path / "theirs", collator) == run(inputs, tmp_path / "plain")
+
+
+def test_what_a_collator_masks_is_not_trained(inputs, tmp_path):
+    seen = []
+
+    def last_three(examples):
+        seen.append(len(examples))
+        batch = padded(examples)
+        for labels, mask in zip(batch["labels"], batch["attention_mask"], strict=True):
+            labels[: int(mask.sum()) - 3] = -100
+        return batch
+
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    lines = run(inputs, tmp_path / "out", last_three, **settings)
+    assert [line[3] for line in lines if line[3]] == [12, 12, 12]
+    assert seen == [2] * (2 + 6)  # the eval rows once, then two micro-batches a step
+    resumed = tmp_path / "resumed"
+    run(inputs, tmp_path / "saved", last_three, **settings, save_steps=1)
+    path = str(tmp_path / "saved" / "checkpoint-2")
+    again = run(inputs, resumed, last_three, **settings, resume_from_checkpoint=path)
+    assert again[0] == lines[3]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, "no batch of input_ids and labels"),
+        (None, "no batch of input_ids and labels"),
+        ({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}, "of one shape"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "of one shape"),
+        ({"input_ids": [[1, 999]], "labels": [[1, 2]]}, "the id or label 999; expected 0 to 383"),
+        ({"input_ids": [[1, 2]], "labels": [[1, -1]]}, "the id or label -1"),
+        (
+            {"input_ids": [[1]], "labels": [[1]], "attention_mask": [[0]]},
+            "left no row in a batch",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_told(inputs, tmp_path, made, message):
+    with pytest.raises(UserError, match=message):
+        run(inputs, tmp_path, lambda examples: made)
+
+
+def test_a_collator_and_packing_do_not_go_together(inputs, tmp_path):
+    with pytest.raises(UserError, match="drop --packing"):
+        run(inputs, tmp_path, padded, packing=True)
