@@ -293,19 +293,14 @@ def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[
 
 def trained_per_row(dataset: TokenizedDataset) -> Tensor:
     """How many targets each row has: labels that are not ignored and not first in a document."""
-    counts = torch.zeros(len(dataset), dtype=torch.int64)
-    for first in range(0, len(dataset), 10_000):  # the tokens may be more than memory holds
-        bounds = dataset.document_offsets[
-            dataset.row_offsets[first] : dataset.row_offsets[min(first + 10_000, len(dataset))] + 1
-        ]
-        begin, end = int(bounds[0]), int(bounds[-1])
-        trained = dataset.labels[begin:end] != IGNORED
-        starts = bounds[:-1] - begin
-        trained[starts[starts < len(trained)]] = False
-        running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
-        rows = dataset.document_offsets[dataset.row_offsets[first : first + 10_001]] - begin
-        counts[first : first + 10_000] = running[rows].diff()
-    return counts
+    if dataset.row_targets is not None:
+        return dataset.row_targets
+    trained = dataset.labels != IGNORED
+    starts = dataset.document_offsets[:-1]
+    starts = starts[starts < len(trained)]
+    trained[starts] = False
+    running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
+    return running[dataset.document_offsets[dataset.row_offsets]].diff()
 
 
 def make_micro_batch(

@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -645,20 +646,21 @@ def _assistant_spans(
     def render(messages: list[dict], generate: bool) -> str:
         return chat.render(template, messages, add_generation_prompt=generate, **arguments)
 
-    shape = _turn_shape(template, json.dumps(arguments, sort_keys=True, default=str))
-    text, spans = masks.prefix_spans(render, marked, shape, tokenizer.special_text)
+    special = tokenizer.special_text
+    shape = _turn_shape(template, json.dumps(arguments, sort_keys=True, default=str), special)
+    text, spans = masks.prefix_spans(render, marked, shape, special)
     return _encodable(text), spans
 
 
 @lru_cache(maxsize=64)
-def _turn_shape(template: str, arguments: str) -> masks.TurnShape:
+def _turn_shape(template: str, arguments: str, special: re.Pattern[str]) -> masks.TurnShape:
     """`masks.turn_shape` of a template under the arguments (JSON) that a row renders with."""
     given = json.loads(arguments)
 
     def render(messages: list[dict], generate: bool) -> str:
         return chat.render(template, messages, add_generation_prompt=generate, **given)
 
-    return masks.turn_shape(render)
+    return masks.turn_shape(render, special)
 
 
 def _end_of_turn(rows: Rows, tokenizer: Tokenizer, settings: Settings) -> str | None:

@@ -29,15 +29,29 @@ class TurnShape(NamedTuple):
     end: str  # after it, without trailing blanks: the end of the turn
 
 
-def turn_shape(render: Render) -> TurnShape:
-    """Render a probe and see. Raises UserError where the answer is not there as it was given."""
-    ask = [{"role": "user", "content": "question"}]
-    before = render(ask, False)
-    text = render([*ask, {"role": "assistant", "content": "answer"}], False)
-    start = text.find("answer", _common(before, text))
+def turn_shape(render: Render, special: re.Pattern[str]) -> TurnShape:
+    """Render a probe and see. special matches the tokenizer's special tokens.
+
+    Raises UserError where the answer is not there as it was given.
+    """
+    ask, answer = {"role": "user", "content": "question"}, "answer"
+    chat = [ask, {"role": "assistant", "content": answer}]
+    before = render([ask], False)
+    text = render(chat, False)
+    begin = _common(before, text)
+    start = text.find(answer, begin)
     if start < 0:
         raise UserError(f"the chat template does not write the assistant's words; {_REMEDY}")
-    return TurnShape(text[_common(before, text) : start], text[start + len("answer") :].rstrip())
+    after = text[start + len(answer) :]
+    try:
+        longer = render([*chat, ask], False)
+    except UserError:
+        longer = text
+    # What follows an answer whether or not more comes, up to the last whole special token.
+    shared = after[: _common(after, longer[start + len(answer) :])]
+    tokens = list(special.finditer(shared))
+    end = shared[: tokens[-1].end()] if tokens else shared
+    return TurnShape(text[begin:start], end.rstrip() or after.rstrip())
 
 
 def prefix_spans(
@@ -73,21 +87,16 @@ def _turn_start(render: Render, messages: list[dict], i: int, text: str, shape: 
         if found < 0:
             raise UserError(f"the chat begins with an answer whose start is not found; {_REMEDY}")
         return found + len(shape.header)
-    before = render(messages[:i], False)
-    if not text.startswith(before):
+    before, asked = render(messages[:i], False), render(messages[:i], True)
+    shared = _common(before, asked)  # a template may write an EOS behind a chat that ends there
+    if not text.startswith(asked[:shared]):
         raise UserError(
             f"the chat template renders what comes before message {i} in another way when it "
             f"follows, so the assistant's part is unknown; {_REMEDY}"
         )
-    asked = render(messages[:i], True)
     if asked == before:  # no generation prompt: the header is told by the probe
-        return len(before) + (
-            len(shape.header) if text[len(before) :].startswith(shape.header) else 0
-        )
-    start = _common(asked, text)
-    if start < len(before):
-        raise UserError(f"the generation prompt does not follow the chat of message {i}; {_REMEDY}")
-    return start
+        return shared + (len(shape.header) if text.startswith(shape.header, shared) else 0)
+    return _common(asked, text)
 
 
 def _turn_end(
@@ -101,8 +110,10 @@ def _turn_end(
 ) -> int:
     upto = render(messages[: i + 1], False)
     if text.startswith(upto) and len(upto) > start:
-        turn = text[start : len(upto)].rstrip()
-        return start + len(turn) if shape.end and turn.endswith(shape.end) else len(upto)
+        turn = text[start : len(upto)]
+        end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
+        # Blanks, and an EOS that ends the whole chat, are no part of the turn.
+        return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
     # The last turn of a chat is rendered in another way: the end-of-turn token tells.
     found = text.find(shape.end, start) if special.search(shape.end) else -1
     if found < 0:

@@ -31,9 +31,9 @@ _ARRAYS = {  # in the order of TokenizedDataset's fields
     "document_offsets": np.dtype("<i8"),
     "row_offsets": np.dtype("<i8"),
 }
-_DIGESTS = "digests"
+_DIGESTS, _TARGETS = "digests", "row_targets"
 _META = "meta.json"
-HELD_BYTES = 256 * 2**20  # of tokens and labels in memory, before they go to files
+HELD_BYTES = 64 * 2**20  # of tokens and labels in memory, before they go to files
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class TokenizedDataset:
     row_offsets: Tensor  # int64 [num_rows + 1]
     stats: dict[str, Any]
     digests: Tensor | None = None  # int64: a hash of the ids of each document that was read
+    row_targets: Tensor | None = None  # int64 [num_rows]: trained labels not first in a document
     hash: str | None = None  # data_hash, where it is known already
     entry: Path | None = None  # where it is kept on disk
 
@@ -105,7 +106,7 @@ class TokenWriter:
         elif scratch is not None:
             self._partial = scratch / f".rows.{os.getpid()}.{id(self)}.tmp"
         self._document_offsets, self._row_offsets = array("q", [0]), array("q", [0])
-        self._digests = array("q")
+        self._digests, self._row_targets = array("q"), array("q")
         self._blocks: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
         self._held = 0  # bytes in blocks
         self._files: dict[str, IO[bytes]] = {}
@@ -119,6 +120,7 @@ class TokenWriter:
 
     def add(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """One row: (ids, labels) of its documents, int32 both."""
+        before = self.num_trained
         for ids, labels in documents:
             trained = labels != IGNORED
             # The first token of a document has nothing before it, so it is never a target.
@@ -131,6 +133,7 @@ class TokenWriter:
                 self._blocks[name].append(np.ascontiguousarray(values, dtype=_ARRAYS[name]))
                 self._held += values.nbytes
         self._row_offsets.append(len(self._document_offsets) - 1)
+        self._row_targets.append(self.num_trained - before)
         if self._held > HELD_BYTES and self._partial is not None:
             self._flush(self._partial)
 
@@ -168,13 +171,14 @@ class TokenWriter:
             "row_offsets": np.array(self._row_offsets, dtype=_ARRAYS["row_offsets"]),
         }
         digests = np.array(self._digests, dtype=np.int64)
+        row_targets = np.array(self._row_targets, dtype=np.int64)
         if self._entry is None and not self._files:
             joined = {
                 name: np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int32)
                 for name, blocks in self._blocks.items()
             }
             tensors = {n: torch.from_numpy(values) for n, values in (joined | offsets).items()}
-            return _dataset(tensors, stats, torch.from_numpy(digests))
+            return _dataset(tensors, stats, digests, row_targets)
         assert self._partial is not None
         self._flush(self._partial)
         with _writing(self._partial):
@@ -184,6 +188,7 @@ class TokenWriter:
                 self._sums[name].update(values.data)
                 values.tofile(self._partial / name)
             digests.tofile(self._partial / _DIGESTS)
+            row_targets.tofile(self._partial / _TARGETS)
             sums = {name: s.hexdigest() for name, s in self._sums.items()}
             (self._partial / _META).write_text(json.dumps({"stats": stats, "sha256": sums}))
             if self._entry is None:
@@ -241,14 +246,16 @@ def load_tokens(entry: Path) -> TokenizedDataset | None:
 def _map(entry: Path) -> TokenizedDataset:
     meta = json.loads((entry / _META).read_text(encoding="utf-8"))
     tensors = {name: _mapped(entry / name, dtype) for name, dtype in _ARRAYS.items()}
-    digests = torch.from_numpy(np.fromfile(entry / _DIGESTS, dtype=np.int64))
+    digests, row_targets = (np.fromfile(entry / n, dtype=np.int64) for n in (_DIGESTS, _TARGETS))
     return replace(
-        _dataset(tensors, meta["stats"], digests), hash=_combined(meta["sha256"]), entry=entry
+        _dataset(tensors, meta["stats"], digests, row_targets),
+        hash=_combined(meta["sha256"]),
+        entry=entry,
     )
 
 
 def _dataset(
-    tensors: dict[str, Tensor], stats: dict[str, Any], digests: Tensor
+    tensors: dict[str, Tensor], stats: dict[str, Any], digests: np.ndarray, row_targets: np.ndarray
 ) -> TokenizedDataset:
     return TokenizedDataset(
         tensors["input_ids"],
@@ -256,7 +263,8 @@ def _dataset(
         tensors["document_offsets"],
         tensors["row_offsets"],
         stats,
-        digests,
+        torch.from_numpy(digests),
+        torch.from_numpy(row_targets),
     )
 
 
