@@ -397,8 +397,8 @@ class TrainConfig:
     dataset_text_field: str = "text"
     """Column that holds the text of plain-text rows."""
     columns: tuple[str, ...] = ()
-    """Column renames, e.g. `prompt=question completion=answer`. A further dataset, or the one to
-    evaluate on, that has no `question` but a `prompt` keeps it."""
+    """Column renames, e.g. `prompt=question completion=answer`. Among several datasets,
+    and for the one to evaluate on, a column that is not there is not renamed."""
     chat_template: str = ""
     """Chat template in place of the tokenizer's: a Jinja file, or chatml, llama-3, alpaca or plain.
     It is saved with the result."""

@@ -65,7 +65,7 @@ def read_rows(
     """Read a .jsonl, .json, .csv or .parquet file, or a dataset of the Hugging Face hub by its id.
 
     columns: our name -> the file's column, e.g. {"prompt": "question"}. columns_optional: a rename
-    is left out where the file lacks that column but has ours. split is for the hub.
+    of a column that is not there is left out. split is for the hub.
     skip_bad: leave out and count malformed lines of a .jsonl file instead of stopping.
     Raises UserError naming the file, and the line or byte where it is at fault; also for an empty
     file, an unknown extension, or a column that is not there.
@@ -107,8 +107,7 @@ def _looks_like_path(source: str) -> bool:
 
 def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
     if optional:
-        there = set(rows.columns)
-        columns = {o: t for o, t in columns.items() if t in there or o not in there}
+        columns = {ours: theirs for ours, theirs in columns.items() if theirs in rows.columns}
     for ours, theirs in columns.items():
         if ours not in formats.KNOWN_COLUMNS:
             close = formats.nearest(ours, formats.KNOWN_COLUMNS)
