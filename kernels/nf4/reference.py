@@ -26,6 +26,7 @@ _FP4_HALF = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4_CODE = (*_FP4_HALF, *(-x for x in _FP4_HALF))
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCK, NESTED_BLOCK = 64, 256
+_PIECE = 2**20  # weights quantised at a time
 
 
 class NF4Weight(NamedTuple):
@@ -127,11 +128,21 @@ def _offsets(weight: NF4Weight) -> Tensor:
 
 
 def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix [O, I] in `dtype`: code * scale in float32, one rounding."""
+    """The matrix [O, I] in `dtype`: code * scale in float32, one rounding.
+
+    A byte is looked up whole, as two float32 in one 8-byte entry: four times as fast on a CPU as
+    taking it apart.
+    """
     n = weight.shape[0] * weight.shape[1]
-    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).flatten()[:n]
-    scale = scales(weight).repeat_interleave(weight.blocksize)[:n]
-    return (weight.code[nibbles.int()] * scale).to(dtype).view(weight.shape)
+    high, low = weight.code.repeat_interleave(16), weight.code.repeat(16)
+    pairs = torch.stack((high, low), dim=1).view(torch.int64).flatten()  # [256]
+    values = pairs.index_select(0, weight.packed.int()).view(torch.float32)[:n]
+    scale = scales(weight)
+    if n % weight.blocksize == 0:
+        values = values.view(-1, weight.blocksize).mul_(scale.unsqueeze(1))
+    else:
+        values = values * scale.repeat_interleave(weight.blocksize)[:n]
+    return values.to(dtype).view(weight.shape)
 
 
 def quantize(
@@ -141,6 +152,7 @@ def quantize(
 
     Each block is divided by its largest magnitude and rounded to the nearest code, ties to the
     lower. double_quant rounds the scales, less their mean, to 8 bits the same way in blocks of 256.
+    A piece at a time: beside the matrix and the result it takes some 30 MB.
     Raises ValueError for a matrix that is not 2-D, holds a value that is not finite, or an unknown
     quant_type.
     """
@@ -149,12 +161,14 @@ def quantize(
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out, in]")
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=weight.device)
-    indices, absmax = _quantize_blocks(weight.flatten().float(), code, blocksize)
+    pieces = []
+    for values in weight.flatten().split(2 * blocksize * max(1, _PIECE // (2 * blocksize))):
+        indices, absmax = _quantize_blocks(values.float(), code, blocksize)
+        indices = torch.nn.functional.pad(indices, (0, indices.numel() % 2))
+        pieces.append((indices[::2] << 4 | indices[1::2], absmax))
+    packed, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if not absmax.isfinite().all():
         raise ValueError("weight holds a value that is not finite")
-    indices = indices.to(torch.uint8)
-    indices = torch.nn.functional.pad(indices, (0, indices.numel() % 2))
-    packed = indices[::2] << 4 | indices[1::2]
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return NF4Weight(packed, absmax, code, None, None, None, shape, blocksize, quant_type)
@@ -162,19 +176,19 @@ def quantize(
     offset = absmax.mean()
     nested, nested_absmax = _quantize_blocks(absmax - offset, nested_code, NESTED_BLOCK)
     return NF4Weight(
-        packed, nested.to(torch.uint8), code, nested_absmax, nested_code, offset, shape, blocksize,
+        packed, nested, code, nested_absmax, nested_code, offset, shape, blocksize,
         quant_type,
     )  # fmt: skip
 
 
 def _quantize_blocks(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(index of the nearest code of each value / absmax of its block, absmax of each block)."""
+    """(uint8 index of the nearest code of each value / absmax of its block, absmax [b])."""
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
     reciprocal = torch.where(absmax > 0, 1 / absmax, 0)
-    normed = (blocks * reciprocal.unsqueeze(1)).clamp_(-1, 1).flatten()[:n]
+    normed = (blocks * reciprocal.unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
     ordered = code.unique()  # ascending; FP4 has two zeros, the first of which is used
-    nearest = torch.bucketize(normed, (ordered[1:] + ordered[:-1]) / 2)
-    index = (code == ordered.unsqueeze(1)).int().argmax(1)
-    return index[nearest], absmax
+    nearest = torch.bucketize(normed, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)
+    index = (code == ordered.unsqueeze(1)).int().argmax(1).to(torch.uint8)
+    return index.index_select(0, nearest), absmax
