@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -163,6 +164,7 @@ class Batches:
     max_tokens: int
     device: torch.device
     dropout: bool = False
+    ahead: bool = False  # worth a thread: the step itself runs on a GPU
     collator: Collator | None = None
 
     @cached_property
@@ -276,6 +278,32 @@ def collate(
         document_offsets=lengths.cumsum(0),
         row_offsets=torch.arange(len(rows) + 1),
     )
+
+
+class Ahead:
+    """Batches made one step ahead, in a thread: the device need not wait for the CPU.
+
+    A batch is a pure function of its step, so making it early changes nothing.
+    """
+
+    def __init__(self, batches: Batches, first: int, stop: int):
+        self.batches, self.stop = batches, stop
+        self.pool = ThreadPoolExecutor(1) if batches.ahead else None
+        self.next: tuple[int, Future] | None = None
+        self._start(first)
+
+    def batch(self, step: int) -> StepBatch:
+        """The batch of `step`; raises what making it raised."""
+        if self.next is None or self.next[0] != step:
+            batch = self.batches.batch(step)
+        else:
+            batch = self.next[1].result()
+        self._start(step + 1)
+        return batch
+
+    def _start(self, step: int) -> None:
+        if self.pool is not None and step < self.stop:
+            self.next = (step, self.pool.submit(self.batches.batch, step))
 
 
 def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -474,8 +474,19 @@ class TrainConfig:
     """AdamW beta2."""
     adam_epsilon: float = 1e-8
     """AdamW epsilon."""
-    gradient_checkpointing: str = "none"
-    """none, or block: keep only each block's input and recompute the rest in the backward pass."""
+    gradient_checkpointing: str = "auto"
+    """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
+    all (no matrix product is run again). full (or block): its input alone. Between the two:
+    gate_up, gate_up+qkv, all_but_attention. With +offload what is kept waits in host memory;
+    offload: all of it."""
+    step_impl: str = "auto"
+    """Which pass computes gradients: explicit (written by hand, captured in CUDA graphs), autograd,
+    or auto: explicit on a GPU wherever it covers the run."""
+    max_memory_gib: float = 0.0
+    """GPU memory that auto may plan with; 0 is all that is free."""
+    micro_batch_tokens: int = 0
+    """Tokens computed at a time by the explicit pass; 0 chooses. Loss and gradient do not depend on
+    it: they are those of the token mean over the step."""
     stop_on_loss_spike: bool = False
     """Stop (exit code 3) after five steps in a row whose loss is more than twice the mean of the
     last 100 and 1 above it; a spike always gives a warning."""
@@ -548,7 +559,20 @@ class TrainConfig:
             "dataset_format": DATASET_FORMATS,
             "overlong": (None, "truncate", "drop", "split", "error"),
             "lr_scheduler_type": tuple(SCHEDULES),
-            "gradient_checkpointing": ("none", "block"),
+            "gradient_checkpointing": (
+                "auto",
+                "none",
+                "gate_up",
+                "gate_up+qkv",
+                "all_but_attention",
+                "full",
+                "block",
+                "offload",
+                "gate_up+offload",
+                "gate_up+qkv+offload",
+                "full+offload",
+            ),
+            "step_impl": ("auto", "explicit", "autograd"),
             "eval_strategy": ("no", "steps", "epoch"),
             "save_strategy": ("no", "steps", "epoch", "best"),
             "metric_for_best_model": EVAL_METRICS + tuple(f"eval_{m}" for m in EVAL_METRICS),
@@ -567,7 +591,8 @@ class TrainConfig:
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1,
             "save_total_limit": 0, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0,
             "lora_dropout": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0,
-            "eval_generate": 0, "eval_steps": 0, "embedding_learning_rate": 0,
+            "eval_generate": 0, "eval_steps": 0, "max_memory_gib": 0,
+            "micro_batch_tokens": 0, "embedding_learning_rate": 0,
             "loraplus_lr_ratio": 0, "per_device_eval_batch_size": 0, "early_stopping_patience": 0,
             "early_stopping_threshold": 0, "preview": 0, "dataset_num_proc": 1,
         }  # fmt: skip

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.attention import Layout
-from minisft.batches import MicroBatch
+from minisft.batches import MicroBatch, StepBatch
 from minisft.block import FastLayer, Group, Saved, Setting, backward, forward
 from minisft.llama import Compute, Weights, head_weight
 from minisft.lora import Flat
@@ -62,15 +63,16 @@ class Fast:
     chunk: int  # rows of logits alive at once
     host: Host
     graphs: dict[tuple, Graph] = field(default_factory=dict)
-    pool: object = None
+    stream: torch.cuda.Stream | None = None  # one for all work, so that cuBLAS has one workspace
+    pool: Any = None  # memory that all graphs share: only one runs at a time
 
 
 @dataclass
 class Graph:
-    """A captured micro-step and the tensors it reads."""
+    """The tensors that a bucket's micro-step reads, and once it was seen twice, its capture."""
 
     inputs: StaticBatch
-    graph: object = None
+    captured: torch.cuda.CUDAGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,25 @@ class StaticBatch:
     layout: Layout
     dense: bool
 
+    def to(self, device: torch.device) -> StaticBatch:
+        """A copy on the device."""
+        tensors = (t.to(device, copy=True) for t in self._tensors())
+        ids, positions, rows, targets, cu = tensors
+        return StaticBatch(
+            ids, positions, rows, targets, self.layout._replace(cu_seqlens=cu), self.dense
+        )
+
+    def copy_into(self, other: StaticBatch) -> None:
+        """Overwrite the tensors of a batch of the same bucket."""
+        for source, target in zip(self._tensors(), other._tensors(), strict=True):
+            target.copy_(source.pin_memory(), non_blocking=True)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.input_ids_T, self.position_ids_T, self.rows_M, self.targets_M,
+            self.layout.cu_seqlens,
+        )  # fmt: skip
+
     def key(self) -> tuple:
         """What a graph is captured for."""
         return (
@@ -99,6 +120,11 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
     """Why the hand-written pass does not cover this run ("" where it does)."""
     if compute.lora_dropout:
         return "LoRA dropout"
+    head_dim = compute.model.head_dim
+    if trainable.buffer.is_cuda and (head_dim < 32 or head_dim & (head_dim - 1)):
+        return f"head_dim {head_dim}, which is no power of two from 32 up"
+    if trainable.buffer.is_cuda and compute.dtype == torch.float32:
+        return "float32"
     if not all(".lora_" in name for name in trainable.views):
         return "trained weights beside the adapter"
     if any(name.endswith("_proj.bias") for name in frozen):
@@ -258,7 +284,87 @@ def _dense_side_by_side(weights: list, dtype: torch.dtype) -> Tensor:
     return out
 
 
+# -------------------------------------------------------------------------------------- a step
+
+_MOST_GRAPHS = 32  # further buckets are launched kernel by kernel
+
+
+def loss_and_grads_by_hand(
+    fast: Fast, trainable: Flat, batch: StepBatch, loss_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The token-mean loss of a step, [] float32, and its gradient in fast.grads, float32 [n].
+
+    The micro-batches lie on the CPU. Nothing is read back from the device.
+    """
+    fast.shadow.buffer.copy_(trainable.buffer)
+    fast.grads.zero_()
+    fast.loss.zero_()
+    fast.weight.fill_(loss_scale / max(1, batch.num_loss_tokens))
+    for micro in batch.micro_batches:
+        if micro.targets_M.numel():
+            run_(fast, bucketed(micro))
+    if loss_scale != 1:
+        fast.grads.mul_(1 / loss_scale)
+    return fast.loss / max(1, batch.num_loss_tokens), fast.grads
+
+
+def run_(fast: Fast, batch: StaticBatch) -> None:
+    """One micro-batch: kernel by kernel the first time its bucket is seen, then as a graph."""
+    device = fast.grads.device
+    if device.type != "cuda":
+        micro_step_(fast, batch)
+        return
+    if fast.stream is None:
+        fast.stream, fast.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    current = torch.cuda.current_stream(device)
+    fast.stream.wait_stream(current)
+    with torch.cuda.stream(fast.stream):
+        graph = fast.graphs.get(batch.key())
+        if graph is None:
+            inputs = batch.to(device)
+            if len(fast.graphs) < _MOST_GRAPHS:
+                fast.graphs[batch.key()] = Graph(inputs)
+            micro_step_(fast, inputs)
+        else:
+            batch.copy_into(graph.inputs)
+            if graph.captured is None:
+                _capture_(fast, graph)
+            assert graph.captured is not None
+            graph.captured.replay()
+    current.wait_stream(fast.stream)
+
+
+def _capture_(fast: Fast, graph: Graph) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what ran kernel by kernel lies in memory that a graph cannot use
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, pool=fast.pool, stream=fast.stream):
+        micro_step_(fast, graph.inputs)
+    graph.captured = captured
+
+
 # --------------------------------------------------------------------------------- a micro-batch
+
+
+def bucketed(micro: MicroBatch) -> StaticBatch:
+    """The micro-batch padded to sizes that few others differ from: at most an eighth is padding."""
+    lengths = micro.tokens.documents.lengths
+    n = sum(lengths)
+    tokens = _round_up(n, 128 if n <= 1024 else 256 if n <= 4096 else 512)
+    if tokens == n and len(set(lengths)) == 1:  # dense: no padding, no further documents
+        return pad(micro, n, len(lengths), _targets(micro, n), lengths[0])
+    longest = min(tokens, 1 << (max(max(lengths), 128) - 1).bit_length())
+    documents = _round_up(len(lengths) + 1 + (tokens - n) // longest, 16)
+    return pad(micro, tokens, documents, _targets(micro, tokens), longest)
+
+
+def _targets(micro: MicroBatch, tokens: int) -> int:
+    share = _round_up(len(micro.targets_M), max(1, tokens // 8))
+    return tokens if share > 0.8 * tokens else share
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: int) -> StaticBatch:

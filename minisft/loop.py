@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from minisft.batches import Batches
+from minisft.batches import Ahead, Batches
 from minisft.checkpoint import list_checkpoints
 from minisft.config import TrainConfig
+from minisft.fast import prepare
 from minisft.lora import groups
 from minisft.model import Model
+from minisft.planning import Choice
 from minisft.report import Reporter
 from minisft.schedules import factor_at
 from minisft.step import Plan, State, StepResult, train_step_
@@ -33,13 +35,15 @@ def steps_(
     config: TrainConfig,
     total_steps: int,
     report: Reporter,
+    choice: Choice,
 ) -> Iterator[StepResult]:
     """Train from state.step to total_steps, yielding after each step; logs every logging_steps."""
-    plan = Plan(model.compute)
+    plan = plan_of(choice, state, model)
     slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()}, config)
+    ahead = Ahead(batches, state.step, total_steps)
     while state.step < total_steps:
         started = time.perf_counter()
-        batch = batches.batch(state.step)
+        batch = ahead.batch(state.step)
         factor = factor_at(state.step, total_steps, config)
         result = train_step_(state, model.frozen, batch, plan, slices, config, factor)
         stopped = _stopped(result, state, batch.rows, model.compute.dtype)
@@ -55,6 +59,21 @@ def steps_(
             last = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise TrainingStopped(f"{stopped}; {last}")
         yield result
+
+
+def plan_of(choice: Choice, state: State, model: Model) -> Plan:
+    """How gradients are computed, with the buffers of the hand-written pass allocated."""
+    if not choice.explicit:
+        return Plan(model.compute)
+    fast = prepare(
+        state.trainable,
+        model.frozen,
+        model.compute,
+        list(choice.policies),
+        chunk=choice.chunk,
+        max_tokens=choice.tokens,
+    )
+    return Plan(model.compute, fast=fast)
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -51,8 +51,8 @@ def levers(config: TrainConfig) -> list[str]:
             f"halve --per-device-train-batch-size {rows} and double "
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps} (same training)"
         )
-    if config.gradient_checkpointing == "none":
-        found.append("--gradient-checkpointing block (same training, slower)")
+    if config.gradient_checkpointing in ("auto", "none"):
+        found.append("--gradient-checkpointing full (same training, slower)")
     found.append(f"lower --max-length {config.max_length}")
     if config.full_finetuning:
         found.append("train an adapter instead (no --full-finetuning)")
@@ -80,7 +80,7 @@ def estimate(config: TrainConfig) -> dict[str, float]:
     kv = cfg.num_key_value_heads * cfg.head_dim
     block = 8 * cfg.hidden_size + 2 * kv + 4 * cfg.intermediate_size
     layers = cfg.num_hidden_layers * block
-    if config.gradient_checkpointing == "block":
+    if config.gradient_checkpointing in ("block", "full"):
         layers = block + cfg.num_hidden_layers * cfg.hidden_size
     tokens = config.per_device_train_batch_size * config.max_length
     return {

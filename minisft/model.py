@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
-from minisft.llama import Compute, Weights
+from minisft.llama import Compute
 from minisft.lora import allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight, dequantize
 from minisft.optim import init_moments
@@ -31,7 +31,7 @@ class Model:
     """The base model of a run: config, frozen weights, tokenizer, and how to compute with it."""
 
     directory: Path
-    frozen: Weights
+    frozen: dict[str, Tensor | NF4Weight]
     tokenizer: Tokenizer
     compute: Compute
     device: torch.device
@@ -77,7 +77,7 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         dtype=dtype,
         lora_scaling=lora.scaling if lora else 1.0,
         lora_dropout=lora.lora_dropout if lora else 0.0,
-        checkpoint_blocks=config.gradient_checkpointing == "block",
+        checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
     )
     state = State(
         trainable=flat,

@@ -54,6 +54,7 @@ from minisft.outputs import (
     run_record,
     start_over,
 )
+from minisft.planning import Choice, choose
 from minisft.preempt import Preempted, stop_signals
 from minisft.preview import describe_data, show_preview
 from minisft.report import Reporter, reporting, say
@@ -115,11 +116,13 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         collator = None if batch_fn is None else Collator(batch_fn, model.cfg.vocab_size)
         data = collated(load_data(config, model, out), config, collator)
         stop.raise_if_asked()
-        batches, total_steps = plan_steps(config, data, model.device, collator)
+        choice = choose_pass(config, model, state, data)
+        batches, total_steps = plan_steps(config, data, model.device, collator, choice)
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         resume_(state, out, config, model, facts, total_steps)
         start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         describe(config, model, data, state, batches, total_steps)
+        say(f"pass    {choice.said}")
         check_space(out, state.trainable.buffer.numel())
         with reporting(config, out, total_steps, state.step) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
@@ -131,7 +134,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
             untrained = trace(state)
             todo = state.step if stops_early(state, config) else total_steps
             with stop.held():
-                for result in steps_(state, model, batches, config, todo, report):
+                for result in steps_(state, model, batches, config, todo, report, choice):
                     best = False
                     if not stop.name:
                         with stop.breakable():
@@ -278,7 +281,11 @@ def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data
 
 
 def plan_steps(
-    config: TrainConfig, data: Data, device: torch.device, collator: Collator | None
+    config: TrainConfig,
+    data: Data,
+    device: torch.device,
+    collator: Collator | None,
+    choice: Choice,
 ) -> tuple[Batches, int]:
     """Which rows each step sees, and how many steps there are."""
     schedule = Schedule(
@@ -294,13 +301,22 @@ def plan_steps(
     batches = Batches(
         data.train,
         schedule,
-        max_tokens=config.per_device_train_batch_size * config.max_length,
-        device=device,
+        max_tokens=choice.tokens,
+        device=torch.device("cpu") if choice.explicit else device,
+        ahead=device.type == "cuda" and collator is None,
         dropout=config.lora_dropout > 0 and not config.full_finetuning,
         collator=collator,
     )
     epochs = math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
     return batches, config.max_steps if config.max_steps > 0 else epochs
+
+
+def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> Choice:
+    """How gradients are computed, and how many tokens at a time."""
+    offsets = data.train.document_offsets[data.train.row_offsets]
+    longest = int(offsets.diff().max())
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return choose(config, state.trainable, model.frozen, model.compute, longest, rows * longest)
 
 
 def resume_(

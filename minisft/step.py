@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minisft.batches import StepBatch
 from minisft.config import TrainConfig
+from minisft.fast import Fast, loss_and_grads_by_hand
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat, Group
 from minisft.loss import loss_sum
@@ -24,6 +25,7 @@ class Plan:
 
     compute: Compute
     loss_scale: float = 1.0  # the loss is multiplied by it before the backward pass (fp16)
+    fast: Fast | None = None  # the hand-written pass, where it covers the run; else autograd
 
 
 @dataclass
@@ -60,9 +62,11 @@ def loss_and_grads(
     """The token-mean loss of a step and its gradient: the one door to both.
 
     Returns (loss [] float32, flat gradient float32 [n] in the order of trainable.buffer). The mean
-    is over batch.num_loss_tokens, however the step is cut into micro-batches. Here: autograd over
-    the reference block, one micro-batch after another, accumulating into the flat gradient.
+    is over batch.num_loss_tokens, however the step is cut into micro-batches. By hand where the
+    plan has it; else autograd over the reference block, one micro-batch after another.
     """
+    if plan.fast is not None:
+        return loss_and_grads_by_hand(plan.fast, trainable, batch, plan.loss_scale)
     grads = Flat(torch.zeros_like(trainable.buffer), {})
     leaves, start = {}, 0
     for name, view in trainable.views.items():

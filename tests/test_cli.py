@@ -46,7 +46,7 @@ def test_no_flags_give_the_documented_defaults():
         "max_steps": -1, "learning_rate": 2e-4, "lr_scheduler_type": "linear", "warmup_steps": 0,
         "weight_decay": 0, "max_grad_norm": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
         "adam_epsilon": 1e-8, "logging_steps": 1, "save_steps": 500, "seed": 3407,
-        "output_dir": "outputs", "gradient_checkpointing": "none", "use_rslora": False,
+        "output_dir": "outputs", "gradient_checkpointing": "auto", "use_rslora": False,
         "modules_to_save": (), "full_finetuning": False, "dataset_text_field": "text",
         "dtype": "auto", "device": "auto", "revision": None, "dataset_split": "train",
         "resume_from_checkpoint": "", "save_total_limit": 0, "eval_dataset": "", "columns": (),

@@ -24,7 +24,7 @@ FLOORS = [
     ["batches", "optim", "schedules", "generate", "sources", "preview", "offload"],
     ["loss", "fast"],
     ["step"],
-    ["checkpoint", "model"],
+    ["checkpoint", "model", "planning"],
     ["export", "outputs"],
     ["report"],
     ["evaluate", "loop", "memory"],

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from minisft import TrainConfig, TrainOutput, llama
 from minisft import train as train_api
+from minisft.config import UserError
 
 STEP_FIELDS = [
     "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_loss_tokens",
@@ -492,6 +493,33 @@ def test_checkpointed_blocks_give_identical_numbers(inputs, tmp_path, monkeypatc
     assert step_lines(block, *NUMBERS) == step_lines(none, *NUMBERS)
     name = "model.safetensors" if "full_finetuning" in more else "adapter_model.safetensors"
     assert (block / name).read_bytes() == (none / name).read_bytes()
+
+
+@pytest.mark.parametrize("more", [{"packing": True}, {"load_in_4bit": True}, {"warmup_steps": 2}])
+def test_the_explicit_pass_gives_autograd_s_run(inputs, tmp_path, more):
+    settings = inputs | SMALL | more
+    for impl in ("autograd", "explicit"):
+        train(**settings, max_steps=4, output_dir=tmp_path / impl, step_impl=impl)
+    ours, theirs = (
+        step_lines(tmp_path / impl, "loss", "grad_norm") for impl in ("explicit", "autograd")
+    )
+    assert ours == [pytest.approx(numbers, rel=1e-4) for numbers in theirs]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "explicit" / name).read_bytes() != b""
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"step_impl": "explicit", "lora_dropout": 0.1}, "does not cover LoRA dropout"),
+        ({"gradient_checkpointing": "offload"}, "needs the explicit pass"),
+        ({"gradient_checkpointing": "all"}, "expected one of auto"),
+        ({"step_impl": "fast"}, "expected one of auto, explicit, autograd"),
+    ],
+)
+def test_a_pass_that_cannot_be_had_is_refused(inputs, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(**inputs, **SMALL, max_steps=1, output_dir=tmp_path, **settings)
 
 
 def test_dropout_is_drawn_and_not_in_evaluation(plain, inputs, tmp_path):

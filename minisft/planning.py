@@ -1,0 +1,234 @@
+"""How a run computes its gradients: which pass, which memory policy, how many tokens at a time.
+
+Memory is exact arithmetic over what the pass allocates; speed is a rough model that only has to
+rank the choices. Rates are an H200's.
+
+T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from minisft.config import ModelConfig, TrainConfig, UserError
+from minisft.fast import SPLITS, why_not
+from minisft.llama import Compute, Weights
+from minisft.lora import Flat
+from minisft.policy import POLICIES, Policy, kept_bytes, part_bytes
+
+_FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 650e12, 3.2e12, 45e9, 70e-6
+_MOST_TOKENS = 16384  # beyond it a micro-batch gains nothing
+
+
+class Choice(NamedTuple):
+    """How gradients are computed. policies is empty where autograd does it."""
+
+    explicit: bool
+    policies: tuple[Policy, ...]
+    tokens: int  # of a micro-batch at most, but for longer rows
+    chunk: int  # rows of logits at a time
+    peak_bytes: int  # predicted, of the GPU; 0 where nothing was predicted
+    said: str  # one line for the reader
+
+
+def choose(
+    config: TrainConfig,
+    trainable: Flat,
+    frozen: Weights,
+    compute: Compute,
+    longest: int,
+    step_tokens: int,
+) -> Choice:
+    """The pass, policy and micro-batch of a run.
+
+    longest: tokens of the longest row; step_tokens: of the largest step. `auto` takes the fastest
+    that fits the memory that is free, or config.max_memory_gib. UserError if what was asked for by
+    name cannot be had.
+    """
+    device = trainable.buffer.device
+    reason = why_not(trainable, frozen, compute)
+    asked = config.step_impl
+    if asked == "explicit" and reason:
+        raise UserError(
+            f"--step-impl explicit does not cover {reason}; use --step-impl auto, or leave that out"
+        )
+    name = "full" if config.gradient_checkpointing == "block" else config.gradient_checkpointing
+    if asked == "autograd" or reason or (asked == "auto" and device.type != "cuda"):
+        if name not in ("auto", "none", "full"):
+            why = reason or (
+                "--step-impl autograd" if asked == "autograd" else f"--device {device}"
+            )
+            raise UserError(
+                f"--gradient-checkpointing is {name!r}, which needs the explicit pass; with {why} "
+                "expected auto, none or full"
+            )
+        tokens = config.per_device_train_batch_size * config.max_length
+        kept = "each layer's input" if name == "full" else "all activations"
+        said = f"autograd, keeping {kept}" + (f" ({reason})" if reason else "")
+        return Choice(False, (), tokens, 0, 0, said)
+    layers = compute.model.num_hidden_layers
+    if device.type != "cuda":
+        tokens = config.per_device_train_batch_size * config.max_length
+        policy = POLICIES["none" if name == "auto" else name]
+        return Choice(True, (policy,) * layers, tokens, 1024, 0, f"explicit block, {name}")
+    return _choose_on_gpu(config, trainable, compute, name, longest, step_tokens)
+
+
+def _choose_on_gpu(
+    config: TrainConfig,
+    trainable: Flat,
+    compute: Compute,
+    name: str,
+    longest: int,
+    step_tokens: int,
+) -> Choice:
+    cfg, device, itemsize = compute.model, trainable.buffer.device, compute.dtype.itemsize
+    ranks = group_ranks(trainable, cfg)
+    base = torch.cuda.memory_allocated(device) + buffer_bytes(trainable, cfg, itemsize, ranks)
+    if config.max_memory_gib:
+        room = config.max_memory_gib * 2**30
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = torch.cuda.memory_allocated(device) + 0.95 * (free + unused)
+    names = list(POLICIES) if name == "auto" else [name]
+    sizes = _micro_batches(config.micro_batch_tokens, longest, step_tokens)
+    found = []
+    for kind, tokens, chunk in itertools.product(names, sizes, (2048, 1024, 512, 256)):
+        policies = (POLICIES[kind],) * cfg.num_hidden_layers
+        peak = base + peak_bytes(cfg, policies, tokens, chunk, itemsize, ranks)
+        seconds = token_seconds(cfg, POLICIES[kind], tokens, longest, itemsize, ranks)
+        found.append((peak > room, seconds, -chunk, kind, tokens, peak))
+    over, _, minus_chunk, kind, tokens, peak = min(found)
+    if over:
+        _, _, minus_chunk, kind, tokens, peak = min(found, key=lambda f: f[5])
+    policies = _upgraded(kind, names, cfg, tokens, -minus_chunk, itemsize, ranks, room - base)
+    peak = base + peak_bytes(cfg, policies, tokens, -minus_chunk, itemsize, ranks)
+    kinds = [k for k, p in POLICIES.items() if p in policies]
+    counts = ", ".join(f"{k} in {policies.count(POLICIES[k])} layers" for k in kinds)
+    said = (
+        f"explicit block, {kind if len(kinds) == 1 else counts}, up to {tokens:,} tokens at a "
+        f"time; predicted peak {peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
+    )
+    return Choice(True, policies, tokens, -minus_chunk, int(peak), said)
+
+
+def _upgraded(
+    kind: str,
+    names: list[str],
+    cfg: ModelConfig,
+    tokens: int,
+    chunk: int,
+    itemsize: int,
+    ranks: dict[str, int],
+    room: float,
+) -> tuple[Policy, ...]:
+    """As many layers as fit under the next faster policy of `names`, the rest under `kind`."""
+    layers = cfg.num_hidden_layers
+    plain = (POLICIES[kind],) * layers
+    by_speed = sorted(
+        names, key=lambda n: token_seconds(cfg, POLICIES[n], tokens, tokens, itemsize, ranks)
+    )
+    for better in by_speed[: by_speed.index(kind)]:
+        for n in range(layers - 1, 0, -1):
+            mixed = plain[: layers - n] + (POLICIES[better],) * n
+            if peak_bytes(cfg, mixed, tokens, chunk, itemsize, ranks) <= room:
+                return mixed
+    return plain
+
+
+def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
+    if asked:
+        return [max(asked, longest)]
+    sizes, n = [], max(longest, min(step_tokens, _MOST_TOKENS))
+    while n > longest and n > 256:
+        sizes.append(n)
+        n = max(longest, n // 2)
+    return [*sizes, n]
+
+
+def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
+    """Columns of u = x A^T beside each group of linears, the most of any layer."""
+    groups = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "o": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
+    }
+    ranks = dict.fromkeys(groups, 0)
+    for i in range(cfg.num_hidden_layers):
+        for group, names in groups.items():
+            found = [
+                view.shape[0]
+                for name, view in trainable.views.items()
+                if name.startswith(f"model.layers.{i}.")
+                and name.endswith(tuple(f"{n}.lora_A.weight" for n in names))
+            ]
+            ranks[group] = max(ranks[group], sum(found))
+    return ranks
+
+
+def buffer_bytes(trainable: Flat, cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> int:
+    """Gradient, adapters in the compute dtype, partial sums of a layer, decoded weights."""
+    n, D, F = trainable.buffer.numel(), cfg.hidden_size, cfg.intermediate_size
+    q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
+    shapes = {
+        "qkv": (q + 2 * kv, D), "o": (D, q), "gate_up": (2 * F, D), "down": (D, F)
+    }  # fmt: skip
+    scratch = max(max((O + ranks[g]) * I, O * (I + ranks[g])) for g, (O, I) in shapes.items())
+    partials = SPLITS * (n // cfg.num_hidden_layers)
+    workspace = 36 << 20  # cuBLAS
+    return n * (4 + itemsize) + 4 * partials + scratch * itemsize + workspace
+
+
+def peak_bytes(
+    cfg: ModelConfig,
+    policies: tuple[Policy, ...],
+    tokens: int,
+    chunk: int,
+    itemsize: int,
+    ranks: dict[str, int],
+) -> int:
+    """Most bytes of the GPU that a micro-batch needs beside weights and buffers."""
+    parts = part_bytes(cfg, itemsize, ranks)
+    D, F, V = cfg.hidden_size * itemsize, cfg.intermediate_size * itemsize, cfg.vocab_size
+    NH = cfg.num_attention_heads * cfg.head_dim
+    whole = sum(parts.values())
+    kept = sum(kept_bytes(p, cfg, itemsize, ranks)[0] for p in policies)
+    last, host = kept_bytes(policies[-1], cfg, itemsize, ranks)
+    angles = 2 * cfg.head_dim * itemsize
+    forward = kept - last + whole + host + F + D
+    head = kept + 3 * D + host
+    mlp = kept - last + whole + host + 2 * D + F
+    grads = parts["qkv"] + NH * (itemsize + 4 + 2 * itemsize)  # dO; dQ in float32; dK, dV a head
+    attention = kept - last + whole - parts["gate_up"] + host + 2 * D + grads
+    logits = min(chunk, tokens) * V * itemsize
+    most = max(forward, mlp, attention) * tokens
+    return max(most, head * tokens + logits) + angles * tokens
+
+
+def token_seconds(
+    cfg: ModelConfig, policy: Policy, tokens: int, length: int, itemsize: int, ranks: dict[str, int]
+) -> float:
+    """Rough seconds a token: products, decoding, and what the host link adds."""
+    D, F = cfg.hidden_size, cfg.intermediate_size
+    q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
+    kept = policy.gpu | policy.host
+    weights = {"qkv": D * (q + 2 * kv), "o": q * D, "gate_up": 2 * D * F, "down": D * F}
+    again = {"qkv": "qkv" not in kept, "gate_up": "gate_up" not in kept, "o": "mid" not in kept}
+    redone = sum(weights[g] for g, yes in again.items() if yes)
+    attended = 0 if "attended" in kept else 2 * q * length
+    once = sum(weights.values())
+    layers = cfg.num_hidden_layers
+    decode = 2.5 * (2 * once + redone) / tokens / _BYTES
+    overhead = _LAYER_S / tokens
+    forward = layers * ((2 * once + 2 * q * length) / _FLOPS + overhead / 2)
+    backward = layers * (
+        (2 * once + 5 * q * length + 2 * redone + attended) / _FLOPS + decode + overhead / 2
+    )
+    host = layers * kept_bytes(policy, cfg, itemsize, ranks)[1] / _HOST_BYTES
+    small = 1e-9 * len(policy.host)  # of equals, the one without copies
+    return max(forward, host) + max(backward, host) + small
