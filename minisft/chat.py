@@ -6,11 +6,13 @@ reach Python's internals or the disk, and stops at a number of steps and charact
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -25,6 +27,8 @@ from minisft.config import UserError
 
 MAX_CHARS = 10_000_000  # of one rendered chat, and of any string that a template builds
 MAX_STEPS = 2_000_000  # loop turns and calls in one rendering: a few seconds
+MAX_SECONDS = 10.0  # of one rendering: a step may search, copy or compare long strings
+MAX_BITS = 1_000_000  # of an integer
 # Around a generation block while spans are recorded: plane-16 private use, never assigned.
 _OPEN, _CLOSE = "\U0010fdd2", "\U0010fdd3"
 # What Python raises when a template meets data that it was not written for.
@@ -37,6 +41,7 @@ _TEMPLATE_FAULTS = (
     RecursionError,
 )
 _WIDE_FORMAT = re.compile(r"%[-+# 0-9.]*(\d{6}|\*)")
+_WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(\d{6}|\{)")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -135,13 +140,14 @@ def _render(
     }
     environment = compiled.environment
     assert isinstance(environment, _Environment)
-    environment.steps = 0
+    environment.steps, environment.deadline = 0, time.monotonic() + MAX_SECONDS
     pieces, length = [], 0
     try:
         for piece in compiled.generate(names):
             pieces.append(piece)
             length += len(piece)
             _check_length(length)
+            environment.check_time()
     except SecurityError as e:
         reason = f"chat template refused: {_one_line(e)}"
         raise UserError(f"{reason}; is it from a source you trust?") from None
@@ -183,14 +189,63 @@ def _check_length(length: int) -> None:
         raise SecurityError(f"it produces more than {MAX_CHARS:,} characters")
 
 
+def _check_growth(name: str, values: tuple[Any, ...]) -> None:
+    """Refuse a string method or filter whose result would be too long, before it is made.
+
+    values: the value that it applies to, then its arguments.
+    """
+    numbers = [v for v in values[1:] if isinstance(v, int)]
+    texts = [v for v in values if isinstance(v, str)]
+    _check_length(max(map(abs, numbers), default=0))
+    value = values[0]
+    if name == "replace" and len(texts) >= 3:
+        _check_length(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
+    elif name == "join" and texts:
+        items = next((v for v in values if isinstance(v, (list, tuple))), ())
+        separator = texts[0] if value is texts[0] else texts[-1]
+        size = sum(len(item) for item in items if isinstance(item, str))
+        _check_length(size + len(separator) * len(items))
+    elif name in ("indent", "expandtabs", "wordwrap", "tojson") and numbers:
+        lines = texts[0].count("\n") + texts[0].count("\t") + 1 if texts else 1000
+        _check_length(lines * max(numbers))
+    elif name in ("indent", "wordwrap") and len(texts) > 1:
+        _check_length(len(texts[0]) * max(len(text) for text in texts[1:]))
+    elif (
+        name in ("format", "format_map")
+        and isinstance(value, str)
+        and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value))
+    ):
+        raise SecurityError("it pads with a format to a width of its own")
+
+
+def _bounded(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose result is sized before it is made, as far as its arguments tell."""
+
+    @functools.wraps(filter)  # jinja2 marks on the function what it wants as first argument
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        given = args[1:] if getattr(filter, "jinja_pass_arg", None) else args
+        _check_growth(name, (*given, *kwargs.values()))
+        result = filter(*args, **kwargs)
+        if isinstance(result, str):
+            _check_length(len(result))
+        return result
+
+    return bounded
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Counts the steps of one rendering, and sizes what repetition and calls would build."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     steps = 0
+    deadline = math.inf
 
     def tick(self) -> None:
         """Called once per loop turn; `call` does the counting."""
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
 
     def join_values(self, *values: Any) -> str:
         """The `~` operator."""
@@ -207,11 +262,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         __self.steps += 1
         if __self.steps > MAX_STEPS:
             raise SecurityError(f"it runs for more than {MAX_STEPS:,} steps")
+        if __self.steps % 64 == 0:
+            __self.check_time()
         if getattr(__obj, "__func__", None) is _Environment.tick:
             return None
-        on_string = isinstance(getattr(__obj, "__self__", None), str)
-        if on_string and any(type(arg) is int and arg > MAX_CHARS for arg in args):
-            raise SecurityError(f"it pads a string to more than {MAX_CHARS:,} characters")
+        # jinja2 wraps str.format; the string is behind it.
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
+        if isinstance(owner, str):
+            _check_growth(getattr(__obj, "__name__", ""), (owner, *args, *kwargs.values()))
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, str):
             _check_length(len(result))
@@ -230,8 +288,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     _check_length(len(one) * max(other, 0))
         if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
             raise SecurityError("it pads a number with % to a width of its own")
-        if operator == "**" and isinstance(right, (int, float)) and abs(right) > 1000:
-            raise SecurityError(f"the power {right} is too large")
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
+            if bits > MAX_BITS:
+                raise SecurityError(f"it computes a number of more than {MAX_BITS:,} bits")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str):
             _check_length(len(result))
@@ -327,7 +387,7 @@ def _tojson(
     )
 
 
-@lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=128)
 def _compile(template: str, marks_generation: bool) -> jinja2.Template:
     # One environment per template: its step count belongs to one rendering at a time.
     environment = _Environment(
@@ -335,6 +395,9 @@ def _compile(template: str, marks_generation: bool) -> jinja2.Template:
     )
     environment.extend(marks_generation=marks_generation)
     environment.filters["tojson"] = _tojson
+    environment.filters = {
+        name: _bounded(name, filter) for name, filter in environment.filters.items()
+    }
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,

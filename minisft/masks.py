@@ -73,7 +73,7 @@ def prefix_spans(
     text = render(messages, False)
     spans: list[Span] = []
     for i in turns:
-        start = _turn_start(render, messages, i, text, shape)
+        start = _turn_start(render, messages, i, text, shape, special)
         end = _turn_end(render, messages, i, text, start, shape, special)
         if spans and start < spans[-1][1]:
             raise UserError(f"assistant turns overlap in the rendered chat; {_REMEDY}")
@@ -81,7 +81,14 @@ def prefix_spans(
     return text, spans
 
 
-def _turn_start(render: Render, messages: list[dict], i: int, text: str, shape: TurnShape) -> int:
+def _turn_start(
+    render: Render,
+    messages: list[dict],
+    i: int,
+    text: str,
+    shape: TurnShape,
+    special: re.Pattern[str],
+) -> int:
     if i == 0:
         found = text.find(shape.header) if shape.header else -1
         if found < 0:
@@ -96,7 +103,13 @@ def _turn_start(render: Render, messages: list[dict], i: int, text: str, shape: 
         )
     if asked == before:  # no generation prompt: the header is told by the probe
         return shared + (len(shape.header) if text.startswith(shape.header, shared) else 0)
-    return _common(asked, text)
+    start = _common(asked, text)
+    for token in special.finditer(text, shared):
+        if token.start() >= start:
+            break
+        if start < token.end():  # the two differ inside a token
+            return token.start()
+    return start
 
 
 def _turn_end(
@@ -114,8 +127,11 @@ def _turn_end(
         end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
         # Blanks, and an EOS that ends the whole chat, are no part of the turn.
         return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
-    # The last turn of a chat is rendered in another way: the end-of-turn token tells.
-    found = text.find(shape.end, start) if special.search(shape.end) else -1
+    # The last turn of a chat is rendered in another way: the end-of-turn token tells, unless what
+    # follows may be written into the same turn.
+    follows = messages[i + 1]["role"] if i + 1 < len(messages) else "user"
+    known = special.search(shape.end) and follows in ("user", "system", "developer")
+    found = text.find(shape.end, start) if known else -1
     if found < 0:
         raise UserError(
             f"the chat template renders message {i} in another way when more follows, so where it "

@@ -54,6 +54,39 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "42"},
         {"role": "assistant", "content": "It is 42.", "name": None},
     ],
+    "unicode": [
+        {"role": "system", "content": "שלום \u202e é́ \u2028 \x00"},
+        {"role": "user", "content": "🧑‍🧑‍🧒 你好\r\n\ttab  "},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\n🙂 {{ not }} {% a tag %}"},
+    ],
+    "none keys": [
+        {"role": "user", "content": "q", "name": None, "tool_calls": None, "thinking": None},
+        {"role": "assistant", "content": "a", "tool_calls": None, "reasoning_content": None},
+    ],
+    "roles repeat": [
+        {"role": "user", "content": "q"},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": ""},
+    ],
+    "assistant first": [
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "q"},
+    ],
+    "two calls": [
+        {"role": "developer", "content": "short"},
+        {"role": "user", "content": "use f twice"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "must",
+            "tool_calls": [CALL, CALL],
+        },
+        {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": '{"é": 1}'},
+        {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "2"},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "Welcome.", "reasoning_content": "polite"},
+    ],
     "parts": [
         {"role": "user", "content": [{"type": "text", "text": "look"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "seen"}]},
@@ -101,33 +134,39 @@ def test_render_equals_transformers(name: str, reference: Any) -> None:
                 actual = render(template, CHATS[name], special_tokens=SPECIAL, **arguments)
                 assert actual == expected, path.name
                 compared += 1
-    assert compared > 2 * len(TEMPLATES)
+    refusing = ("roles repeat", "assistant first", "two calls")  # to many templates
+    assert compared > (1 if name in refusing else 2) * len(TEMPLATES)
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
-@pytest.mark.parametrize("name", ["turns", "reasoning", "parts"])
+@pytest.mark.parametrize("name", CHATS)
 def test_masks_equal_transformers(name: str, reference: Any, directory: Path) -> None:
     tokenizer, compared = load_tokenizer(directory), 0
     for path in TEMPLATES:
         template = path.read_text()
         if not has_generation_block(template):
             continue
-        try:
-            expected = reference.apply_chat_template(
-                CHATS[name],
-                chat_template=template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except Exception:
-            continue
-        text, spans = assistant_spans(template, CHATS[name], special_tokens=SPECIAL)
-        assert text == render(template, CHATS[name], special_tokens=SPECIAL)
-        ids, mask = encode_chat_spans(tokenizer, text, spans)
-        assert ids == expected["input_ids"], path.name
-        assert mask == expected["assistant_masks"], path.name
-        compared += 0 < sum(mask) < len(mask)
-    assert compared > 10
+        for tools in (None, TOOLS):
+            try:
+                expected = reference.apply_chat_template(
+                    CHATS[name],
+                    tools=tools,
+                    chat_template=template,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                )
+            except Exception:  # of many types; ours must refuse the chat too
+                with pytest.raises(UserError):
+                    assistant_spans(template, CHATS[name], special_tokens=SPECIAL, tools=tools)
+                continue
+            given = {"special_tokens": SPECIAL, "tools": tools}
+            text, spans = assistant_spans(template, CHATS[name], **given)
+            assert text == render(template, CHATS[name], **given)
+            ids, mask = encode_chat_spans(tokenizer, text, spans)
+            assert ids == expected["input_ids"], path.name
+            assert mask == expected["assistant_masks"], path.name
+            compared += 0 < sum(mask) < len(mask)
+    assert compared > 20
 
 
 def test_spans_are_the_assistant_texts() -> None:
@@ -233,12 +272,35 @@ HOSTILE = {
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "nested loops": "{% set r = range(90000) %}"
     "{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "center": "{{ 'a' | center(10000000000) }}",
+    "indent": "{{ 'a\nb' | indent(10000000000) }}",
+    "indent of many lines": "{{ ('a\n' * 100000) | indent(100000) }}",
+    "indent by text": "{{ ('a\n' * 1000000) | indent('x' * 1000000) }}",
+    "replace": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
+    "replace method": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "join": "{{ ['a'] * 1000000 | join('b' * 1000000) }}",
+    "join of many": "{{ (['a'] * 1000000) | join('b' * 1000000) }}",
+    "join method": "{{ ('b' * 1000000).join(['a'] * 1000000) }}",
+    "format filter": "{{ '%10000000000d' | format(1) }}",
+    "format method": "{{ '{:>10000000000}'.format(1) }}",
+    "nested format": "{{ '{:>{}}'.format(1, 9999999) }}{{ '{:{}}'.format(1, 10000000000) }}",
+    "tabs": "{{ ('\t' * 1000000).expandtabs(1000000) }}",
+    "json indent": "{{ messages | tojson(indent=1000000000) }}",
+    "power of powers": "{% set x = 10 ** 900 %}{% set y = x ** 900 %}{{ (y ** 900) % 7 }}",
+    "squares": "{% set ns = namespace(x=10) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}"
+    "{% endfor %}{{ ns.x % 7 }}",
+    "slow steps": "{% set x = 'a' * 9000000 %}{% for i in range(90000) %}{% if 'ab' in x %}y"
+    "{% endif %}{% endfor %}",
     "long output": "{% for i in range(90000) %}" + "x" * 1000 + "{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_refused_in_bounded_time(name: str) -> None:
+def test_hostile_templates_are_refused_in_bounded_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "slow steps":
+        monkeypatch.setattr("minisft.chat.MAX_SECONDS", 0.5)
     messages = [{"role": "user", "content": "hi"}]
     started = time.perf_counter()
     try:

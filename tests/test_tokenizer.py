@@ -42,7 +42,7 @@ def _strings(specials: list[str], seed: int = 0) -> list[str]:
     """Random text with the hard parts: double blanks, specials in the middle, other scripts."""
     rng = random.Random(seed)
     parts = [" ", "  ", "\n", "\n\n", "the", " is", "T", "42", "é", "你", "🙂", "\0", *specials]
-    return ["".join(rng.choices(parts, k=rng.randrange(0, 12))) for _ in range(300)] + CORPUS
+    return ["".join(rng.choices(parts, k=rng.randrange(0, 12))) for _ in range(1000)] + CORPUS
 
 
 CASES = {

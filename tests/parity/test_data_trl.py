@@ -19,7 +19,8 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_tokenizer import write_byte_level, write_llama2  # noqa: E402
 
-from minisft.data import tokenize_rows  # noqa: E402
+from minisft.batches import Schedule  # noqa: E402
+from minisft.data import Settings, named_rows, tokenize, tokenize_rows  # noqa: E402
 from minisft.packing import pack  # noqa: E402
 from minisft.reading import read_rows  # noqa: E402
 from minisft.tokenizer import load_tokenizer  # noqa: E402
@@ -61,6 +62,8 @@ TEMPLATE_WITH_ALL = (
 TEMPLATE_NOT_A_PREFIX = TEMPLATE_WITH_ALL.replace(
     "<|start|>assistant<|end|>{% endif %}", "<|start|>assistant<|end|>thought{% endif %}"
 )
+LLAMA3 = (Path(trl.__file__).parent / "chat_templates/llama3.jinja").read_text()
+LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHAT_PROMPTS = [
     {"prompt": [ASK], "completion": [TELL]},
     {"prompt": [SYSTEM, ASK, TELL, ASK], "completion": [THINK]},
@@ -124,6 +127,35 @@ CASES: dict[str, tuple[list[dict], dict[str, Any], dict[str, Any]]] = {
         {"max_length": None},
         {"chat_template": TEMPLATE_NOT_A_PREFIX},
     ),
+    "chat prompts with tools": (
+        [{**row, "tools": [TOOL], "chat_template_kwargs": {"style": "s"}} for row in CHAT_PROMPTS],
+        {"max_length": None, "assistant_only_loss": True},
+        {"chat_template": TEMPLATE_WITH_ALL},
+    ),
+    "chats through a template with markers, wide": (
+        CHATS,
+        {"assistant_only_loss": True, "max_length": 40},
+        {"chat_template": TEMPLATE_WITH_ALL},
+    ),
+    # TRL knows this template by its text and marks it; here the marks are derived.
+    "chats, derived masks": (
+        [row for row in CHATS if row["messages"][0]["role"] != "assistant"],
+        {"assistant_only_loss": True, "max_length": None},
+        {"chat_template": LLAMA3, "additional_special_tokens": LLAMA3_TOKENS},
+    ),
+    "a template of the run's own": (
+        CHATS,
+        {"max_length": None, "chat_template": TEMPLATE_WITH_ALL},
+        {"chat_template": TEMPLATE_NOT_A_PREFIX},
+    ),
+    "chats and a tokenizer without bos": (CHATS, {}, {"adds_bos": False}),
+    "prompts and a tokenizer without bos": (PROMPTS, {}, {"adds_bos": False, "bos_token": None}),
+    "prompts, overlong and all trained": (
+        PROMPTS,
+        {"completion_only_loss": False, "max_length": 8},
+        {},
+    ),
+    "text that merges with EOS": ([{"text": "a<|eo"}, {"text": " <|eot|> "}], {}, {}),
     "tokens": (TOKENS, {}, {}),
     "tokens, completion only": (TOKENS, {"completion_only_loss": True}, {}),
     "tokens with labels": (
@@ -134,6 +166,8 @@ CASES: dict[str, tuple[list[dict], dict[str, Any], dict[str, Any]]] = {
     "packed": (PROMPTS, {"packing": True}, {}),
     "packed and split": (PROMPTS, {"packing": True, "packing_strategy": "bfd_split"}, {}),
     "wrapped": (CHATS, {"packing": True, "packing_strategy": "wrapped"}, {}),
+    "packed chats": (CHATS, {"packing": True, "assistant_only_loss": True}, {}),
+    "packed tokens": (TOKENS, {"packing": True, "packing_strategy": "bfd_split"}, {}),
 }
 
 
@@ -150,6 +184,10 @@ def model() -> Any:
 
 
 def _theirs(rows: list[dict], settings: dict, directory: Path, model: Any, out: Path) -> Any:
+    if "chat_template" in settings:
+        (out / "run.jinja").write_text(settings["chat_template"])
+        settings = settings | {"chat_template_path": str(out / "run.jinja")}
+        del settings["chat_template"]
     arguments = trl.SFTConfig(
         output_dir=str(out),
         report_to="none",
@@ -171,9 +209,10 @@ def _theirs(rows: list[dict], settings: dict, directory: Path, model: Any, out: 
 def _ours(rows: list[dict], settings: dict, directory: Path) -> TokenizedDataset:
     settings = {"max_length": 24, "dataset_text_field": "text"} | settings
     packing = settings.get("packing", False)
+    template = str(directory.parent / "run.jinja") if "chat_template" in settings else ""
     dataset = tokenize_rows(
         rows,
-        load_tokenizer(directory),
+        load_tokenizer(directory, chat_template=template),
         format=None,
         text_field=settings["dataset_text_field"],
         max_length=settings["max_length"],
@@ -216,9 +255,47 @@ def _assert_equal(ours: TokenizedDataset, theirs: Any) -> None:
 def test_rows_equal_sft_trainer(name: str, model: Any, tmp_path: Path) -> None:
     rows, settings, config = CASES[name]
     directory = write_byte_level(tmp_path / "tokenizer", **config)
-    _assert_equal(
-        _ours(rows, settings, directory), _theirs(rows, settings, directory, model, tmp_path)
+    theirs = _theirs(rows, settings, directory, model, tmp_path)
+    _assert_equal(_ours(rows, settings, directory), theirs)
+
+
+@pytest.mark.parametrize("name", ["chats", "packed", "wrapped", "prompts"])
+def test_one_pass_equals_sft_trainer(name: str, model: Any, tmp_path: Path) -> None:
+    """`tokenize` with everything in one go, as a run does it."""
+    rows, settings, config = CASES[name]
+    directory = write_byte_level(tmp_path / "tokenizer", **config)
+    packing = settings.get("packing_strategy", "bfd") if settings.get("packing") else None
+    ours = tokenize(
+        [named_rows(rows, "rows")],
+        load_tokenizer(directory),
+        Settings(max_length=24, packing=packing),
     )
+    _assert_equal(ours, _theirs(rows, settings, directory, model, tmp_path))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(11, 2), (16, 4), (3, 8)])
+def test_order_of_every_epoch_equals_trainer(
+    rows: int, size: int, model: Any, tmp_path: Path
+) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=size, seed=5, report_to="none",
+        use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"row": list(range(rows))}),
+        data_collator=lambda batch: {"row": [example["row"] for example in batch]},
+    )
+    loader = trainer.get_train_dataloader()
+    schedule = Schedule(num_rows=rows, batch_size=size, accumulation=1, seed=5)
+    per_epoch = schedule.steps_per_epoch
+    assert len(loader) == per_epoch
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        theirs = [batch["row"] for batch in loader]
+        ours = [schedule.rows(epoch * per_epoch + step)[0] for step in range(per_epoch)]
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("legacy", [True, False])
