@@ -71,6 +71,7 @@ class Setting(NamedTuple):
     sin: Tensor
     layout: Layout
     scratch: Tensor  # 1-D: decoded weights, one group at a time
+    mlp_chunks: int = 1  # parts that tokens go through the MLP in, where gate_up is not kept
 
 
 class Small(NamedTuple):
@@ -240,12 +241,8 @@ def forward(
     u_qkv = u_qkv.contiguous()
     attended = attend(*_heads(qkv, cfg), at.layout)
     mid, h_ext, rstd2, u_o = make_mid(x_TD, attended, layer, at)
-    gate_up, u_gate_up = product(h_ext, None, layer.gate_up, at)
-    u_gate_up = u_gate_up.contiguous()
+    y, update, gate_up, u_gate_up, u_down = make_mlp(h_ext, layer, at)
     del h_ext
-    a = swiglu_kernel(gate_up, cfg.intermediate_size)
-    y, update, u_down = product_and_update(a, layer.down, at)
-    del a
     x_next, h_next, rstd_next = add_rms_norm(
         mid, y, next_norm, cfg.rms_norm_eps, delta=update, extra=next_extra
     )
@@ -253,8 +250,40 @@ def forward(
     return x_next, h_next, rstd_next, Saved(x_TD, qkv, attended, mid, gate_up, small)
 
 
-def complete(saved: Saved, layer: FastLayer, at: Setting) -> Saved:
-    """Compute again what was not kept. down_proj never is: nothing needs its output."""
+def make_mlp(
+    h_ext: Tensor, layer: FastLayer, at: Setting
+) -> tuple[Tensor, LowRank | None, Tensor | None, Tensor, Tensor | None]:
+    """(y of down_proj, its LoRA update, [gate, up] unless in chunks, u of both, u of down_proj)."""
+    F, down = at.cfg.intermediate_size, layer.down
+    if at.mlp_chunks == 1:
+        gate_up, u = product(h_ext, None, layer.gate_up, at)
+        y, update, u_down = product_and_update(swiglu_kernel(gate_up, F), down, at)
+        return y, update, gate_up, u.contiguous(), u_down
+    T, (D, _) = h_ext.shape[0], down.weight.shape
+    y_ext = torch.empty((T, D + down.rank), dtype=h_ext.dtype, device=h_ext.device)
+    for rows in mlp_rows(T, at):
+        a = swiglu_kernel(product(h_ext[rows], None, layer.gate_up, at)[0], F)
+        torch.mm(a, with_A_below(down, 1.0, at.scratch).T, out=y_ext[rows])
+    u = h_ext[:, D:].contiguous()  # `product` left it there
+    (B,) = down.B
+    if B is None:
+        return y_ext, None, None, u, None
+    u_down = y_ext[:, D:].contiguous()
+    return y_ext[:, :D], LowRank(u_down, B.T, at.scaling), None, u, u_down
+
+
+def mlp_rows(T: int, at: Setting) -> list[slice]:
+    """The rows of each chunk of the MLP: as many as some of the ordered splits have together."""
+    size = -(-T // at.mlp_chunks)
+    size = -(-size // 64) * 64
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def complete(saved: Saved, layer: FastLayer, at: Setting) -> tuple[Saved, Tensor | None]:
+    """Compute again what was not kept, but for gate and up; and the MLP's input if it came along.
+
+    down_proj never is: nothing needs its output.
+    """
     x, qkv, attended, mid, gate_up, small = saved
     assert x is not None
     if qkv is None:
@@ -265,11 +294,7 @@ def complete(saved: Saved, layer: FastLayer, at: Setting) -> Saved:
     h_ext = None
     if mid is None:
         mid, h_ext, _, _ = make_mid(x, attended, layer, at)
-    if gate_up is None:
-        if h_ext is None:
-            h_ext = normalise(mid, layer.norm2, small.rstd2, extra=layer.gate_up.rank)
-        gate_up, _ = product(h_ext, small.u_gate_up, layer.gate_up, at)
-    return Saved(x, qkv, attended, mid, gate_up, small)
+    return Saved(x, qkv, attended, mid, gate_up, small), h_ext
 
 
 # ------------------------------------------------------------------------------------- backward
@@ -284,36 +309,54 @@ def backward(
     the same for the layer below, [T, D + extra_below]; None where last: below is the frozen
     embedding, which needs none.
     """
-    saved = complete(saved, layer, at)
-    dmid_ext = _mlp_backward(dx_ext, saved, layer, at)
+    saved, h_ext = complete(saved, layer, at)
+    dmid_ext = _mlp_backward(dx_ext, saved, h_ext, layer, at)
+    del h_ext
     saved = saved._replace(gate_up=None)
     dx_below = _attention_backward(dmid_ext, saved, layer, extra_below, at, last)
     reduce_partials(layer.partials, layer.grads, at.scaling)
     return dx_below
 
 
-def _mlp_backward(dx_ext: Tensor, saved: Saved, layer: FastLayer, at: Setting) -> Tensor:
-    D, F = at.cfg.hidden_size, at.cfg.intermediate_size
-    gate_up, mid, small, down = saved.gate_up, saved.mid_TD, saved.small, layer.down
-    assert gate_up is not None and mid is not None
+def _mlp_backward(
+    dx_ext: Tensor, saved: Saved, h_ext: Tensor | None, layer: FastLayer, at: Setting
+) -> Tensor:
+    D, F, T = at.cfg.hidden_size, at.cfg.intermediate_size, dx_ext.shape[0]
+    mid, small, down, group = saved.mid_TD, saved.small, layer.down, layer.gate_up
+    assert mid is not None
+    chunks = [slice(0, T)] if saved.gate_up is not None else mlp_rows(T, at)
+    share = layer.partials.shape[0] // (1 if len(chunks) == 1 else at.mlp_chunks)
+    layer.partials[len(chunks) * share :].zero_()  # splits of chunks that have no rows
     fill_t(dx_ext, down)
     dy, t = dx_ext[:, :D], dx_ext[:, D:] if down.rank else None
-    da = product_backward(dx_ext, down, at)
     _add_dB(small.u_down, dy, down)
-    swiglu_backward_(
-        gate_up,
-        da,
-        lefts=(*by_linear(small.u_gate_up, layer.gate_up), t),  # pyright: ignore
-        partials=(*layer.gate_up.dB, down.dA),  # pyright: ignore
-    )
-    del da
-    fill_t(gate_up, layer.gate_up)
-    dh = product_backward(gate_up, layer.gate_up, at)
-    if layer.gate_up.dA is not None:  # the input of gate and up is mid / rms(mid) * weight
-        outer_sum(
-            gate_up[:, 2 * F :], mid, layer.gate_up.dA,
-            row_scale_T=small.rstd2, column_scale_N=layer.norm2,
-        )  # fmt: skip
+    if saved.gate_up is None and h_ext is None:
+        h_ext = normalise(mid, layer.norm2, small.rstd2, extra=group.rank)
+    lefts = (*by_linear(small.u_gate_up, group), t)
+    sums = (*group.dB, down.dA)
+    dh = torch.empty((T, D), dtype=dx_ext.dtype, device=dx_ext.device)
+    t_gate_up = dx_ext.new_empty((T, group.rank))
+    for i, rows in enumerate(chunks):
+        gate_up = saved.gate_up
+        if gate_up is None:
+            assert h_ext is not None
+            u = None if small.u_gate_up is None else small.u_gate_up[rows]
+            gate_up, _ = product(h_ext[rows], u, group, at)
+        da = product_backward(dx_ext[rows], down, at)
+        splits = slice(i * share, (i + 1) * share)
+        swiglu_backward_(
+            gate_up,
+            da,
+            lefts=tuple(None if x is None else x[rows] for x in lefts),  # pyright: ignore
+            partials=tuple(None if x is None else x[splits] for x in sums),  # pyright: ignore
+        )
+        del da
+        fill_t(gate_up, group)
+        torch.mm(gate_up, with_A_below(group, at.scaling, at.scratch), out=dh[rows])
+        t_gate_up[rows] = gate_up[:, 2 * F :]
+        del gate_up
+    if group.dA is not None:  # the input of gate and up is mid / rms(mid) * weight
+        outer_sum(t_gate_up, mid, group.dA, row_scale_T=small.rstd2, column_scale_N=layer.norm2)
     return rms_norm_backward(dh, mid, layer.norm2, small.rstd2, dresidual_TD=dy, extra=layer.o.rank)
 
 

@@ -32,7 +32,7 @@ from minisft.nn import (
     side_by_side,
 )
 from minisft.offload import Host
-from minisft.policy import Policy
+from minisft.policy import Policy, mlp_chunks
 
 SPLITS = 8  # of the tokens, in the sums that make dA and dB
 
@@ -407,6 +407,7 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
     compute, cfg = fast.compute, fast.compute.model
     cos, sin = cos_and_sin(batch.position_ids_T, *fast.rope, compute.dtype)
     at = Setting(cfg, compute.lora_scaling, cos, sin, batch.layout, fast.scratch)
+    tokens = len(batch.input_ids_T)
     layers, eps = fast.layers, cfg.rms_norm_eps
     x = F.embedding(batch.input_ids_T, fast.embedding).to(compute.dtype)
     x, h, rstd = add_rms_norm(x, None, layers[0].norm1, eps, extra=layers[0].qkv.rank)
@@ -414,7 +415,8 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
     for i, layer in enumerate(layers):
         above = layers[i + 1] if i + 1 < len(layers) else None
         norm, extra = (above.norm1, above.qkv.rank) if above else (fast.norm, 0)
-        x, h, rstd, saved = forward(x, h, rstd, layer, norm, extra, at)
+        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i]))
+        x, h, rstd, saved = forward(x, h, rstd, layer, norm, extra, here)
         kept.append(fast.host.keep(i, saved, fast.policies[i]))
         del saved
     dh = _head_(fast, h, batch)
@@ -427,7 +429,8 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
         kept[i] = None
         extra = layers[i - 1].down.rank if i else 0
         assert dx is not None
-        dx = backward(dx, saved, layers[i], extra, at, last=i == 0)
+        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i]))
+        dx = backward(dx, saved, layers[i], extra, here, last=i == 0)
         del saved
 
 

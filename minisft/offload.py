@@ -75,7 +75,7 @@ class Host:
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream()
-        while len(self.leaving) > 1:  # at most one layer's copies lag behind
+        while self.leaving:  # one layer's copies lag behind, no more
             event, _ = self.leaving.pop(0)
             current.wait_event(event)
         self.stream.wait_stream(current)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, random_weights, relative
 
+from minisft import fast as fast_module
 from minisft.config import LoraConfig, RopeConfig
 from minisft.fast import Policy, micro_step_, pad, prepare, why_not
 from minisft.llama import Compute
@@ -81,6 +82,18 @@ def test_policies_change_no_bit(name):
     loss, grads = run(WIDE, LORA, weights, everything(WIDE))
     again = run(WIDE, LORA, weights, everything(WIDE, name))
     assert torch.equal(loss, again[0]) and torch.equal(grads, again[1])
+
+
+@pytest.mark.parametrize("name", ["full", "gate_up+offload"])
+@pytest.mark.parametrize("tokens", [512, 70])
+def test_chunks_of_the_mlp_change_nothing(name, tokens, monkeypatch):
+    weights = random_weights(CFG)
+    whole = run(CFG, LORA, weights, everything(CFG, name), tokens=tokens)[1]
+    asked = []
+    monkeypatch.setattr(fast_module, "mlp_chunks", lambda *a: asked.append(a) or 4)
+    parts = run(CFG, LORA, weights, everything(CFG, name), tokens=tokens)[1]
+    assert len(asked) == 2 * CFG.num_hidden_layers
+    assert relative(parts, whole) < 1e-6
 
 
 def test_layers_may_have_different_policies():
