@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from minisft.checkpoint import list_checkpoints
 from minisft.config import TrainConfig
 from minisft.fast import prepare
 from minisft.lora import groups
-from minisft.model import Model
+from minisft.model import Model, peak_memory_gib
 from minisft.planning import Choice
 from minisft.report import Reporter
 from minisft.schedules import factor_at
@@ -167,11 +165,3 @@ def _step_metrics(
         "step_time_s": sum(seconds) / len(seconds),
         "peak_memory_gib": peak_memory_gib(device),
     }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far: allocated on the GPU, or resident of the process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,8 @@ class Model:
     compute: Compute
     device: torch.device
     lora: LoraConfig | None
+    load_seconds: float = 0.0
+    load_peak_gib: float = 0.0  # on the device, or of the process on CPU
 
     @property
     def cfg(self) -> ModelConfig:
@@ -49,6 +54,7 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     is stored in 4 bits starts from its decoded values. UserError for full fine-tuning of a 4-bit
     checkpoint.
     """
+    started = time.perf_counter()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     directory = resolve_model(config.model, config.revision)
@@ -84,7 +90,19 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         moments=init_moments(flat, groups(shapes, config), config.optim),
         loss_scale=INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0,
     )
-    return Model(directory, frozen, tokenizer, compute, device, lora), state
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    peak = peak_memory_gib(device)
+    seconds = time.perf_counter() - started
+    return Model(directory, frozen, tokenizer, compute, device, lora, seconds, peak), state
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: allocated on the GPU, or resident of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def resolve_device(name: str) -> torch.device:

@@ -142,6 +142,8 @@ def run_record(
             "model_directory": str(model.directory),
             "device": str(model.device),
             "dtype": str(model.compute.dtype).removeprefix("torch."),
+            "load_seconds": round(model.load_seconds, 3),
+            "load_peak_memory_gib": round(model.load_peak_gib, 3),
             "total_steps": steps,
             "world_size": 1,
         },

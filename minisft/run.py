@@ -418,6 +418,7 @@ def describe(
         )
     elif config.full_finetuning:
         say("        every weight is trained, in float32: --load-in-4bit is off")
+    say(f"        loaded in {model.load_seconds:.1f} s, peak {model.load_peak_gib:.2f} GiB")
     for name in ("config.json", "tokenizer_config.json"):
         raw = load_json(path) if (path := model.directory / name).exists() else {}
         if isinstance(raw, dict) and raw.get("auto_map"):

@@ -3,15 +3,30 @@
 import gc
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from runs import call, flags, metrics, pairs, read, script, train, tree, write_model, write_rows
+from runs import (
+    ROOT,
+    call,
+    flags,
+    metrics,
+    pairs,
+    read,
+    script,
+    train,
+    tree,
+    write_model,
+    write_rows,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minisft.adapter import base_in_4bit
-from minisft.config import TrainConfig, UserError
+from minisft.config import TrainConfig, UserError, parse_model_config
+from minisft.export import save_shards
 from minisft.model import load_model
 from minisft.nn import NF4Weight, dequantize, frozen_linear, quantize
 
@@ -122,6 +137,38 @@ def test_the_run_tells(base, rows, tmp_path):
     for name, flag in (("a", True), ("b", False)):
         assert read(tmp_path / name / "run.json")["config"]["load_in_4bit"] is flag
         assert base_in_4bit(tmp_path / name) is flag
+
+
+def test_quantising_while_loading_takes_little_memory(tmp_path):
+    """240 MiB in shards of 30: the peak grows by what stays, a shard, a piece being quantised."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    model = write_model(tmp_path / "model", **shape)
+    (model / "model.safetensors").unlink()
+    shapes = parse_model_config(read(model / "config.json")).weight_shapes()
+    weights = ((name, torch.full(shape, 0.02)) for name, shape in shapes.items())
+    save_shards(model, weights, torch.float32, max_bytes=30 * 2**20)
+    code = """
+import re, sys
+from minisft.config import TrainConfig
+from minisft.model import load_model
+from minisft.nn import quantize
+import torch
+def peak(): return int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+quantize(torch.ones(64, 64))
+before = peak()
+model, _ = load_model(TrainConfig(model=sys.argv[1], device="cpu", dtype="bfloat16", lora_r=1,
+                                  load_in_4bit=sys.argv[2] == "4"))
+print(peak() - before)
+"""
+    grown = {}
+    for bits in ("4", "16"):
+        command = [sys.executable, "-c", code, str(model), bits]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        grown[bits] = float(done.stdout)
+    size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
+    assert 230 < size < 260
+    assert grown["4"] < size / 8 + 30 + 40 < size / 2 < grown["16"]
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
