@@ -520,6 +520,8 @@ class TrainConfig:
     eval_generate: int = 0
     """Answer the first N eval prompts greedily at every evaluation: samples.jsonl; count exact
     matches and ends of turn."""
+    save_merged: bool = False
+    """Also write the adapter merged into its base (as scripts/merge.py does) to merged/."""
     load_best_model_at_end: bool = False
     """Export the weights of the best evaluation, not the last; each best one gets a checkpoint."""
     metric_for_best_model: str = "loss"
@@ -652,6 +654,7 @@ class TrainConfig:
     def _check_idle(self) -> None:
         """Refuse a setting that the others leave without effect: nothing asked for is dropped."""
         lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+        lora += ("save_merged",)
         idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
         if not self.packing:
             idle.append(("packing_strategy", "no_packing", "add --packing"))
@@ -742,6 +745,12 @@ class TrainConfig:
             )
         total = sum(given)
         return [(name, None if weight is None else weight / total) for name, weight in found]
+
+    @property
+    def base_name(self) -> str:
+        """What an adapter says of its base: the hub id, or the directory as an absolute path."""
+        path = Path(self.model).expanduser()
+        return str(path.resolve()) if path.is_dir() else self.model
 
     @property
     def eval_batch_size(self) -> int:

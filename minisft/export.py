@@ -14,6 +14,7 @@ from minisft.adapter import model_card, save_adapter
 from minisft.checkpoint import write_json, writing
 from minisft.config import LoraConfig, ModelConfig, load_json
 from minisft.lora import Flat
+from minisft.modelfile import modelfile
 from minisft.safetensors_io import save_file
 from minisft.tokenizer import Tokenizer, export_tokenizer_files
 
@@ -59,6 +60,8 @@ def export_adapter(
 ) -> None:
     """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
     _write_files(directory, export_tokenizer_files(tokenizer))
+    source = f"FROM {Path(base).as_posix()}\nADAPTER ."
+    _write_files(directory, {"Modelfile": modelfile(source, tokenizer, cfg).encode()})
     card = model_card({"base_model": base, **facts})
     write_trained(directory, trainable, lora, cfg, base, revision, load_in_4bit, card)
 
@@ -72,17 +75,33 @@ def export_model(
     dtype: torch.dtype,
 ) -> None:
     """A complete transformers directory with every weight in `dtype`, sharded above 5 GB."""
+    save_shards(directory, trainable.views.items(), dtype)
+    write_model_files(directory, base_directory, cfg, tokenizer, dtype)
+
+
+def write_model_files(
+    directory: Path,
+    base_directory: Path,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """What a transformers directory holds beside its weights, config.json last; a Modelfile.
+
+    base_directory: of the model whose config.json and generation_config.json these follow.
+    """
     _write_files(directory, export_tokenizer_files(tokenizer))
+    _write_files(directory, {"Modelfile": modelfile("FROM .", tokenizer, cfg).encode()})
     raw = load_json(base_directory / "config.json")
     raw |= {
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": cfg.tie_word_embeddings,
     }
-    raw.pop("torch_dtype", None)
+    for name in ("torch_dtype", "quantization_config"):
+        raw.pop(name, None)
     generation = base_directory / "generation_config.json"
     if generation.exists():
         write_json(directory / generation.name, load_json(generation))
-    save_shards(directory, trainable.views.items(), dtype)
     write_json(directory / "config.json", raw)
 
 

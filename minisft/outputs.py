@@ -29,7 +29,10 @@ _WRITTEN = (
     "additional_chat_templates",
 )  # fmt: skip
 # What only one kind of run leaves: another would not overwrite it.
-_LEFT = ("README.md", "config.json", "generation_config.json", "samples.jsonl", "runs", "wandb")
+_LEFT = (
+    "README.md", "config.json", "generation_config.json", "samples.jsonl", "Modelfile",
+    "runs", "wandb", "merged",
+)  # fmt: skip
 _PIECE = 1 << 16  # bytes
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minisft.adapter import adapter_config_dict, read_adapter_config
 from minisft.batches import Batches, BatchFn, Collator, Schedule, collate, source_shares
 from minisft.checkpoint import (
     find_checkpoint,
@@ -42,7 +42,8 @@ from minisft.export import (
 from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
 from minisft.memory import out_of_memory
-from minisft.model import Model, load_model
+from minisft.merge import merge
+from minisft.model import Model, load_model, memory_gib, peak_memory_gib
 from minisft.nn import NF4Weight
 from minisft.outputs import (
     OUTPUT,
@@ -58,6 +59,7 @@ from minisft.planning import Choice, choose
 from minisft.preempt import Preempted, stop_signals
 from minisft.preview import describe_data, show_preview
 from minisft.report import Reporter, reporting, say
+from minisft.serving import commands, vllm_problems
 from minisft.sources import load_eval, load_train, num_shared
 from minisft.step import State
 from minisft.targets import adapter_shapes, split_targets
@@ -130,7 +132,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
                 evaluate_during(
                     config, model, data.eval, state, batches.schedule, total_steps, report
                 )
-            started, first = time.perf_counter(), state.step
+            started, first, tokens = time.perf_counter(), state.step, state.num_tokens
+            memory = memory_gib(model.device)
             untrained = trace(state)
             todo = state.step if stops_early(state, config) else total_steps
             with stop.held():
@@ -166,9 +169,18 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
             take_best_(state, out, config, model, total_steps, report)
             after = evaluate_after(config, model, data.eval, state, epoch, report)
         metrics = closing_metrics(state, epoch, first, seconds, before, after)
+        metrics |= {
+            "train_tokens_per_second": (state.num_tokens - tokens) / seconds,
+            "memory_before_gib": memory,
+            "memory_after_gib": memory_gib(model.device),
+            "peak_memory_gib": peak_memory_gib(model.device),
+        }
         export(out, config, model, data, state, metrics)
+        if config.save_merged:
+            model = dataclasses.replace(model, frozen={})  # room for the merged one
+            save_merged(out, model.device)
         with stop.held():
-            return finish(out, state, metrics, config)
+            return finish(out, state, metrics, config, model)
 
 
 @contextmanager
@@ -438,6 +450,12 @@ def describe(
     ):
         say(f"        {told['source']}: {drawn:,} rows an epoch, of {size:,}")
     show_preview(data.train, model.tokenizer, config.preview, config.preview_json, say)
+    if model.lora:
+        described = adapter_config_dict(
+            model.lora, cfg, config.base_name, tied=cfg.tie_word_embeddings, revision=None
+        )
+        for problem in vllm_problems(described):
+            say(f"warning: vLLM will not take this adapter as it is ({problem}); merge it first")
     schedule = batches.schedule
     say(
         f"steps   {steps} ({schedule.steps_per_epoch} an epoch), {schedule.batch_size} x "
@@ -466,7 +484,7 @@ def save(
 
     def write_model(directory: Path) -> None:
         write_trained(
-            directory, state.trainable, model.lora, model.cfg, config.model, config.revision,
+            directory, state.trainable, model.lora, model.cfg, config.base_name, config.revision,
             config.load_in_4bit,
         )  # fmt: skip
 
@@ -557,14 +575,27 @@ def export(
         model.lora,
         model.cfg,
         model.tokenizer,
-        config.model,
+        config.base_name,
         config.revision,
         config.load_in_4bit,
         facts,
     )
 
 
-def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig) -> TrainOutput:
+def save_merged(out: Path, device: torch.device) -> None:
+    """The adapter of `out` merged into its base, in out/merged."""
+    shutil.rmtree(out / "merged", ignore_errors=True)
+    done = merge(out, out / "merged", device=str(device))
+    how = {"16bit": "as it is stored", "dequant": "decoded from 4 bits"}[done.base]
+    say(
+        f"merged onto {done.model}, {how}: {out / 'merged'}; logits differ from the live model's "
+        f"by {done.relative_difference:.1e} of their size"
+    )
+
+
+def finish(
+    out: Path, state: State, metrics: dict[str, Any], config: TrainConfig, model: Model
+) -> TrainOutput:
     """train_output.json, written last: it marks the run as complete."""
     loss = metrics["train_loss"]
     result = {
@@ -585,12 +616,23 @@ def finish(out: Path, state: State, metrics: dict[str, Any], config: TrainConfig
         say(
             f"eval loss: {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
         )
+    total = ""
+    if model.device.type == "cuda":
+        gib = torch.cuda.get_device_properties(model.device).total_memory / 2**30
+        total = f" of {gib:.2f} GiB"
+    say(
+        f"memory  {metrics['memory_before_gib']:.2f} GiB allocated before training, "
+        f"{metrics['memory_after_gib']:.2f} after, peak {metrics['peak_memory_gib']:.2f}{total}"
+    )
+    say(
+        f"time    {metrics['train_runtime']:.1f} s, "
+        f"{metrics['train_steps_per_second']:.2f} steps/s, "
+        f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
+    )
     say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
-    if not config.full_finetuning:
-        say(
-            f"try it: python scripts/generate.py --model {shlex.quote(config.model)} "
-            f"--adapter {shlex.quote(str(out))} --prompt '...'"
-        )
+    adapter = None if config.full_finetuning else read_adapter_config(out)
+    for line in commands(out, config.base_name, adapter):
+        say(line)
     return TrainOutput(state.step, loss, metrics)
 
 

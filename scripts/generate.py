@@ -3,12 +3,15 @@
 python scripts/generate.py --model BASE --adapter outputs --prompt "What is the capital of Peru?"
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
 from minisft.chat import render
@@ -16,9 +19,16 @@ from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
 from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
-from minisft.llama import Compute
+from minisft.llama import Compute, Weights
 from minisft.model import resolve_device, resolve_dtype
-from minisft.tokenizer import decode, encode, encode_chat, load_tokenizer, mark_special_text
+from minisft.tokenizer import (
+    Tokenizer,
+    decode,
+    encode,
+    encode_chat,
+    load_tokenizer,
+    mark_special_text,
+)
 from minisft.weights import (
     four_bit_names,
     load_model_config,
@@ -39,6 +49,8 @@ class GenerateConfig:
     """A PEFT adapter directory, such as a run's output directory."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
+    interactive: bool = False
+    """Chat: each line of stdin is a message; /reset forgets the messages so far, /exit ends."""
     system: str = ""
     """A system message before the prompt."""
     chat: bool = True
@@ -62,32 +74,75 @@ class GenerateConfig:
     """auto, cpu, cuda or cuda:N."""
 
 
+class Loaded(NamedTuple):
+    """A model that answers."""
+
+    trainable: dict[str, Tensor]
+    frozen: Weights
+    compute: Compute
+    tokenizer: Tokenizer
+    device: torch.device
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags, load, answer each prompt on stdout, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
         config = parse_flags(GenerateConfig, argv, prog="generate.py", default=GenerateConfig())
-        for text in answers(config):
+        check(config)
+        loaded = load(config)
+        if config.interactive:
+            converse(config, loaded)
+            return
+        prompts = [
+            prompt_ids(loaded.tokenizer, config, [{"role": "user", "content": text}])
+            for text in config.prompt
+        ]
+        for text in answers(config, loaded, prompts):
             print(text, flush=True)
 
     return run_main(run, {})
 
 
-def answers(config: GenerateConfig) -> list[str]:
-    """The continuation of each prompt, special tokens removed."""
-    if not config.prompt:
-        raise UserError("--prompt is missing: give the text to continue")
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new_tokens < 1:
-        raise UserError(
-            "expected --temperature 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more"
-        )
-    base = config.model
-    if not base and config.adapter:
-        base = str(read_adapter_config(config.adapter).get("base_model_name_or_path") or "")
+def check(config: GenerateConfig) -> None:
+    """UserError for settings that cannot be meant."""
+    if bool(config.prompt) == config.interactive:
+        raise UserError("--prompt is missing: give the text to continue, or --interactive to chat")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"--temperature is {config.temperature}; expected 0 or more, and finite")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p is {config.top_p}; expected above 0, at most 1")
+    if config.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {config.max_new_tokens}; expected 1 or more")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed is {config.seed}; expected 0 to 2**63 - 1")
     if config.load_in_4bit not in ("auto", "true", "false"):
         raise UserError(f"--load-in-4bit is {config.load_in_4bit!r}; expected auto, true or false")
-    directory = resolve_model(base or demo_model(), config.revision)
+    for name, texts in (("prompt", config.prompt), ("system", (config.system,))):
+        for text in texts:
+            check_text(text, f"--{name}")
+
+
+def check_text(text: str, what: str) -> None:
+    """UserError for text that is no Unicode: bytes of a terminal in another encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{what}: character {e.start} is no Unicode character ({text[e.start]!r}); give UTF-8"
+        ) from None
+
+
+def load(config: GenerateConfig) -> Loaded:
+    """Base, adapter and tokenizer, on the device."""
+    base, revision = config.model, config.revision
+    if not base and config.adapter:
+        raw = read_adapter_config(config.adapter)
+        base = str(raw.get("base_model_name_or_path") or "")
+        if not Path(base).is_dir():
+            revision = revision or raw.get("revision")
+    directory = resolve_model(base or demo_model(), revision)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
@@ -110,31 +165,60 @@ def answers(config: GenerateConfig) -> list[str]:
         for name, weight in stream_weights(checkpoint)
         if name not in trainable
     }
-    prompts = [prompt_ids(tokenizer, config, text) for text in config.prompt]
+    compute = Compute(cfg, dtype, lora_scaling=scaling)
+    return Loaded(trainable, frozen, compute, tokenizer, device)
+
+
+def answers(config: GenerateConfig, loaded: Loaded, prompts: list[list[int]]) -> list[str]:
+    """The continuation of each prompt's ids, special tokens removed."""
     new = generate(
-        trainable,
-        frozen,
+        loaded.trainable,
+        loaded.frozen,
         prompts,
-        Compute(cfg, dtype, lora_scaling=scaling),
+        loaded.compute,
         max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids(tokenizer, cfg),
+        stop_ids=stop_ids(loaded.tokenizer, loaded.compute.model),
         sampling=Sampling(config.temperature, config.top_p, config.seed),
-        device=torch.device(device),
+        device=loaded.device,
     )
-    return [decode(tokenizer, ids, skip_special_tokens=True).strip() for ids in new]
+    return [decode(loaded.tokenizer, ids, skip_special_tokens=True).strip() for ids in new]
 
 
-def prompt_ids(tokenizer, config: GenerateConfig, text: str) -> list[int]:
+def converse(config: GenerateConfig, loaded: Loaded) -> None:
+    """Lines from stdin are a user's messages, until its end or /exit; /reset forgets them."""
+    if not (config.chat and loaded.tokenizer.chat_template):
+        raise UserError("--interactive needs a model with a chat template; use --prompt")
+    messages: list[dict[str, str]] = []
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            messages = []
+        elif text:
+            check_text(text, "the message")
+            messages.append({"role": "user", "content": text})
+            (reply,) = answers(config, loaded, [prompt_ids(loaded.tokenizer, config, messages)])
+            messages.append({"role": "assistant", "content": reply})
+            print(reply, flush=True)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, config: GenerateConfig, messages: list[dict[str, str]]
+) -> list[int]:
     """The prompt's tokens, through the same template code as training (special tokens spelled out
-    in the prompt stay text)."""
+    in a message stay text). Without a template: the last message as it is."""
     if not (config.chat and tokenizer.chat_template):
-        ids = encode(tokenizer, text, add_special_tokens=True)
+        ids = encode(tokenizer, messages[-1]["content"], add_special_tokens=True)
     else:
-        messages = [{"role": "system", "content": config.system}] if config.system else []
-        messages.append({"role": "user", "content": text})
+        system = [{"role": "system", "content": config.system}] if config.system else []
         rendered = render(
             tokenizer.chat_template,
-            mark_special_text(tokenizer, messages),
+            mark_special_text(tokenizer, system + messages),
             special_tokens=tokenizer.special_tokens,
             add_generation_prompt=True,
         )

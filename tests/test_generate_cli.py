@@ -1,11 +1,12 @@
 """scripts/generate.py: answers of a run's adapter, PEFT's adapters, and what it refuses."""
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
-from runs import call, flags, pairs, read, train, write_model, write_rows
+from runs import call, flags, pairs, read, script, train, write_model, write_rows
 from safetensors.torch import load_file, save_file
 
 PROMPTS = ["What is 1 + 1?", "The answer", "hello there, how are you today? I am fine"]
@@ -253,9 +254,17 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
     [
         ({}, "--prompt is missing"),
         ({"prompt": "", "chat": False, "model": "no_bos"}, "--prompt is empty"),
-        ({"prompt": "a", "temperature": -1}, "--temperature 0 or more"),
-        ({"prompt": "a", "top_p": 0}, "--top-p in (0, 1]"),
-        ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens 1 or more"),
+        ({"prompt": "a", "interactive": True}, "--prompt is missing: give the text"),
+        ({"prompt": "a", "temperature": -1}, "--temperature is -1.0; expected 0 or more"),
+        ({"prompt": "a", "temperature": "nan"}, "--temperature is nan; expected 0 or more"),
+        ({"prompt": "a", "temperature": "inf"}, "--temperature is inf; expected 0 or more"),
+        ({"prompt": "a", "top_p": 0}, "--top-p is 0.0; expected above 0, at most 1"),
+        ({"prompt": "a", "top_p": "nan"}, "--top-p is nan; expected above 0, at most 1"),
+        ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens is 0; expected 1 or more"),
+        ({"prompt": "a", "seed": 2**63}, "expected 0 to 2**63 - 1"),
+        ({"prompt": "a", "seed": -1}, "--seed is -1; expected 0 to 2**63 - 1"),
+        ({"prompt": "a\udcff"}, "--prompt: character 1 is no Unicode character"),
+        ({"prompt": "a", "system": "\ud800"}, "--system: character 0 is no Unicode character"),
         ({"prompt": "a", "device": "cuda:9"}, "use --device cpu"),
         ({"prompt": "a", "dtype": "int8"}, "--dtype is 'int8'; expected one of"),
         ({"prompt": "a", "adaptor": "x"}, "did you mean --adapter?"),
@@ -271,3 +280,32 @@ def test_bad_flags_are_told_in_one_line(base, tmp_path, settings, message):
         write_byte_level(tmp_path / "no_bos", adds_bos=False)
         settings = settings | {"model": tmp_path / "no_bos"}
     assert message in refusal(**{"model": base} | settings)
+
+
+def test_interactive_keeps_the_conversation(base, trained, rows, monkeypatch, tmp_path):
+    """Each line is a message, answered with those before it; /reset forgets them."""
+    seen = []
+    module = script("generate")
+    original = module.prompt_ids
+
+    def prompt_ids(tokenizer, config, messages):
+        seen.append([m["content"] for m in messages])
+        return original(tokenizer, config, messages)
+
+    monkeypatch.setattr(module, "prompt_ids", prompt_ids)
+    lines = "first\n\nsecond\n/reset\nthird\n/exit\nnever\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    outcome = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
+    assert outcome.code == 0, outcome.err
+    replies = outcome.out.splitlines()
+    assert [messages[-1] for messages in seen] == ["first", "second", "third"]
+    assert [len(messages) for messages in seen] == [1, 3, 1]
+    assert len(replies) == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))  # it ends with its input
+    again = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
+    assert again.out.splitlines() == replies[:1]
+
+
+def test_interactive_needs_a_chat_template(base):
+    outcome = call("generate", flags(model=base, interactive=True, chat=False))
+    assert outcome.code == 2 and "--interactive needs a model with a chat template" in outcome.err

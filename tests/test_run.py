@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_the_output_directory_holds_the_adapter_and_its_tokenizer(plain, inputs)
         "adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "metrics.jsonl", "run.json",
         "train_output.json", "step0.json", "checkpoint-2", "checkpoint-4", "checkpoint-6", ".lock",
+        "Modelfile",
     }  # fmt: skip
     assert (out / "tokenizer.json").read_bytes() == (
         inputs["model"] / "tokenizer.json"
@@ -154,7 +156,53 @@ def test_the_printed_lines_tell_model_data_steps_and_losses(plain, inputs):
     assert len([line for line in lines if line.startswith("step ")]) == 6
     first = next(line for line in lines if line.startswith("step 1/6"))
     assert all(word in first for word in ("loss ", "lr 1.00e-02", "tok/s", "peak ", " GiB"))
-    assert lines[-1].startswith("try it: python scripts/generate.py --model ")
+    out = plain[0]
+    assert [line.split(":")[0] for line in lines[-5:]] == (
+        ["try it", "chat", "transformers", "vLLM", "merge"]
+    )
+    commands = [shlex.split(line.split(":", 1)[1]) for line in lines[-5:]]
+    assert commands[0][:4] == ["python", "scripts/generate.py", "--adapter", str(out)]
+    assert call("generate", commands[0][2:]).code == 0
+    exec(compile(commands[2][2], "printed", "exec"), space := {})  # the line for transformers
+    assert space["model"].peft_config["default"].r == 4
+    assert commands[3][:5] == [
+        "vllm",
+        "serve",
+        str(inputs["model"]),
+        "--enable-lora",
+        ("--max-lora-rank"),
+    ] and commands[3][5:] == ["8", "--lora-modules", f"out={out}"]
+    merged = out.parent / "m"
+    assert call("merge", [*commands[4][2:-1], str(merged)]).code == 0
+    assert commands[4][-1] == f"{out}-merged" and (merged / "Modelfile").exists()
+    assert any(line.startswith("memory  ") and "before training" in line for line in lines)
+    assert any(line.startswith("time    ") and "tokens/s" in line for line in lines)
+
+
+def test_names_with_spaces_are_quoted_and_a_relative_base_is_stored_whole(
+    inputs, tmp_path, monkeypatch
+):
+    (tmp_path / "my model").symlink_to(inputs["model"])
+    monkeypatch.chdir(tmp_path)
+    given = inputs | {"model": "my model", "output_dir": "my out"}
+    outcome = train(**given, **SMALL, max_steps=1)
+    config = read(tmp_path / "my out" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(inputs["model"].resolve())
+    assert "--adapter 'my out' --prompt" in outcome.out
+    monkeypatch.chdir("/")
+    answer = call("generate", ["--adapter", str(tmp_path / "my out"), "--prompt", "a"])
+    assert answer.code == 0, answer.err
+
+
+def test_one_kind_of_run_leaves_nothing_of_the_other(inputs, tmp_path):
+    """--overwrite-output-dir after full fine-tuning: no config.json beside the adapter."""
+    train(**inputs, max_length=64, full_finetuning=True, output_dir=tmp_path, max_steps=1)
+    assert (tmp_path / "config.json").exists()
+    train(**inputs, **SMALL, output_dir=tmp_path, max_steps=1, overwrite_output_dir=True)
+    assert not (tmp_path / "config.json").exists() and (tmp_path / "README.md").exists()
+    given = inputs | {"max_length": 64, "full_finetuning": True}
+    train(**given, output_dir=tmp_path, max_steps=1, overwrite_output_dir=True)
+    assert (tmp_path / "config.json").exists() and not (tmp_path / "README.md").exists()
 
 
 def test_the_function_returns_what_the_file_says(inputs, tmp_path, capsys):
@@ -437,7 +485,7 @@ def test_full_finetuning_exports_what_transformers_loads(inputs, tied, tmp_path,
     given = inputs | ({"model": tied} if is_tied else {})
     settings = {"max_length": 64, "learning_rate": 1e-3, "full_finetuning": True}
     outcome = train(**given, **settings, output_dir=tmp_path, max_steps=3)
-    assert "generate.py" not in outcome.out
+    assert f"python scripts/generate.py --model {tmp_path}" in outcome.out
     base, tuned = (load_file(d / "model.safetensors") for d in (given["model"], tmp_path))
     assert base.keys() == tuned.keys() and ("lm_head.weight" in tuned) != is_tied
     assert not any(torch.equal(base[k], tuned[k]) for k in base)

@@ -1,0 +1,168 @@
+"""A base and its adapter as one ordinary checkpoint, written shard by shard and checked after.
+
+W' = W + scaling * B A, formed in float32 and rounded once. W is the base as it is stored
+(`16bit`), or decoded from the 4 bits that the adapter was trained on (`dequant`): then the merged
+model is the one that was trained.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
+from minisft.config import LoraConfig, UserError
+from minisft.export import save_shards, write_model_files
+from minisft.llama import Compute, logits, make_tokens
+from minisft.model import resolve_device, resolve_dtype
+from minisft.nn import NF4Weight, dequantize
+from minisft.tokenizer import load_tokenizer
+from minisft.weights import (
+    Checkpoint,
+    four_bit_names,
+    load_model_config,
+    open_checkpoint,
+    place,
+    resolve_model,
+    stream_weights,
+)
+
+BASES = ("auto", "16bit", "dequant")
+# Largest |merged - live| / |live| of the logits, by the dtype that is written.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class Merged(NamedTuple):
+    """What `merge` did: onto which base, and how far its logits are from the live model's."""
+
+    base: str  # 16bit or dequant
+    model: Path
+    relative_difference: float
+    largest_difference: float
+
+
+def merge(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    model: str = "",
+    revision: str | None = None,
+    base: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Merged:
+    """Write output_dir, a transformers directory, from an adapter directory and its base.
+
+    model, revision: the adapter's own unless given. base: `auto` is dequant for an adapter that was
+    trained on a base in 4 bits. dtype: of the file; auto is the base's own, or bfloat16 where that
+    is not said. The result appears under its name once it is complete and its logits agree.
+    Raises UserError for what the user can mend, and if the logits do not agree.
+    """
+    out = Path(output_dir)
+    if base not in BASES:
+        raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output-dir {out} exists already; choose a new directory")
+    raw = read_adapter_config(adapter)
+    name = model or str(raw.get("base_model_name_or_path") or "")
+    if not name:
+        raise UserError(f"{adapter}: the adapter names no base model; give --model")
+    directory = resolve_model(name, revision or (None if model else raw.get("revision")))
+    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    lora, tensors = load_adapter(adapter, checkpoint.cfg)
+    if base == "auto":
+        base = "dequant" if checkpoint.four_bit or base_in_4bit(adapter) else "16bit"
+    if base == "16bit" and checkpoint.four_bit:
+        raise UserError(
+            f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
+            "take --base dequant"
+        )
+    where = resolve_device(device)
+    stored = checkpoint.cfg.dtype or "bfloat16"
+    kind = resolve_dtype(stored if dtype == "auto" else dtype, where)
+    four_bit = four_bit_names(checkpoint, base == "dequant")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.merging")
+    try:
+        temporary.mkdir(parents=True)
+        own = (Path(adapter) / "tokenizer.json").exists()
+        tokenizer = load_tokenizer(Path(adapter) if own else directory)
+        merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
+        save_shards(temporary, merged, kind)
+        write_model_files(temporary, directory, checkpoint.cfg, tokenizer, kind)
+        relative, largest = verify(temporary, checkpoint, four_bit, lora, tensors, kind, where)
+        if not relative <= TOLERANCE[kind]:
+            raise UserError(
+                f"{out}: the merged model's logits differ from the live model's by {relative:.2e} "
+                f"of their size (expected at most {TOLERANCE[kind]:g}); nothing was written"
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, out)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); check path and space") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Merged(base, directory, relative, largest)
+
+
+def merged_weights(
+    checkpoint: Checkpoint,
+    four_bit: set[str],
+    lora: LoraConfig,
+    tensors: dict[str, Tensor],
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, float32 weight) of the merged model, one at a time. four_bit: decoded from 4 bits."""
+    for name, weight in stream_weights(checkpoint):
+        if name in tensors:  # a trained copy
+            yield name, tensors[name]
+            continue
+        if name in four_bit:
+            weight = place(name, weight, device, torch.float32, True)
+        if isinstance(weight, NF4Weight):
+            weight = dequantize(weight, torch.float32)
+        path = name.removesuffix(".weight")
+        if f"{path}.lora_A.weight" not in tensors:
+            yield name, weight
+            continue
+        A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
+        yield name, weight.to(device, torch.float32) + lora.scaling * (B @ A)
+
+
+def verify(
+    written: Path,
+    checkpoint: Checkpoint,
+    four_bit: set[str],
+    lora: LoraConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[float, float]:
+    """(relative, largest) difference of the logits of what was written and of the live model.
+
+    Both are computed in `dtype` on 48 tokens; one of the two is in memory at a time.
+    """
+    cfg = checkpoint.cfg
+    ids = [(7919 * i + 1) % cfg.vocab_size for i in range(48)]
+    tokens = make_tokens([ids[:16], ids[16:]], device)
+
+    def logits_of(source: Checkpoint, trained: dict[str, Tensor], packed: set[str]) -> Tensor:
+        frozen = {
+            name: place(name, weight, device, dtype, name in packed)
+            for name, weight in stream_weights(source)
+            if name not in trained
+        }
+        trained = {name: tensor.to(device) for name, tensor in trained.items()}
+        compute = Compute(cfg, dtype, lora_scaling=lora.scaling)
+        with torch.no_grad():
+            return logits(trained, frozen, tokens, compute).double().cpu()
+
+    live = logits_of(checkpoint, tensors, four_bit)
+    ours = logits_of(open_checkpoint(written, load_model_config(written)), {}, set())
+    difference = ours - live
+    return (difference.norm() / live.norm()).item(), difference.abs().max().item()

@@ -1,0 +1,132 @@
+"""Draw the logs of one or several runs as one PNG.
+
+python scripts/plot.py outputs other-run --output plot.png
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisft.cli import parse_flags, run_main
+from minisft.config import UserError
+from minisft.report import METRICS
+
+# Field of metrics.jsonl -> title of its panel.
+PANELS = {
+    "loss": "loss (nats per token)",
+    "eval_loss": "eval loss (nats per token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "tokens_per_second": "tokens per second",
+    "peak_memory_gib": "peak memory (GiB)",
+}
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw loss, eval loss, learning rate, gradient norm, speed and memory of runs."""
+
+    run: tuple[str, ...] = ()
+    """Output directories of runs; they may be given without the flag."""
+    output: str = "plot.png"
+    """The PNG to write."""
+    smooth: int = 1
+    """Draw the training loss as its mean over this many log lines, too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags, draw, and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    runs = []
+    while argv and not argv[0].startswith("-"):
+        runs.append(argv.pop(0))
+    argv += ["--run", *runs] if runs else []
+
+    def run() -> None:
+        config = parse_flags(PlotConfig, argv, prog="plot.py", default=PlotConfig())
+        if not config.run:
+            raise UserError("give one or more output directories of runs")
+        if config.smooth < 1:
+            raise UserError(f"--smooth is {config.smooth}; expected 1 or more")
+        draw({name: read_metrics(Path(name)) for name in config.run}, config)
+        print(f"saved to {config.output}")
+
+    return run_main(run, {})
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line torn by a kill is left out."""
+    path = directory / METRICS if directory.is_dir() else directory
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); is it a run's output?") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
+    if not lines:
+        raise UserError(f"{path}: holds no step yet")
+    return lines
+
+
+def series(lines: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a field, where it is a finite number."""
+    found = [(m["step"], m[field]) for m in lines if isinstance(m.get(field), (int, float))]
+    found = [(step, value) for step, value in found if math.isfinite(value)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smoothed(values: list[float], width: int) -> list[float]:
+    """Means over the last `width` values, fewer at the start."""
+    return [
+        sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))
+    ]
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
+    """One panel a field, one line a run."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is not installed; pip install matplotlib") from None
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 2).flat
+    for axis, (field, title) in zip(axes, PANELS.items(), strict=True):
+        for i, (name, lines) in enumerate(runs.items()):
+            steps, values = series(lines, field)
+            smooth = config.smooth > 1 and field == "loss"
+            few = len(steps) < 40
+            axis.plot(
+                steps, values, color=f"C{i}", alpha=0.35 if smooth else 1, linewidth=1.3,
+                marker="o" if few else None, markersize=3, label=None if smooth else name,
+            )  # fmt: skip
+            if smooth:
+                axis.plot(steps, smoothed(values, config.smooth), color=f"C{i}", label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if field in ("tokens_per_second", "peak_memory_gib"):
+            axis.set_ylim(bottom=0)
+        if not any(series(lines, field)[0] for lines in runs.values()):
+            axis.text(0.5, 0.5, "nothing logged", ha="center", transform=axis.transAxes)
+    axes = figure.axes
+    axes[0].legend()
+    try:
+        figure.savefig(config.output, dpi=120)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--output {config.output}: cannot be written ({e})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
