@@ -271,12 +271,12 @@ def collate(
     if not rows:
         raise UserError("batch_fn left no row in a batch; expected at least one token")
     lengths = torch.tensor([0, *(len(ids) for ids, _ in rows)])
-    return dataclasses.replace(
-        dataset,
+    return TokenizedDataset(
         input_ids=torch.cat([ids for ids, _ in rows]).int(),
         labels=torch.cat([labels for _, labels in rows]).int(),
         document_offsets=lengths.cumsum(0),
         row_offsets=torch.arange(len(rows) + 1),
+        stats=dataset.stats,
     )
 
 
