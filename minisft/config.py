@@ -22,6 +22,7 @@ class UserError(ValueError):
 
 
 MAX_JSON_BYTES = 100_000_000  # of one JSON file: the index of the largest models has a few MB
+MAX_LAYERS = 10_000  # what a config.json may ask for: every layer's names are listed
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 DATASET_FORMATS = (
@@ -186,8 +187,9 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         key: _typed(raw, key, kind, required, source)
         for key, (kind, required) in _MODEL_FIELDS.items()
     }
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-        if values[key] < 1:
+    positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    for key in (*positive, "max_position_embeddings"):
+        if values[key] is not None and values[key] < 1:
             raise UserError(f"{source}: {key} is {values[key]}; expected a positive integer")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
@@ -213,11 +215,14 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
     defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     given = {k: (v if v is not None else defaults[k]) for k, v in values.items()}
     eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{source}: eos_token_id is {eos!r}; expected a token id, or a list of ids")
     return ModelConfig(
         **given,
         rope=parse_rope(raw, given["max_position_embeddings"], source),
         dtype=_dtype_name(raw.get("dtype") or raw.get("torch_dtype"), source),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=tuple(ids),
     )
 
 
@@ -251,16 +256,18 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     known = {f.name for f in dataclasses.fields(RopeConfig)} - {"rope_type", "rope_theta"}
     given = {k: v for k, v in scaling.items() if k in known and v is not None}
     for key, value in given.items():
-        if not isinstance(value, bool if key == "truncate" else (int, float)):
+        boolean = isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not boolean and abs(value) < 1e12
+        if not (boolean if key == "truncate" else number):
             raise UserError(f"{source}: RoPE parameter {key} is {value!r}; expected a number")
     if rope_type in ("llama3", "yarn"):
-        original = raw.get("original_max_position_embeddings")
+        original = _typed(raw, "original_max_position_embeddings", int, False, source)
         given["original_max_position_embeddings"] = (
             original or given.get("original_max_position_embeddings") or max_positions
         )
     theta = scaling.get("rope_theta", raw.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 1:
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not (1 < theta < 1e30):
         raise UserError(f"{source}: rope_theta is {theta!r}; expected a number above 1")
     if not given.get("factor", 1.0) > 0:
         raise UserError(f"{source}: RoPE factor is {given['factor']!r}; expected a positive number")
@@ -292,6 +299,9 @@ def _typed(raw: dict, key: str, kind: type, required: bool, source: str) -> Any:
     ok = isinstance(value, (int, float) if kind is float else kind)
     if not ok or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{source}: {key} is {value!r}; expected {kind.__name__}")
+    most = MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+    if kind is not bool and not 0 <= value <= most:  # nan is refused as well
+        raise UserError(f"{source}: {key} is {value}; expected 0 to {most}")
     return value
 
 
