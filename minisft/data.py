@@ -593,7 +593,13 @@ def _marked_spans(text: str, settings: Settings) -> list[tuple[int, int]] | None
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no UTF-8 text can hold."""
+    """Refuse what cannot be tokenised: half of a surrogate pair, which JSON can spell and no UTF-8
+    text can hold, and a row so long that its tokens alone would fill the memory."""
+    if len(text) > chat.MAX_CHARS:
+        raise UserError(
+            f"the text has {len(text):,} characters; at most {chat.MAX_CHARS:,} of one row are "
+            "tokenised: split it into several rows"
+        )
     try:
         if not text.isascii():
             text.encode("utf-8")
