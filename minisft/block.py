@@ -22,6 +22,8 @@ from minisft.nn import (
     NF4Weight,
     add_rms_norm,
     dequantize_into,
+    dequantize_with_A_below,
+    dequantize_with_B_beside,
     normalise,
     outer_sum,
     reduce_partials,
@@ -111,8 +113,11 @@ def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     """[W, scaling * B], [O, I + R]; B of linears side by side is block diagonal."""
     O, I = group.weight.shape
     w = scratch[: O * (I + group.rank)].view(O, I + group.rank)
+    if isinstance(group.weight, NF4Weight) and group.rank:
+        dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w)
+        return w
     place_weight(group, w[:, :I])
-    if group.rank and len(group.B) > 1:
+    if group.rank:
         w[:, I:].zero_()
     row, column = 0, I
     for size, B in zip(group.sizes, group.B, strict=True):
@@ -127,6 +132,9 @@ def with_A_below(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     """[W; scaling * A], [O + R, I]."""
     O, I = group.weight.shape
     w = scratch[: (O + group.rank) * I].view(O + group.rank, I)
+    if isinstance(group.weight, NF4Weight) and group.A is not None:
+        dequantize_with_A_below(group.weight, group.A, scaling, w)
+        return w
     place_weight(group, w[:O])
     if group.A is not None:
         torch.mul(group.A, scaling, out=w[O:])
@@ -301,14 +309,16 @@ def complete(saved: Saved, layer: FastLayer, at: Setting) -> tuple[Saved, Tensor
 
 
 def backward(
-    dx_ext: Tensor, saved: Saved, layer: FastLayer, extra_below: int, at: Setting, last: bool
+    dx_ext: Tensor, kept: list[Saved], layer: FastLayer, extra_below: int, at: Setting, last: bool
 ) -> Tensor | None:
     """Gradient of the layer's input; the layer's adapters' gradients are added to layer.grads.
 
     dx_ext: [T, D + R], the gradient of the layer's output, with room for down_proj's rank. Returns
     the same for the layer below, [T, D + extra_below]; None where last: below is the frozen
-    embedding, which needs none.
+    embedding, which needs none. kept: what the layer saved, as its one element: it is taken out, so
+    that gate and up are free memory by the time attention needs some.
     """
+    saved = kept.pop()
     saved, h_ext = complete(saved, layer, at)
     dmid_ext = _mlp_backward(dx_ext, saved, h_ext, layer, at)
     del h_ext

@@ -347,19 +347,20 @@ def _capture_(fast: Fast, graph: Graph) -> None:
 
 
 def bucketed(micro: MicroBatch) -> StaticBatch:
-    """The micro-batch padded to sizes that few others differ from: at most an eighth is padding."""
+    """The micro-batch padded to sizes that few others differ from: few graphs, little padding."""
     lengths = micro.tokens.documents.lengths
     n = sum(lengths)
-    tokens = _round_up(n, 128 if n <= 1024 else 256 if n <= 4096 else 512)
+    tokens = _round_up(n, 256 if n <= 4096 else 512)
     if tokens == n and len(set(lengths)) == 1:  # dense: no padding, no further documents
         return pad(micro, n, len(lengths), _targets(micro, n), lengths[0])
-    longest = min(tokens, 1 << (max(max(lengths), 128) - 1).bit_length())
-    documents = _round_up(len(lengths) + 1 + (tokens - n) // longest, 16)
+    longest = min(tokens, max(1024, 1 << (max(lengths) - 1).bit_length()))
+    documents = len(lengths) + 1 + (tokens - n) // longest
+    documents = _round_up(documents, 16 if documents <= 32 else 32)
     return pad(micro, tokens, documents, _targets(micro, tokens), longest)
 
 
 def _targets(micro: MicroBatch, tokens: int) -> int:
-    share = _round_up(len(micro.targets_M), max(1, tokens // 8))
+    share = _round_up(len(micro.targets_M), max(1, tokens // 4))
     return tokens if share > 0.8 * tokens else share
 
 
@@ -425,13 +426,12 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
     del dh, x
     fast.host.start_fetching(len(layers) - 1)
     for i in range(len(layers) - 1, -1, -1):
-        saved = fast.host.fetch(i, kept[i])
+        saved = [fast.host.fetch(i, kept[i])]
         kept[i] = None
         extra = layers[i - 1].down.rank if i else 0
         assert dx is not None
         here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i]))
         dx = backward(dx, saved, layers[i], extra, here, last=i == 0)
-        del saved
 
 
 def _head_(fast: Fast, h_TD: Tensor, batch: StaticBatch) -> Tensor:

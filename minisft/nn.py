@@ -27,7 +27,15 @@ except ImportError:
     ) from None
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
 from kernels.low_rank import LowRank, outer_sum, reduce_partials
-from kernels.nf4 import NF4Weight, dequantize, dequantize_into, quantize, side_by_side
+from kernels.nf4 import (
+    NF4Weight,
+    dequantize,
+    dequantize_into,
+    dequantize_with_A_below,
+    dequantize_with_B_beside,
+    quantize,
+    side_by_side,
+)
 from kernels.nf4.reference import CODES, NESTED_BLOCK
 from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from kernels.rope import rope_, rope_backward
@@ -36,7 +44,8 @@ from kernels.swiglu import swiglu_backward_
 
 __all__ = [
     "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "LowRank", "NF4Weight", "add_rms_norm",
-    "apply_rope", "cos_and_sin", "dequantize", "dequantize_into", "dropout", "frozen_linear",
+    "apply_rope", "cos_and_sin", "dequantize", "dequantize_into",
+    "dequantize_with_A_below", "dequantize_with_B_beside", "dropout", "frozen_linear",
     "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "normalise", "outer_sum",
     "packed_attention", "quantize", "reduce_partials", "rms_norm", "rms_norm_backward", "rope_",
     "rope_backward", "rope_inverse_frequencies", "rope_table", "side_by_side", "swiglu",

@@ -17,7 +17,7 @@ from minisft.config import ModelConfig, TrainConfig, UserError
 from minisft.fast import SPLITS, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
-from minisft.policy import POLICIES, Policy, kept_bytes, part_bytes
+from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
 
 _FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 650e12, 3.2e12, 45e9, 70e-6
 _MOST_TOKENS = 16384  # beyond it a micro-batch gains nothing
@@ -198,16 +198,23 @@ def peak_bytes(
     NH = cfg.num_attention_heads * cfg.head_dim
     whole = sum(parts.values())
     kept = sum(kept_bytes(p, cfg, itemsize, ranks)[0] for p in policies)
-    last, host = kept_bytes(policies[-1], cfg, itemsize, ranks)
+    host = max(kept_bytes(p, cfg, itemsize, ranks)[1] for p in policies)  # one layer's on its way
     angles = 2 * cfg.head_dim * itemsize
-    forward = kept - last + whole + host + F + D
-    head = kept + 3 * D + host
-    mlp = kept - last + whole + host + 2 * D + F
     grads = parts["qkv"] + NH * (itemsize + 4 + 2 * itemsize)  # dO; dQ in float32; dK, dV a head
-    attention = kept - last + whole - parts["gate_up"] + host + 2 * D + grads
     logits = min(chunk, tokens) * V * itemsize
-    most = max(forward, mlp, attention) * tokens
-    return max(most, head * tokens + logits) + angles * tokens
+    most = (kept + 3 * D + host) * tokens + logits  # the head
+    below = 0
+    for policy in policies:
+        mine = kept_bytes(policy, cfg, itemsize, ranks)[0]
+        gate_up = parts["gate_up"] / mlp_chunks(tokens, policy)
+        rest = whole - parts["gate_up"]
+        a = F / mlp_chunks(tokens, policy)
+        forward = below + rest + gate_up + host + 3 * D + a  # norm, product and sum beside a
+        mlp = below + rest + gate_up + host + 3 * D + a
+        attention = below + rest + host + 2 * D + grads
+        below += mine
+        most = max(most, forward * tokens, mlp * tokens, attention * tokens)
+    return int(most + angles * tokens)
 
 
 def token_seconds(

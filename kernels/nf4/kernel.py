@@ -49,6 +49,42 @@ def dequantize_kernel(
 
 
 @triton.jit
+def dequantize_with_lora_kernel(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+    out_ptr, num_words, lora_ptr, lora_scale, first_end, second_end, num_rows, decoders,
+    in_features: tl.constexpr, out_stride: tl.constexpr, WORDS_PER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, OFFSETS: tl.constexpr, BELOW: tl.constexpr, R: tl.constexpr,
+    LINEARS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The first `decoders` programs decode; the rest write A below or B beside the matrix."""
+    if tl.program_id(0) < decoders:
+        dequantize_kernel(
+            packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
+            nested_offset_ptr, out_ptr, num_words, in_features, out_stride, WORDS_PER_BLOCK,
+            NESTED, OFFSETS, BLOCK_W,
+        )  # fmt: skip
+    else:
+        e = (tl.program_id(0) - decoders) * (BLOCK_W * 8) + tl.arange(0, BLOCK_W * 8)
+        dtype = out_ptr.dtype.element_ty
+        if BELOW:  # [LINEARS * R, in_features], as contiguous as the rows above it
+            ok = e < LINEARS * R * in_features
+            value = tl.load(lora_ptr + e, mask=ok, other=0.0).to(tl.float32) * lora_scale
+            at = num_rows.to(tl.int64) * in_features + e
+            tl.store(out_ptr + at, value.to(dtype), mask=ok)
+        else:  # block diagonal: [num_rows, LINEARS * R]
+            row = e // (LINEARS * R)
+            column = e - row * (LINEARS * R)
+            ok = row < num_rows
+            linear = (row >= first_end).to(tl.int32) + (row >= second_end).to(tl.int32)
+            mine = column - linear * R
+            inside = ok & (mine >= 0) & (mine < R)
+            value = tl.load(lora_ptr + row * R + mine, mask=inside, other=0.0)
+            value = value.to(tl.float32) * lora_scale
+            at = row.to(tl.int64) * out_stride + in_features + column
+            tl.store(out_ptr + at, value.to(dtype), mask=ok)
+
+
+@triton.jit
 def dequantize_any_kernel(
     packed_ptr,  # uint8
     absmax_ptr,
@@ -103,8 +139,7 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
     )
     in_features, stride = weight.shape[1], out.stride(0)
     offsets = nested and weight.nested_offset.dim() == 1
-    wide = in_features % 8 == 0 and weight.blocksize % 8 == 0 and weight.packed.data_ptr() % 4 == 0
-    if wide:
+    if is_wide(weight):
         num_words = num_weights // 8
         words = weight.packed.view(torch.int32)
         dequantize_kernel[(triton.cdiv(num_words, block_words),)](
@@ -119,3 +154,28 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
         BLOCKSIZE=weight.blocksize, NESTED=nested, OFFSETS=offsets, BLOCK=1024,
         enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
+
+
+def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank) -> None:
+    """out: [O + LINEARS * R, I] with A below, or [O, I + LINEARS * R] with B beside."""
+    O, I = weight.shape
+    nested, words, linears = weight.nested_absmax is not None, 512, len(sizes)
+    dummy = weight.code
+    decoders = triton.cdiv(O * I // 8, words)
+    further = linears * rank * (I if below else O)
+    ends = [sum(sizes[: i + 1]) for i in range(linears)] + [O, O]
+    dequantize_with_lora_kernel[(decoders + triton.cdiv(further, words * 8),)](
+        weight.packed.view(torch.int32), weight.absmax, weight.code,
+        weight.nested_absmax if nested else dummy, weight.nested_code if nested else dummy,
+        weight.nested_offset if nested else dummy,
+        out, O * I // 8, lora, scale, ends[0], ends[1], O, decoders,
+        in_features=I, out_stride=out.stride(0), WORDS_PER_BLOCK=weight.blocksize // 8,
+        NESTED=nested, OFFSETS=nested and weight.nested_offset.dim() == 1, BELOW=below, R=rank,
+        LINEARS=linears, BLOCK_W=words, num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+
+
+def is_wide(weight) -> bool:
+    """Whether words of eight weights share a row and a block: what the fast kernels ask for."""
+    aligned = weight.packed.data_ptr() % 4 == 0
+    return weight.shape[1] % 8 == 0 and weight.blocksize % 8 == 0 and aligned

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,61 @@ def dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -> No
     from kernels.nf4.kernel import launch_dequantize
 
     launch_dequantize(weight, out)
+
+
+def dequantize_with_A_below(
+    weight: NF4Weight, A_RI: Tensor, scale: float, out: Tensor, *, impl: str = "auto"
+) -> None:
+    """out = [W; scale * A], [O + R, I], contiguous; A: [R, I] contiguous, in out's dtype."""
+    O = weight.shape[0]
+    if _impl(weight, impl) == "triton":
+        from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
+
+        if is_wide(weight):
+            launch_dequantize_with_lora(weight, out, A_RI, scale, True, (O,), A_RI.shape[0])
+            return
+    dequantize_into(weight, out[:O], impl=impl)
+    torch.mul(A_RI, scale, out=out[O:])
+
+
+def dequantize_with_B_beside(
+    weight: NF4Weight, Bs: Sequence[Tensor | None], sizes: Sequence[int], scale: float, out: Tensor,
+    *, impl: str = "auto",
+) -> None:  # fmt: skip
+    """out = [W, scale * B], [O, I + R]: B block diagonal, of linears with `sizes` rows each.
+
+    Bs: [size, R_j] each, contiguous, or None for a linear without one; R is the sum of the R_j. One
+    launch where at most three B of one rank are neighbours in memory.
+    """
+    I = weight.shape[1]
+    if _impl(weight, impl) == "triton" and (first := _neighbours(Bs)) is not None:
+        from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
+
+        if is_wide(weight):
+            rank = first.shape[1]
+            launch_dequantize_with_lora(weight, out, first, scale, False, tuple(sizes), rank)
+            return
+    dequantize_into(weight, out[:, :I], impl=impl)
+    out[:, I:].zero_()
+    row, column = 0, I
+    for size, B in zip(sizes, Bs, strict=True):
+        if B is not None:
+            torch.mul(B, scale, out=out[row : row + size, column : column + B.shape[1]])
+            column += B.shape[1]
+        row += size
+
+
+def _neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:
+    """The first of at most three matrices of one rank that follow each other in memory, or None."""
+    there = [B for B in Bs if B is not None]
+    if not there or len(there) != len(Bs) or len(there) > 3:
+        return None
+    at = there[0].data_ptr()
+    for B in there:
+        if B.data_ptr() != at or B.shape[1] != there[0].shape[1] or not B.is_contiguous():
+            return None
+        at += B.numel() * B.element_size()
+    return there[0]
 
 
 def _impl(weight: NF4Weight, impl: str) -> str:

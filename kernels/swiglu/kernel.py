@@ -94,7 +94,7 @@ def launch_swiglu(x, F, out) -> None:
 
 
 def launch_swiglu_backward(
-    x, da, lefts, partials, block_t=32, block_f=64, num_warps=4, num_stages=2
+    x, da, lefts, partials, block_t=32, block_f=128, num_warps=8, num_stages=2
 ) -> None:
     T, F = da.shape
     left_args, partial_args, ranks = [], [], []

@@ -14,7 +14,15 @@ if not GPU:
 
 import bitsandbytes.functional as bnb  # noqa: E402
 
-from kernels.nf4 import NF4Weight, dequantize, dequantize_into, quantize  # noqa: E402
+from kernels.nf4 import (  # noqa: E402
+    NF4Weight,
+    dequantize,
+    dequantize_into,
+    dequantize_with_A_below,
+    dequantize_with_B_beside,
+    quantize,
+    side_by_side,
+)
 from kernels.nf4.cases import DTYPES, SHAPES, make_weight  # noqa: E402
 from kernels.nf4.reference import FP4_CODE, NF4_CODE, dynamic_map, scales  # noqa: E402
 
@@ -125,3 +133,42 @@ def test_bad_input_is_refused():
         dequantize_into(weight, torch.empty(8, 9))
     with pytest.raises(ValueError, match="cuda_core"):
         dequantize(weight, torch.float32, impl="cuda_core")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("sizes", [(64, 32, 32), (100, 28), (128,), (7, 5)])
+def test_lora_is_written_beside_and_below_the_matrix(sizes, impl, dtype):
+    O, I, R = sum(sizes), 64, 3
+    weight = quantize(make_weight((O, I), DEVICE))
+    plain = dequantize(weight, dtype, impl=impl)
+    B = torch.randn(O, R, device=DEVICE).to(dtype)
+    A = torch.randn(len(sizes) * R, I, device=DEVICE).to(dtype)
+    out = torch.full((O, I + len(sizes) * R), float("nan"), dtype=dtype, device=DEVICE)
+    dequantize_with_B_beside(weight, B.split(sizes), sizes, 0.5, out, impl=impl)
+    beside = torch.block_diag(*B.split(sizes)) * 0.5
+    assert torch.equal(out, torch.cat((plain, beside), 1))
+    out = torch.full((O + A.shape[0], I), float("nan"), dtype=dtype, device=DEVICE)
+    dequantize_with_A_below(weight, A, 0.5, out, impl=impl)
+    assert torch.equal(out, torch.cat((plain, A * 0.5)))
+
+
+def test_b_that_is_missing_or_elsewhere_is_written_too():
+    weight, B = quantize(make_weight((128, 64), DEVICE)), torch.randn(64, 2, device=DEVICE)
+    for Bs in ((B, None), (None, B), (B, B.clone())):
+        rank = sum(b.shape[1] for b in Bs if b is not None)
+        out = torch.full((128, 64 + rank), float("nan"), device=DEVICE)
+        dequantize_with_B_beside(weight, Bs, (64, 64), 1.0, out, impl="triton")
+        parts = [b if b is not None else torch.zeros(64, 0, device=DEVICE) for b in Bs]
+        assert torch.equal(out[:, 64:], torch.block_diag(*parts))
+
+
+def test_matrices_side_by_side_decode_as_they_do_alone():
+    weights = [quantize(make_weight((n, 64), DEVICE, seed=n)) for n in (256, 512, 256)]
+    joined, views = side_by_side(weights)
+    alone = [dequantize(w, torch.float32) for w in weights]
+    for impl in ("triton", "reference"):
+        assert torch.equal(dequantize(joined, torch.float32, impl=impl), torch.cat(alone))
+        for view, expected in zip(views, alone, strict=True):
+            assert torch.equal(dequantize(view, torch.float32, impl=impl), expected)
+    assert side_by_side([quantize(make_weight((128, 64))), weights[0]]) is None  # out of step
