@@ -141,7 +141,7 @@ def test_the_run_tells(base, rows, tmp_path):
 
 def test_quantising_while_loading_takes_little_memory(tmp_path):
     """240 MiB in shards of 30: the peak grows by what stays, a shard, a piece being quantised."""
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
     model = write_model(tmp_path / "model", **shape)
     (model / "model.safetensors").unlink()
     shapes = parse_model_config(read(model / "config.json")).weight_shapes()
