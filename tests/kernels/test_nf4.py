@@ -13,6 +13,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import bitsandbytes.functional as bnb  # noqa: E402
+import numpy as np  # noqa: E402
 
 from kernels.nf4 import (  # noqa: E402
     NF4Weight,
@@ -21,6 +22,7 @@ from kernels.nf4 import (  # noqa: E402
     dequantize_with_A_below,
     dequantize_with_B_beside,
     quantize,
+    reference,
     side_by_side,
 )
 from kernels.nf4.cases import DTYPES, SHAPES, make_weight  # noqa: E402
@@ -75,6 +77,47 @@ def test_decodes_what_bitsandbytes_wrote(double_quant, quant_type, shape, dtype)
     assert torch.equal(dequantize(weight, dtype, impl="reference"), expected)
     if dtype in KERNEL_DTYPES:
         assert torch.equal(dequantize(weight, dtype, impl="triton"), expected)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s not in BNB_SHAPES], ids=str)
+@both_codes
+@both_scales
+def test_decodes_any_shape_that_bitsandbytes_wrote(double_quant, quant_type, shape, blocksize):
+    """Where its CPU decode is wrong: against the format's definition, weight by weight."""
+    packed, state = bnb.quantize_4bit(
+        make_weight(shape),
+        quant_type=quant_type,
+        compress_statistics=double_quant,
+        blocksize=blocksize,
+    )
+    weight = from_bitsandbytes(packed, state)
+    bytes_, scale = packed.flatten().numpy(), state.absmax.numpy()
+    if double_quant:
+        nested = state.state2.absmax.numpy()[np.arange(len(scale)) // 256]
+        scale = state.state2.code.numpy()[scale] * nested + state.offset.numpy()
+    code, expected = state.code.numpy().astype(np.float32), []
+    for e in range(shape[0] * shape[1]):
+        nibble = bytes_[e // 2] & 15 if e % 2 else bytes_[e // 2] >> 4
+        expected.append(code[nibble] * scale[e // blocksize])
+    expected = torch.from_numpy(np.array(expected, dtype=np.float32)).view(shape)
+    for dtype in DTYPES:
+        assert torch.equal(dequantize(weight, dtype, impl="reference"), expected.to(dtype))
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@both_codes
+def test_pieces_join_without_a_seam(quant_type, blocksize, monkeypatch):
+    """A matrix of many pieces, the last one short, is that of one piece, and bitsandbytes'."""
+    source = make_weight((96, 128))
+    whole = quantize(source, quant_type=quant_type, blocksize=blocksize)
+    monkeypatch.setattr(reference, "_PIECE", 2560)
+    parts = quantize(source, quant_type=quant_type, blocksize=blocksize)
+    assert all(torch.equal(a, b) for a, b in zip(whole[:6], parts[:6], strict=True))
+    odd = quantize(make_weight((33, 155)), quant_type=quant_type, blocksize=blocksize)
+    monkeypatch.undo()
+    same = quantize(make_weight((33, 155)), quant_type=quant_type, blocksize=blocksize)
+    assert all(torch.equal(a, b) for a, b in zip(odd[:6], same[:6], strict=True))
 
 
 @pytest.mark.parametrize("shape", BNB_SHAPES, ids=str)
