@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ SPECIAL_NAMES = (
 )
 # Around a special-token string that came from a message: plane-16 private use, never assigned.
 TEXT_OPEN, TEXT_CLOSE = "\U0010fdd0", "\U0010fdd1"
+PART_CHARS = 2_000_000  # encoded together
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
 
@@ -285,8 +287,26 @@ def encode_batch(
     tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool
 ) -> list[list[int]]:
     """Token ids of many strings, on all cores, in order; no padding and no truncation."""
-    batch = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-    return [encoding.ids for encoding in batch]
+    ids: list[list[int]] = []
+    for part in _parts(texts):
+        batch = tokenizer.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+        ids += [encoding.ids for encoding in batch]
+    return ids
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """Consecutive strings of at most PART_CHARS together (or one longer): an encoding takes about
+    100 bytes a character while it is made."""
+    part: list[str] = []
+    room = PART_CHARS
+    for text in texts:
+        if part and len(text) > room:
+            yield part
+            part, room = [], PART_CHARS
+        part.append(text)
+        room -= len(text)
+    if part:
+        yield part
 
 
 def decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
@@ -351,7 +371,11 @@ def encode_spans(
     add_special_tokens: the texts are no chats, and get what the file's post-processor inserts.
     """
     plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
-    batch = iter(tokenizer.backend.encode_batch(plain, add_special_tokens=add_special_tokens))
+    batch = (
+        encoding
+        for part in _parts(plain)
+        for encoding in tokenizer.backend.encode_batch(part, add_special_tokens=add_special_tokens)
+    )
     out = []
     for text, spans in texts:
         if not add_special_tokens and TEXT_OPEN in text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from minisft.config import UserError
 from minisft.data import tokenize_rows
 from minisft.packing import pack
 from minisft.reading import Rows, read_rows
-from minisft.tokenizer import Tokenizer, decode, load_tokenizer
+from minisft.tokenizer import Tokenizer, decode, encode_batch, encode_spans, load_tokenizer
 from minisft.tokens import IGNORED, TokenizedDataset, data_hash
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -117,6 +118,31 @@ def test_parquet(tmp_path: Path) -> None:
         _read(tmp_path / "bad.parquet", "PAR1 nothing")
 
 
+def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [f"row {i}" for i in range(5000)]})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=1700)
+    rows = read_rows(str(tmp_path / "x.parquet"), columns={})
+    assert list(rows) == table.to_pylist() and len(rows) == 5000
+    wanted = [4999, 0, 1699, 1700, 3399, 3400, 2700]
+    assert [rows[i]["text"] for i in wanted] == [f"row {i}" for i in wanted]
+    again = pickle.loads(pickle.dumps(rows))  # as another process gets them
+    assert [again[i] for i in wanted] == [rows[i] for i in wanted]
+
+
+def test_lines_are_read_again_when_asked_for(tmp_path: Path) -> None:
+    content = "".join(json.dumps({"text": f"é{i}" * (i % 50)}) + "\n" for i in range(3000))
+    rows = _read(tmp_path / "x.jsonl", content)
+    assert rows[2999] == {"text": "é2999" * 49} and rows[0] == {"text": ""}
+    again = pickle.loads(pickle.dumps(rows))
+    assert list(again) == list(rows) and len(pickle.dumps(rows)) < 60_000  # offsets, no rows
+    _write(tmp_path / "x.jsonl", "\n" * len(content.encode()))
+    fresh = pickle.loads(pickle.dumps(rows))
+    with pytest.raises(UserError, match=r"x\.jsonl:8: the line is gone; the file was changed"):
+        fresh[7]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "culprit"),
     [
@@ -139,6 +165,8 @@ def test_parquet(tmp_path: Path) -> None:
         ("x.csv", 'a,b\n1,"2\n', r"x\.csv:\d: malformed CSV"),
         ("x.csv", "a,a\n1,2\n", r"x\.csv: header is \['a', 'a'\]"),
         ("x.csv", "a,b\n", r"x\.csv: holds no rows"),
+        ("x.csv", "a;b\n1;2\n", r"x\.csv: the header is one field, 'a;b'; is the .* ';'.*\(a,b\)"),
+        ("x.csv", "a\tb\n1\t2\n", r"separated by '\\t'"),
         ("x.csv", b"a,b\n1,\xff\n", r"x\.csv: not UTF-8 at byte 6 \(0xff\)"),
         ("x.tsv", "a\tb\n", r"unknown file type '\.tsv'; expected \.jsonl, \.json, \.csv"),
     ],
@@ -263,6 +291,68 @@ def test_template_arguments_of_a_row(tokenizer: Tokenizer) -> None:
     rows[0]["chat_template_kwargs"] = {"continue_final_message": True}
     with pytest.raises(UserError, match=r"mem \(row 0\).*continue_final_message"):
         _tokenize(rows, tokenizer)
+
+
+def test_alpaca_and_sharegpt_rows(tokenizer: Tokenizer) -> None:
+    rows = [
+        {"instruction": "What is it?", "input": "the fox", "output": "a dog"},
+        {"instruction": "Again?", "input": "", "output": "a fox", "system": "Be quick."},
+    ]
+    dataset = _tokenize(rows, tokenizer)
+    (one, trained), (two, _) = _texts(dataset, tokenizer)
+    assert one.startswith("<|bos|><|start|>user<|end|>\nWhat is it?\n\nthe fox<|eot|>")
+    assert two.startswith("<|bos|><|start|>system<|end|>\nBe quick.<|eot|><|start|>user")
+    assert trained == "a dog<|eot|>" and dataset.stats["format"] == "alpaca"
+    everything = _tokenize(rows, tokenizer, completion_only_loss=False)
+    assert _texts(everything, tokenizer)[0] == (one, one)
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "you"}]
+    dataset = _tokenize([{"conversations": turns}], tokenizer, assistant_only_loss=True)
+    assert (
+        _texts(dataset, tokenizer)[0][1] == "you<|eot|>" and dataset.stats["format"] == "sharegpt"
+    )
+
+
+def test_one_source_may_hold_texts_and_chats(tokenizer: Tokenizer) -> None:
+    """Each is encoded as its kind: a text gets the tokenizer's BOS, a chat its template's."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    rows = [
+        {"prompt": "What is", "completion": " the fox"},
+        {"prompt": turns[:1], "completion": turns[1:]},
+    ]
+    for order in (rows, rows[::-1]):
+        together = _texts(_tokenize(order, tokenizer), tokenizer)
+        assert together == [_texts(_tokenize([row], tokenizer), tokenizer)[0] for row in order]
+        assert all(whole.count("<|bos|>") == 1 for whole, _ in together)
+
+
+def test_chats_without_an_answer_are_a_warning(tokenizer: Tokenizer) -> None:
+    asked = {"role": "user", "content": "a"}
+    rows = [{"messages": [asked]}, {"messages": [asked, {"role": "assistant", "content": "b"}]}]
+    (warning,) = _tokenize(rows, tokenizer).stats["warnings"]
+    assert warning.startswith("1 of 2 chats hold no assistant message, and every token of them is")
+    assert "--assistant-only-loss" in warning
+
+
+def test_rows_beyond_all_measure_are_refused(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisft.chat.MAX_CHARS", 1000)
+    with pytest.raises(
+        UserError, match=r"mem \(row 1\): the text has 1,2\d\d characters; at most 1"
+    ):
+        _tokenize([{"text": "a"}, {"text": "b" * 1200}], tokenizer)
+    kept = _tokenize([{"text": "a"}, {"text": "b" * 1200}], tokenizer, skip_bad=True)
+    assert kept.stats["dropped"] == {"malformed": 1}
+
+
+def test_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"row {i} " * (i % 7) for i in range(40)]
+    spans = [(t, [(0, len(t) // 2)]) for t in texts]
+    at_once = encode_batch(tokenizer, texts, add_special_tokens=True)
+    covered = encode_spans(tokenizer, spans, add_special_tokens=True)
+    monkeypatch.setattr("minisft.tokenizer.PART_CHARS", 30)
+    assert encode_batch(tokenizer, texts, add_special_tokens=True) == at_once
+    assert encode_spans(tokenizer, spans, add_special_tokens=True) == covered
 
 
 def test_special_strings_in_messages_stay_text(tokenizer: Tokenizer) -> None:

@@ -100,6 +100,34 @@ def test_tools_and_template_arguments_travel() -> None:
     assert formats.read_messages({"messages": CHAT, "tools": []}).tools is None
 
 
+@pytest.mark.parametrize(
+    ("read", "row", "culprit"),
+    [
+        ("alpaca", {"instruction": "a", "output": None}, "output is null"),
+        ("alpaca", {"instruction": 3, "output": "a"}, "instruction is a number"),
+        ("alpaca", {"instruction": "a", "input": ["x"], "output": "a"}, "input is a list"),
+        ("alpaca", {"instruction": "a"}, "'output' is missing"),
+        ("sharegpt", {"conversations": []}, "conversations is an empty list"),
+        ("sharegpt", {"messages": CHAT}, "'conversations' is missing"),
+        (
+            "sharegpt",
+            {"system": "s", "conversations": [{"from": "system", "value": "t"}]},
+            "a system column and a system message",
+        ),
+    ],
+)
+def test_alpaca_and_sharegpt_rows_name_the_culprit(read: str, row: dict, culprit: str) -> None:
+    with pytest.raises(UserError, match=culprit):
+        getattr(formats, f"read_{read}")(row)
+
+
+def test_a_system_column_comes_first() -> None:
+    asked = [{"from": "human", "value": "q"}]
+    example = formats.read_sharegpt({"conversations": asked, "system": "s"})
+    assert [m["role"] for m in example.completion if isinstance(m, dict)] == ["system", "user"]
+    assert formats.read_sharegpt({"conversations": asked, "system": ""}).completion[0] == CHAT[0]
+
+
 def test_tool_calls_need_no_content() -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function"}], "content": None}
     example = formats.read_messages({"messages": [CHAT[0], call]})
