@@ -221,7 +221,7 @@ def model_card(facts: dict[str, Any]) -> str:
     tables = {"run": run} | {k: v for k, v in facts.items() if isinstance(v, dict)}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-        f"# LoRA adapter for {base}\n",
+        f"# LoRA adapter for {' '.join(str(base).split())}\n",
         "Trained by supervised fine-tuning with minisft.\n",
         _FOUR_BIT_USE if facts.get("config", {}).get("load_in_4bit") else _USE,
     ]

@@ -208,9 +208,11 @@ def _check_growth(name: str, values: tuple[Any, ...]) -> None:
     elif name in ("indent", "expandtabs", "wordwrap", "tojson") and numbers:
         lines = texts[0].count("\n") + texts[0].count("\t") + 1 if texts else 1000
         _check_length(lines * max(numbers))
-    elif name in ("indent", "wordwrap") and len(texts) > 1:
+    elif name == "translate":
+        raise SecurityError("it translates a string by a table of its own")
+    if name in ("indent", "wordwrap") and len(texts) > 1:
         _check_length(len(texts[0]) * max(len(text) for text in texts[1:]))
-    elif (
+    if (
         name in ("format", "format_map")
         and isinstance(value, str)
         and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value))

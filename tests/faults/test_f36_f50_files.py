@@ -16,6 +16,7 @@ import torch
 from runs import ROOT, call, flags, pairs, read, train, tree, write_model, write_rows
 from safetensors.torch import load_file, save_file
 
+from minisft import chat
 from minisft.config import UserError
 from minisft.safetensors_io import read_header
 
@@ -262,6 +263,8 @@ def test_f42_settings_that_contradict_each_other_are_refused(place, kind):
 
 # -------------------------------------------------------------------------------------- security
 
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+
 
 class Canary:
     """Unpickling it makes a file."""
@@ -304,8 +307,12 @@ def test_f43_pickles_are_never_read(place):
     outcome = call("train", argv(place, output_dir=place / "other"))
     assert outcome.code == 2 and "is a pickle, which is never read" in outcome.err
     (place / "out" / "adapter_model.safetensors").unlink()
-    asked = call("generate", ["--adapter", str(place / "out"), "--prompt", "a"])
+    asked = ask(place / "out")
     assert asked.code == 2 and "adapter_model" in asked.err and not canary.exists()
+
+
+def ask(adapter):
+    return call("generate", flags(adapter=adapter, prompt="a", max_new_tokens=2))
 
 
 def base(place):
@@ -350,47 +357,75 @@ TEMPLATES = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals": "{{ raise_exception.__globals__['os'].mkdir('CANARY') }}",
     "init": "{{ cycler.__init__.__globals__.os.mkdir('CANARY') }}",
-    "attr_filter": "{{ ''|attr('__class__')|attr('__mro__') }}",
     "format": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
     "namespace": "{% set ns = namespace() %}{{ ns.__init__.__globals__ }}",
     "mutation": "{{ messages.append(1) }}{{ messages.clear() }}",
     "self": "{{ self._TemplateReference__context.environment }}",
-    "lipsum": "{{ lipsum.__globals__ }}",
     # 46: time and memory
     "range": "{% for i in range(1000000000) %}{% endfor %}",
     "nested": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
     "repeat": "{{ 'a' * 100000000 }}",
-    "doubling": "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-    "join": "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "doubling": "{% set ns = namespace(a='aa') %}{% for i in range(99) %}"
+    "{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "joining": "{% set ns = namespace(a='aa') %}{% for i in range(99) %}"
+    "{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "products": "{% set ns = namespace(a=7) %}{% for i in range(40) %}"
+    "{% set ns.a = ns.a * ns.a %}{% endfor %}",
     "pad": "{{ '%1000000000d' % 1 }}",
     "center": "{{ 'a'.center(1000000000) }}",
     "replace": "{{ ('a' * 9000000).replace('a', 'a' * 9000000) }}",
-    "join_list": "{{ ('a' * 9000000).join(messages * 1000) }}",
+    "join_list": "{{ ('a' * 9000000).join(['b'] * 1000) }}",
+    "translate": "{{ ('a' * 9000000).translate({97: 'a' * 9000000}) }}",
+    "expandtabs": "{{ ('\t' * 1000).expandtabs(10000000) }}",
+    "format_width": "{{ '{:1000000000}'.format(1) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "filter_center": "{{ 'a' | center(1000000000) }}",
     "filter_indent": "{{ ('\\n' * 5000000) | indent(1000) }}",
-    "list_filter": "{{ range(99999) | list | length }}{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+    "filter_replace": "{{ ('a' * 9000000) | replace('a', 'a' * 9000000) }}",
+    "filter_join": "{{ (['a'] * 9000000) | join('a' * 9000000) }}",
+    "filter_batch": "{{ [1] | batch(1000000000, 'x') | list }}",
+    "filter_wrap": "{{ ('a ' * 4000000) | wordwrap(1, wrapstring='b' * 9000000) }}",
+    "filter_json": "{{ [[[1]]] | tojson(indent=100000000) }}",
+    "filter_list": "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+    "split": "{% for i in range(1000) %}{% set x = ('a ' * 4000000).split(' ') %}{% endfor %}",
     # 47: the disk
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import '/etc/passwd' as x %}",
     "extends": "{% extends '/etc/passwd' %}",
 }
+# Attributes that the sandbox answers with nothing.
+BLANK = {
+    "attr_filter": "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+    "lipsum": "{{ lipsum.__globals__ }}",
+}
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_f45_f46_f47_hostile_templates_are_refused_in_bounded_time(place, kind, monkeypatch):
-    monkeypatch.chdir(place)
-    template = TEMPLATES[kind] + "{{ messages[0]['content'] }}"
-    edit(place / "model" / "tokenizer_config.json", chat_template=template)
-    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
-    write_rows(place / "rows.jsonl", [{"messages": chat}])
-    started = time.perf_counter()
+def test_f45_f46_f47_a_hostile_template_is_refused_in_bounded_time(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)  # ten, for whoever waits
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(place, "chat template")
-    assert time.perf_counter() - started < 30
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"^chat template"):
+        chat.render(TEMPLATES[kind], CHAT, special_tokens={})
+    assert time.perf_counter() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", BLANK)
+def test_f45_what_a_template_may_not_see_is_blank(kind):
+    assert chat.render(f"<{BLANK[kind]}>", CHAT, special_tokens={}) == "<>"
+
+
+@pytest.mark.parametrize("kind", ["globals", "nested", "include"])
+def test_f45_f46_f47_a_run_with_such_a_template_ends_with_its_reason(place, kind, monkeypatch):
+    monkeypatch.chdir(place)
+    edit(place / "model" / "tokenizer_config.json", chat_template=TEMPLATES[kind])
+    write_rows(place / "rows.jsonl", [{"messages": CHAT}])
+    refused(place, "chat template")
     assert not (place / "CANARY").exists()
 
 
@@ -400,17 +435,13 @@ def test_f48_auto_map_is_ignored_and_told(place, monkeypatch):
         (place / "model" / name).write_text(code)
     auto = {"AutoModelForCausalLM": "modeling_evil.A", "AutoConfig": "configuration_evil.A"}
     edit(place / "model" / "config.json", auto_map=auto, trust_remote_code=True)
-    edit(
-        place / "model" / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["tokenization_evil.A", None]},
-    )
+    tokenizer = {"AutoTokenizer": ["tokenization_evil.A", None]}
+    edit(place / "model" / "tokenizer_config.json", auto_map=tokenizer)
     monkeypatch.chdir(place)
     outcome = call("train", argv(place))
     assert outcome.code == 0, outcome.err
-    warnings = [line for line in outcome.out.splitlines() if "auto_map" in line]
-    assert len(warnings) == 2 and all(
-        "no code that comes with a model is run" in w for w in warnings
-    )
+    warnings = [line for line in outcome.out.splitlines() if "has an auto_map" in line]
+    assert len(warnings) == 2 and "no code that comes with a model is run" in warnings[0]
     assert not (place / "CANARY").exists()
     assert "auto_map" not in (place / "out" / "tokenizer_config.json").read_text()
 
@@ -449,14 +480,7 @@ HEADERS = {
     "a_list": header([1]),
     "no_json": header(b"{'a': 1}"),
     "not_utf8": header(b'{"\xff": 1}'),
-    "twice": header(
-        b'{"a":'
-        + json.dumps(tensor(0, 16)).encode()
-        + b',"a":'
-        + json.dumps(tensor(0, 16)).encode()
-        + b"}",
-        bytes(16),
-    ),
+    "twice": header(b'{"a":%b,"a":%b}' % ((json.dumps(tensor(0, 16)).encode(),) * 2), bytes(16)),
     "deep": header(b"[" * 100_000),
     "digits": header(b'{"a": ' + b"9" * 5000 + b"}"),
     "empty": b"",
@@ -469,7 +493,7 @@ def test_f49_a_header_that_lies_is_refused(tmp_path, kind):
     path = tmp_path / "model.safetensors"
     path.write_bytes(HEADERS[kind])
     started = time.perf_counter()
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=re.escape(str(path))):
         read_header(path)
     assert time.perf_counter() - started < 2
 
@@ -501,25 +525,20 @@ def test_f50_names_that_a_shell_or_a_card_would_read_are_quoted(place, name, mon
     out = Path(f"./out {name}")
     outcome = call("train", argv(place, model=f"./{name}", output_dir=out))
     assert outcome.code == 0, outcome.err
-    command = outcome.out[outcome.out.index("try it: ") + len("try it: ") :]
-    words = shlex.split(command)
-    assert words[words.index("--model") + 1] == f"./{name}"
-    assert words[words.index("--adapter") + 1] == str(out)
+    parts = re.split(r"(?m)^(try it|chat|transformers|vLLM|merge): ", outcome.out)
+    printed = dict(zip(parts[1::2], parts[2::2], strict=True))
+    words = {kind: shlex.split(text) for kind, text in printed.items()}
+    for kind in ("try it", "chat", "merge"):
+        assert words[kind][words[kind].index("--adapter") + 1] == str(out)
+    assert words["vLLM"][2] == f"./{name}"
+    assert len(words["transformers"]) == 3 and repr(str(out)) in words["transformers"][2]
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == f"./{name}" and set(front) <= {
-        "base_model",
-        "library_name",
-        "pipeline_tag",
-        "tags",
-    }
+    assert front["base_model"] == f"./{name}"
+    assert set(front) == {"base_model", "library_name", "pipeline_tag", "tags"}
     assert not [line for line in card.split("---\n", 2)[2].splitlines() if line in ("# d", "b: c")]
-    assert {p.name for p in place.iterdir()} == {
-        "model",
-        "rows.jsonl",
-        directory.name.split("/")[-1],
-        out.name,
-    }
+    names = {"model", "rows.jsonl", directory.name, out.name}
+    assert {p.name for p in place.iterdir()} == names
 
 
 # -------------------------------------------------------------------------------------- the matrix
