@@ -530,11 +530,11 @@ def test_f50_names_that_a_shell_or_a_card_would_read_are_quoted(place, name, mon
     words = {kind: shlex.split(text) for kind, text in printed.items()}
     for kind in ("try it", "chat", "merge"):
         assert words[kind][words[kind].index("--adapter") + 1] == str(out)
-    assert words["vLLM"][2] == f"./{name}"
+    assert words["vLLM"][2] == str(place / name)
     assert len(words["transformers"]) == 3 and repr(str(out)) in words["transformers"][2]
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == f"./{name}"
+    assert front["base_model"] == str(place / name)
     assert set(front) == {"base_model", "library_name", "pipeline_tag", "tags"}
     assert not [line for line in card.split("---\n", 2)[2].splitlines() if line in ("# d", "b: c")]
     names = {"model", "rows.jsonl", directory.name, out.name}
