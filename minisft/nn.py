@@ -37,6 +37,7 @@ from kernels.nf4 import (
     side_by_side,
 )
 from kernels.nf4.reference import CODES, NESTED_BLOCK
+from kernels.nf4_lora_linear import nf4_lora_linear
 from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from kernels.rope import rope_, rope_backward
 from kernels.swiglu import swiglu as swiglu_kernel
@@ -92,36 +93,24 @@ def linear(x_TI: Tensor, module: Linear, adapter: Adapter) -> Tensor:
 
     x_TI: compute dtype; weights and fp32 masters are cast to it. Returns [T, O] in x's dtype.
     """
-    y_TO = frozen_linear(x_TI, module.weight, module.bias)
     if module.lora is None:
-        return y_TO
+        return frozen_linear(x_TI, module.weight, module.bias)
     A_RI, B_OR, key = module.lora
+    A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+    if isinstance(module.weight, NF4Weight) and adapter.keys_T is None:
+        bias = None if module.bias is None else module.bias.to(x_TI.dtype)
+        return nf4_lora_linear(x_TI, module.weight, bias, A_RI, B_OR, adapter.scaling)
+    y_TO = frozen_linear(x_TI, module.weight, module.bias)
     x_TI = x_TI if adapter.keys_T is None else dropout(x_TI, adapter.keys_T, key, adapter.dropout)
-    u_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))
-    return y_TO + F.linear(u_TR, B_OR.to(x_TI.dtype)) * adapter.scaling
+    return y_TO + F.linear(F.linear(x_TI, A_RI), B_OR) * adapter.scaling
 
 
 def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:
     """x W^T + b in x's dtype. A 4-bit W gets no gradient; it is decoded anew where it is needed."""
     bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
     if isinstance(weight, NF4Weight):
-        return _FourBitLinear.apply(x_TI, weight, bias_O)  # pyright: ignore[reportReturnType]
+        return nf4_lora_linear(x_TI, weight, bias_O)
     return F.linear(x_TI, weight.to(x_TI.dtype), bias_O)
-
-
-class _FourBitLinear(torch.autograd.Function):
-    """Neither pass keeps the decoded matrix; what is kept is the 4-bit one, which stays anyway."""
-
-    @staticmethod
-    def forward(ctx, x_TI: Tensor, weight: NF4Weight, bias_O: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x_TI, dequantize(weight, x_TI.dtype), bias_O)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy_TO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx_TI = dy_TO @ dequantize(ctx.weight, dy_TO.dtype) if ctx.needs_input_grad[0] else None
-        return dx_TI, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def dropout(x_TI: Tensor, keys_T: Tensor, module_key: int, rate: float) -> Tensor:

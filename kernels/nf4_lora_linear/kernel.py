@@ -1,0 +1,250 @@
+"""Triton: for few rows, a product that decodes the weight in registers and never writes it out.
+
+Such a product is bound by the bytes of the weight, half a byte each. It is cut along the sum too,
+so that small matrices fill the chip; a second launch adds the parts in order, with LoRA and bias.
+The rows of A (forward), or the columns of B (backward), are further programs of the first launch,
+so that u = x A^T, or t = dy B, comes along.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scale(
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, block, ok,
+    NESTED: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
+    absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax_ptr + block // 256, mask=ok, other=0.0)
+        at = block // 256 if OFFSETS else block * 0
+        offset = tl.load(nested_offset_ptr + at, mask=ok, other=0.0)
+        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
+    return absmax
+
+
+@triton.jit
+def forward_parts_kernel(
+    x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
+    nested_offset_ptr, a_ptr, parts_ptr, M, O, x_stride, k_per_split,
+    I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; rows from O on are A's."""
+    BLOCK_K: tl.constexpr = 64  # one block of the quantisation
+    blocks = tl.cdiv(O, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    first = split * k_per_split
+    last = tl.minimum(first + k_per_split, I)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    dtype = x_ptr.dtype.element_ty
+    k = tl.arange(0, BLOCK_K)
+    if tl.program_id(0) < blocks:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ok = n < O
+        half = tl.arange(0, BLOCK_K // 2)
+        row = n.to(tl.int64) * I
+        for start in range(first, last, BLOCK_K):
+            at = packed_ptr + (row[:, None] + start) // 2 + half[None, :]
+            byte = tl.load(at, mask=ok[:, None], other=0).to(tl.int32)  # [BLOCK_N, BLOCK_K / 2]
+            scale = _scale(
+                absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+                (row + start) // BLOCK_K, ok, NESTED, OFFSETS,
+            )  # fmt: skip
+            high = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
+            low = tl.load(code_ptr + (byte & 15)) * scale[:, None]
+            w = tl.interleave(high.to(dtype), low.to(dtype))  # [BLOCK_N, BLOCK_K]
+            x = tl.load(
+                x_ptr + m[:, None] * x_stride + start + k[None, :],
+                mask=(m < M)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+        rows = n
+        keep = ok
+    else:
+        r = tl.arange(0, BLOCK_N) + (tl.program_id(0) - blocks) * BLOCK_N
+        for start in range(first, last, BLOCK_K):
+            a = tl.load(
+                a_ptr + r[:, None] * I + start + k[None, :], mask=(r < R)[:, None], other=0.0
+            )
+            x = tl.load(
+                x_ptr + m[:, None] * x_stride + start + k[None, :],
+                mask=(m < M)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(a, tl.trans(x), total, input_precision="ieee")
+        rows = O + r
+        keep = r < R
+    at = (split * (O + R) + rows)[:, None].to(tl.int64) * M + m[None, :]
+    tl.store(parts_ptr + at, total, mask=keep[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def backward_parts_kernel(
+    dy_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
+    nested_offset_ptr, b_ptr, parts_ptr, M, O, dy_stride, o_per_split,
+    I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; rows from I on are B's."""
+    BLOCK_I: tl.constexpr = 64  # one block of the quantisation
+    blocks: tl.constexpr = I // BLOCK_I
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    first = split * o_per_split
+    last = tl.minimum(first + o_per_split, O)
+    total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    dtype = dy_ptr.dtype.element_ty
+    if tl.program_id(0) < blocks:
+        column = tl.program_id(0) * BLOCK_I
+        half = tl.arange(0, BLOCK_I // 2)
+        for start in range(first, last, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            ok = o < last
+            row = o.to(tl.int64) * I + column
+            byte = tl.load(
+                packed_ptr + row[:, None] // 2 + half[None, :], mask=ok[:, None], other=0
+            ).to(tl.int32)
+            scale = _scale(
+                absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+                row // BLOCK_I, ok, NESTED, OFFSETS,
+            )  # fmt: skip
+            high = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
+            low = tl.load(code_ptr + (byte & 15)) * scale[:, None]
+            w = tl.interleave(high.to(dtype), low.to(dtype))  # [BLOCK_O, BLOCK_I]
+            dy = tl.load(
+                dy_ptr + m[:, None] * dy_stride + o[None, :],
+                mask=(m < M)[:, None] & ok[None, :],
+                other=0.0,
+            )
+            total = tl.dot(dy, w, total, input_precision="ieee")
+        rows = column + tl.arange(0, BLOCK_I)
+        keep = rows < I
+    else:
+        r = tl.arange(0, BLOCK_I) + (tl.program_id(0) - blocks) * BLOCK_I
+        for start in range(first, last, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            ok = o < last
+            b = tl.load(
+                b_ptr + o[:, None] * R + r[None, :], mask=ok[:, None] & (r < R)[None, :], other=0.0
+            )
+            dy = tl.load(
+                dy_ptr + m[:, None] * dy_stride + o[None, :],
+                mask=(m < M)[:, None] & ok[None, :],
+                other=0.0,
+            )
+            total = tl.dot(dy, b, total, input_precision="ieee")
+        rows = I + r
+        keep = r < R
+    at = (split * (I + R) + rows)[None, :].to(tl.int64) * M + m[:, None]
+    tl.store(parts_ptr + at, total, mask=keep[None, :] & (m < M)[:, None])
+
+
+@triton.jit
+def add_parts_kernel(
+    parts_ptr, lora_ptr, lora_stride_n, lora_stride_r, bias_ptr, out_ptr, low_ptr, M, N, scaling,
+    SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum of parts + scaling * low @ lora^T + bias; low (u or t) [M, R] is written."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    ok = (n < N)[:, None] & (m < M)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for split in range(SPLITS):
+        at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
+        total += tl.load(parts_ptr + at, mask=ok, other=0.0)
+    dtype = out_ptr.dtype.element_ty
+    if R > 0:
+        r = tl.arange(0, RP)
+        low_ok = (r < R)[:, None] & (m < M)[None, :]
+        low = tl.zeros((RP, BLOCK_M), tl.float32)
+        for split in range(SPLITS):
+            at = (split * (N + R) + N + r)[:, None].to(tl.int64) * M + m[None, :]
+            low += tl.load(parts_ptr + at, mask=low_ok, other=0.0)
+        low = low.to(dtype)
+        if tl.program_id(0) == 0:
+            tl.store(low_ptr + m[None, :] * R + r[:, None], low, mask=low_ok)
+        lora = tl.load(
+            lora_ptr + n[:, None] * lora_stride_n + r[None, :] * lora_stride_r,
+            mask=(n < N)[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        total += scaling * tl.dot(lora, low, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + m[None, :] * N + n[:, None], total.to(dtype), mask=ok)
+
+
+def fits(weight, rows: int) -> bool:
+    """Whether the fused product covers it: whole blocks of 64 in a row, at most 64 rows."""
+    return weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < rows <= 64
+
+
+def _quantised(weight):
+    nested, dummy = weight.nested_absmax is not None, weight.code
+    pointers = (
+        weight.packed, weight.absmax, weight.code,
+        weight.nested_absmax if nested else dummy, weight.nested_code if nested else dummy,
+        weight.nested_offset if nested else dummy,
+    )  # fmt: skip
+    return pointers, {"NESTED": nested, "OFFSETS": nested and weight.nested_offset.dim() == 1}
+
+
+def _splits(programs: int, steps: int) -> int:
+    """Parts of the sum: about four programs for each of the chip's 132 processors."""
+    return max(1, min(16, 528 // programs, steps))
+
+
+def fused_forward(x, weight, bias, A, B, scaling):
+    """(y, u or None) for at most 64 rows."""
+    M, (O, I), R = x.shape[0], weight.shape, 0 if A is None else A.shape[0]
+    block_m, block_n = max(16, triton.next_power_of_2(M)), 64
+    tiles = triton.cdiv(O, block_n)
+    splits = _splits(tiles, I // 64)
+    per_split = triton.cdiv(I // 64, splits) * 64
+    splits = triton.cdiv(I, per_split)
+    parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
+    pointers, flags = _quantised(weight)
+    forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
+        x, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
+        I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return _add_parts(parts, B, (1, 1) if B is None else B.stride(), bias, x, M, O, R, scaling)
+
+
+def fused_backward(dy, weight, A, B, scaling):
+    """(dx, t = dy B or None) for at most 64 rows."""
+    M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
+    block_m, block_o = max(16, triton.next_power_of_2(M)), 64
+    tiles = I // 64
+    splits = _splits(tiles, triton.cdiv(O, block_o))
+    per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
+    splits = triton.cdiv(O, per_split)
+    parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
+    pointers, flags = _quantised(weight)
+    backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
+        dy, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
+        I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_O=block_o, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    strides = (1, 1) if A is None else (A.stride(1), A.stride(0))
+    return _add_parts(parts, A, strides, None, dy, M, I, R, scaling)
+
+
+def _add_parts(parts, lora, strides, bias, like, M, N, R, scaling):
+    out = torch.empty((M, N), dtype=like.dtype, device=like.device)
+    low = torch.empty((M, R), dtype=like.dtype, device=like.device) if R else None
+    block_m = max(16, triton.next_power_of_2(M))
+    add_parts_kernel[(triton.cdiv(N, 32),)](
+        parts, out if lora is None else lora, *strides, out if bias is None else bias, out,
+        out if low is None else low, M, N, scaling,
+        SPLITS=parts.shape[0], R=R, RP=max(16, triton.next_power_of_2(max(1, R))),
+        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=32, num_warps=4,
+    )  # fmt: skip
+    return out, low
