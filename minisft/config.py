@@ -476,6 +476,13 @@ class TrainConfig:
     constant_with_warmup, inverse_sqrt or warmup_stable_decay."""
     lr_scheduler_kwargs: tuple[str, ...] = ()
     """More of the schedule, e.g. `num_cycles=2` or `min_lr=1e-5`, under transformers' names."""
+    loss_type: str = "nll"
+    """nll, or dft: each token's loss weighted by its probability (arXiv:2508.05629)."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+    neftune_noise_alpha: float = 0.0
+    """Uniform noise of up to alpha / sqrt(tokens of the document * hidden size) on the embeddings
+    in training (arXiv:2310.05914)."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 measures without clipping."""
     adam_beta1: float = 0.9
@@ -568,6 +575,7 @@ class TrainConfig:
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
             "optim": OPTIMIZERS,
+            "loss_type": ("nll", "dft"),
             "dataset_format": DATASET_FORMATS,
             "overlong": (None, "truncate", "drop", "split", "error"),
             "lr_scheduler_type": tuple(SCHEDULES),
@@ -606,7 +614,8 @@ class TrainConfig:
             "eval_generate": 0, "eval_steps": 0, "max_memory_gib": 0,
             "micro_batch_tokens": 0, "embedding_learning_rate": 0,
             "loraplus_lr_ratio": 0, "per_device_eval_batch_size": 0, "early_stopping_patience": 0,
-            "early_stopping_threshold": 0, "preview": 0, "dataset_num_proc": 1,
+            "early_stopping_threshold": 0, "label_smoothing": 0, "neftune_noise_alpha": 0,
+            "preview": 0, "dataset_num_proc": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -614,7 +623,7 @@ class TrainConfig:
                 continue
             if not value >= least or not math.isfinite(value):
                 raise UserError(f"{flag(name)} is {value}; expected at least {least}")
-        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; expected below 1")
         if not self.lora_alpha > 0 or not math.isfinite(self.lora_alpha):
@@ -685,6 +694,8 @@ class TrainConfig:
             idle += [(n, "report_to none", "name a logger there") for n in names]
         if not self.eval_dataset:
             idle.append(("per_device_eval_batch_size", "eval_dataset ''", "give eval rows"))
+        if self.loss_type == "dft":
+            idle.append(("label_smoothing", "loss_type dft", "drop one"))
         if self.lr_scheduler_type == "constant":
             remedy = "take constant_with_warmup"
             idle.append(("warmup_steps", "lr_scheduler_type constant", remedy))

@@ -120,6 +120,10 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
     """Why the hand-written pass does not cover this run ("" where it does)."""
     if compute.lora_dropout:
         return "LoRA dropout"
+    if compute.loss_type != "nll" or compute.label_smoothing:
+        return "a loss other than plain nll"
+    if compute.neftune_alpha:
+        return "NEFTune noise"
     head_dim = compute.model.head_dim
     if trainable.buffer.is_cuda and (head_dim < 32 or head_dim & (head_dim - 1)):
         return f"head_dim {head_dim}, which is no power of two from 32 up"

@@ -36,6 +36,7 @@ from minisft.nn import (
     rms_norm,
     rope_table,
     swiglu,
+    uniform,
 )
 
 Weights = Mapping[str, Tensor | NF4Weight]
@@ -51,6 +52,9 @@ class Compute:
     lora_scaling: float = 1.0
     lora_dropout: float = 0.0  # 0 outside training
     checkpoint_blocks: bool = False
+    loss_type: str = "nll"
+    label_smoothing: float = 0.0
+    neftune_alpha: float = 0.0  # noise on the embeddings, where tokens carry dropout keys
 
 
 class Layer(NamedTuple):
@@ -169,6 +173,8 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
         return packed_attention(q, k, v, documents)
 
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
+    if compute.neftune_alpha and tokens.dropout_keys_T is not None:
+        x_TD = x_TD + embedding_noise(tokens, x_TD, compute.neftune_alpha)
     for i in range(cfg.num_hidden_layers):
         layer = layer_view(trainable, frozen, i)
         if compute.checkpoint_blocks and torch.is_grad_enabled():
@@ -184,6 +190,19 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
 def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of the embedding matrix, [T, D] in dtype."""
     return F.embedding(input_ids_T, leaf(trainable, frozen, "model.embed_tokens.weight")).to(dtype)
+
+
+def embedding_noise(tokens: Tokens, x_TD: Tensor, alpha: float) -> Tensor:
+    """NEFTune's noise, uniform in ±alpha / sqrt(tokens of the document * D), like x.
+
+    A function of the tokens' dropout keys alone, as dropout is.
+    """
+    assert tokens.dropout_keys_T is not None
+    uniform_TD = uniform(tokens.dropout_keys_T, module_key("neftune"), x_TD.shape[1])
+    lengths = torch.tensor(tokens.documents.lengths, device=x_TD.device)
+    per_token = lengths.repeat_interleave(lengths, output_size=x_TD.shape[0])
+    bound_T1 = alpha / (per_token * x_TD.shape[1]).float().sqrt().unsqueeze(1)
+    return ((2 * uniform_TD - 1) * bound_T1).to(x_TD.dtype)
 
 
 def head_weight(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minisft.batches import MicroBatch
 from minisft.llama import Compute, Weights, head_weight, hidden_states
@@ -16,14 +17,44 @@ from minisft.nn import linear_cross_entropy
 
 
 def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Compute) -> Tensor:
-    """Sum of -log p(target) over the micro-batch's targets, in nats, [] float32.
+    """Sum of the loss over the micro-batch's targets, in nats, [] float32: -log p(target) by nll.
 
     Only hidden states that predict something go through the head; logits never exist as a whole.
     A micro-batch without targets is exactly 0.
     """
     h_TD = hidden_states(trainable, frozen, batch.tokens, compute)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    return linear_cross_entropy(h_TD[batch.target_rows_M], head_VD, batch.targets_M)
+    h_MD = h_TD[batch.target_rows_M]
+    if compute.loss_type == "nll" and not compute.label_smoothing:
+        return linear_cross_entropy(h_MD, head_VD, batch.targets_M)
+    total = h_MD.new_zeros((), dtype=torch.float32)
+    chunk = rows_of_logits(head_VD)
+    for h_CD, targets_C in zip(h_MD.split(chunk), batch.targets_M.split(chunk), strict=True):
+        total = total + checkpoint(  # a chunk's logits are made again in the backward pass
+            variant_sum, h_CD, head_VD, targets_C, compute.loss_type, compute.label_smoothing,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+    return total
+
+
+def variant_sum(
+    h_CD: Tensor, head_VD: Tensor, targets_C: Tensor, loss_type: str, smoothing: float
+) -> Tensor:
+    """Summed loss of one chunk of rows, [] float32.
+
+    Smoothing: (1 - s) of -log p(target), s of the mean of -log p over the vocabulary. dft: -log p
+    times p, through which no gradient flows.
+    """
+    log_p_CV = (h_CD @ head_VD.T).float().log_softmax(1)
+    log_p_C = log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
+    if loss_type == "dft":
+        return -(log_p_C * log_p_C.detach().exp()).sum()
+    return -((1 - smoothing) * log_p_C + smoothing * log_p_CV.mean(1)).sum()
+
+
+def rows_of_logits(head_VD: Tensor) -> int:
+    """How many rows of float32 logits are about 256 MiB."""
+    return max(64, min(4096, 2**26 // head_VD.shape[0]))
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +76,7 @@ def evaluation(
     """
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    chunk = max(64, min(4096, 2**26 // head_VD.shape[0]))
+    chunk = rows_of_logits(head_VD)
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:

@@ -84,6 +84,9 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         dtype=dtype,
         lora_scaling=lora.scaling if lora else 1.0,
         lora_dropout=lora.lora_dropout if lora else 0.0,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        neftune_alpha=config.neftune_noise_alpha,
         checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
     )
     state = State(

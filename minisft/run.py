@@ -70,6 +70,7 @@ _FIXED_ON_RESUME = (
     "dtype", "load_in_4bit", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora",
     "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+    "loss_type", "label_smoothing", "neftune_noise_alpha",
 )  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def plan_steps(
         max_tokens=choice.tokens,
         device=torch.device("cpu") if choice.explicit else device,
         ahead=device.type == "cuda" and collator is None,
-        dropout=config.lora_dropout > 0 and not config.full_finetuning,
+        dropout=config.lora_dropout > 0 or config.neftune_noise_alpha > 0,
         collator=collator,
     )
     epochs = math.ceil(config.num_train_epochs * schedule.steps_per_epoch)

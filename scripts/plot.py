@@ -117,7 +117,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if field in ("tokens_per_second", "peak_memory_gib"):
-            axis.set_ylim(bottom=0)
+            highest = max(
+                (v for lines in runs.values() for v in series(lines, field)[1]), default=1
+            )
+            axis.set_ylim(0, 1.08 * highest)
         if not any(series(lines, field)[0] for lines in runs.values()):
             axis.text(0.5, 0.5, "nothing logged", ha="center", transform=axis.transAxes)
     axes = figure.axes

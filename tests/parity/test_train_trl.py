@@ -177,6 +177,18 @@ def test_full_finetuning_equals_sft_trainer(llama_directory, tmp_path, monkeypat
     assert want.rows == dealt
 
 
+def test_dft_loss_equals_sft_trainer(llama_directory, tmp_path, monkeypatch):
+    """Each token's loss weighted by its probability; accumulation as for nll."""
+    rows = token_rows(15)
+    settings = SETTINGS | {"loss_type": "dft"}
+    want = theirs(llama_directory, rows, tmp_path / "trl", **settings)
+    got = ours(
+        llama_directory, rows, tmp_path / "minisft", monkeypatch, full_finetuning=True, **settings
+    )
+    assert_equal_runs(got, want)
+    assert want.log[0]["loss"] < 1
+
+
 def test_lora_with_packing_equals_sft_trainer(llama_directory, tmp_path, monkeypatch):
     """From one adapter, whose B is not zero so that A moves from the first step."""
     rows = token_rows(60)
