@@ -32,11 +32,11 @@ from minisft.nn import (
     NF4Weight,
     apply_rope,
     linear,
+    mix64,
     packed_attention,
     rms_norm,
     rope_table,
     swiglu,
-    uniform,
 )
 
 Weights = Mapping[str, Tensor | NF4Weight]
@@ -198,7 +198,9 @@ def embedding_noise(tokens: Tokens, x_TD: Tensor, alpha: float) -> Tensor:
     A function of the tokens' dropout keys alone, as dropout is.
     """
     assert tokens.dropout_keys_T is not None
-    uniform_TD = uniform(tokens.dropout_keys_T, module_key("neftune"), x_TD.shape[1])
+    keys_T1 = (tokens.dropout_keys_T + module_key("neftune")).unsqueeze(1)
+    columns_D = torch.arange(x_TD.shape[1], device=x_TD.device) * 0x1E3779B97F4A7C15
+    uniform_TD = ((mix64(keys_T1 + columns_D) >> 40) & 0xFFFFFF).float() / 2**24
     lengths = torch.tensor(tokens.documents.lengths, device=x_TD.device)
     per_token = lengths.repeat_interleave(lengths, output_size=x_TD.shape[0])
     bound_T1 = alpha / (per_token * x_TD.shape[1]).float().sqrt().unsqueeze(1)
