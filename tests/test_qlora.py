@@ -29,6 +29,7 @@ from minisft.config import TrainConfig, UserError, parse_model_config
 from minisft.export import save_shards
 from minisft.model import load_model
 from minisft.nn import NF4Weight, dequantize, frozen_linear, quantize
+from minisft.quant_state import to_tensors
 
 STEPS = 4
 
@@ -219,6 +220,32 @@ def test_the_same_run_by_another_way(how, base, copy, done, rows, tmp_path):
     out = run(settings.pop("base"), rows, tmp_path / "out", **settings)
     assert same(adapter(out), adapter(done))
     assert [m["loss"] for m in metrics(out)] == [m["loss"] for m in metrics(done)]
+
+
+MIXED = {
+    "no q_proj, no gate_proj": lambda n: None if "q_proj" in n or "gate_proj" in n else {},
+    "one layer": lambda n: None if "layers.0." in n else {},
+    "kinds side by side": lambda n: (
+        {"quant_type": "fp4", "blocksize": 128} if "k_proj" in n else {"double_quant": "up" in n}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_both_passes_train_through_what_a_checkpoint_keeps_in_4_bits(kind, rows, tmp_path):
+    """Whole rows of scales in each matrix, so that the explicit pass joins those that it can."""
+    model = write_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    tensors = load_file(model / "model.safetensors")
+    linears = parse_model_config(read(model / "config.json")).linear_paths()
+    for name in [f"{path}.weight" for path in linears]:
+        if (settings := MIXED[kind](name)) is not None:
+            tensors |= to_tensors(name, quantize(tensors[name], **settings), torch.float32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    losses = []
+    for step_impl in ("explicit", "autograd"):
+        out = run(model, rows, tmp_path / step_impl, step_impl=step_impl, lora_dropout=0.0)
+        losses.append([m["loss"] for m in metrics(out) if "loss" in m])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
 
 
 def test_16_bits_are_another_run(base, done, rows, tmp_path):
