@@ -12,7 +12,7 @@ from minisft.batches import Schedule, source_shares
 from minisft.config import TrainConfig
 from minisft.lora import trainable_shapes
 from minisft.memory import estimate
-from minisft.model import resolve_device, resolve_dtype
+from minisft.model import open_base, resolve_device, resolve_dtype
 from minisft.outputs import plain_config
 from minisft.preview import describe_data, show_preview
 from minisft.report import say
@@ -20,7 +20,7 @@ from minisft.sources import load_eval, load_train
 from minisft.targets import split_targets
 from minisft.tokenizer import load_tokenizer
 from minisft.tokens import TokenizedDataset
-from minisft.weights import load_model_config, open_checkpoint, resolve_model
+from minisft.weights import resolve_model
 
 SAMPLE_ROWS = 1000  # of each source
 
@@ -34,7 +34,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     directory = resolve_model(config.model, config.revision)
-    cfg = open_checkpoint(directory, load_model_config(directory)).cfg
+    cfg = open_base(directory, config).cfg
     shapes = trainable_shapes(None if config.lora is None else split_targets(config.lora), cfg)
     tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
     say(f"settings {json.dumps(plain_config(config), sort_keys=True)}")

@@ -21,6 +21,7 @@ from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
 from minisft.weights import (
+    Checkpoint,
     four_bit_names,
     load_model_config,
     open_checkpoint,
@@ -59,12 +60,7 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     directory = resolve_model(config.model, config.revision)
-    checkpoint = open_checkpoint(directory, load_model_config(directory))
-    if config.full_finetuning and checkpoint.four_bit:
-        raise UserError(
-            f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
-            "the unquantised base, or drop --full-finetuning to train an adapter"
-        )
+    checkpoint = open_base(directory, config)
     tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
     lora = None if config.lora is None else split_targets(config.lora)
     shapes = trainable_shapes(lora, checkpoint.cfg)
@@ -118,6 +114,17 @@ def memory_gib(device: torch.device) -> float:
     except (OSError, ValueError, IndexError):
         return math.nan
     return pages * resource.getpagesize() / 2**30
+
+
+def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
+    """The checked headers of a run's base; UserError too for full fine-tuning of a 4-bit one."""
+    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    if config.full_finetuning and checkpoint.four_bit:
+        raise UserError(
+            f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
+            "the unquantised base, or drop --full-finetuning to train an adapter"
+        )
+    return checkpoint
 
 
 def resolve_device(name: str) -> torch.device:

@@ -116,15 +116,20 @@ def test_trained_copies_start_from_the_stored_values(base, copy):
             assert torch.equal(state.trainable.views[name], stored[name])
 
 
+@pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry"])
 @pytest.mark.parametrize("source", ["base", "copy"])
-def test_off_with_full_finetuning_which_says_so(source, base, copy, rows, tmp_path):
+def test_off_with_full_finetuning_which_says_so(source, dry_run, base, copy, rows, tmp_path):
     given = {"dataset": rows, "output_dir": tmp_path / "out", "max_steps": 1, "max_length": 64}
     model = {"base": base, "copy": copy}[source]
-    outcome = call("train", flags(model=model, full_finetuning=True, load_in_4bit=True, **given))
+    given |= {"full_finetuning": True, "load_in_4bit": True, "dry_run": dry_run}
+    outcome = call("train", flags(model=model, **given))
     if source == "copy":
         assert outcome.code == 2 and "is quantised to 4 bits" in outcome.err
         return
     assert outcome.code == 0
+    if dry_run:
+        assert '"load_in_4bit": false' in outcome.out
+        return
     assert "--load-in-4bit is off" in outcome.out
     assert read(tmp_path / "out/run.json")["config"]["load_in_4bit"] is False
 
