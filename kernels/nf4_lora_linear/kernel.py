@@ -6,7 +6,7 @@ The rows of A (forward), or the columns of B (backward), are further programs of
 so that u = x A^T, or t = dy B, comes along.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
 import torch
 import triton

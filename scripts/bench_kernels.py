@@ -1,0 +1,387 @@
+"""Each op of kernels/ against eager PyTorch, torch.compile and Liger, at the shapes of 1B and 8B.
+
+Run as `python scripts/bench.py kernel NAME`. An op whose test is red is not timed.
+"""
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisft.config import UserError
+
+ROOT = Path(__file__).parents[1]
+T = 4096  # tokens
+SHAPES = {"1b": (2048, 8192, 32, 8, 64), "8b": (4096, 14336, 32, 8, 128)}  # D, F, N, K, H
+Runs = dict[str, Callable[[], object]]
+
+
+def measure(name: str, device: torch.device, skip_test: bool) -> None:
+    """Run the op's test, then print its table in Markdown."""
+    benches = {
+        "linear_cross_entropy": cross_entropy,
+        "low_rank": low_rank,
+        "nf4": nf4,
+        "nf4_lora_linear": nf4_lora_linear,
+        "rms_norm": rms_norm,
+        "rope": rope,
+        "swiglu": swiglu,
+    }
+    if name not in benches:
+        raise UserError(f"bench.py kernel {name!r}: expected one of {', '.join(benches)}")
+    if device.type != "cuda":
+        raise UserError(f"bench.py kernel: --device is {device}; kernels are timed on a GPU")
+    test = ROOT / "tests" / "kernels" / f"test_{name}.py"
+    if not skip_test:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"{test.relative_to(ROOT)} is red: nothing is timed")
+    benches[name]()
+
+
+def rand(*shape: int, scale: float = 0.5) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
+
+
+def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str, float]:
+    """Median of graph replays of `launches` calls, the runs interleaved."""
+    graphs, times = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                run()
+        graphs[name] = graph
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            start, stop = torch.cuda.Event(True), torch.cuda.Event(True)
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(1e3 * start.elapsed_time(stop) / launches)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int = 10) -> None:
+    """One row a way: time, bandwidth where bytes are given, and how much slower than ours."""
+    times = microseconds(runs, launches)
+    print(f"\n{title}\n\n| | us | TB/s | times ours |\n|---|---|---|---|")
+    for name, us in times.items():
+        rate = f"{moved / us / 1e6:.2f}" if moved and name == ours else ""
+        print(f"| {name} | {us:.1f} | {rate} | {us / times[ours]:.2f} |", flush=True)
+
+
+def both_passes(f: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable:
+    """f of the leaves and its gradients, through autograd."""
+
+    def run():
+        y = f(*leaves)
+        return torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grad)
+
+    return run
+
+
+def liger():
+    """Liger's functions, or None where it is not installed."""
+    try:
+        import liger_kernel.transformers.functional as functions
+    except ImportError:
+        print("liger-kernel is not installed: no column for it")
+        return None
+    return functions
+
+
+# ------------------------------------------------------------------------------------ elementwise
+
+
+def rms_norm() -> None:
+    from kernels.rms_norm import add_rms_norm, rms_norm_backward
+
+    functions = liger()
+    for shape, (D, *_) in SHAPES.items():
+        x, y, dh = rand(T, D), rand(T, D), rand(T, D)
+        weight = torch.ones(D, device="cuda", dtype=torch.bfloat16)
+        leaves = [x.requires_grad_(), y.requires_grad_()]
+
+        def eager(x, y, weight=weight):
+            s = x + y
+            s32 = s.float()
+            n = s32 * torch.rsqrt(s32.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return weight * n.to(s.dtype)
+
+        def ours(x=x.detach(), y=y.detach(), weight=weight, dh=dh):
+            s, h, rstd = add_rms_norm(x, y, weight, 1e-5)
+            return h, rms_norm_backward(dh, s, weight, rstd)
+
+        runs: Runs = {
+            "ours": ours,
+            "eager": both_passes(eager, leaves, dh),
+            "torch.compile": both_passes(torch.compile(eager), leaves, dh),
+        }
+        if functions:
+
+            def theirs(x, y, weight=weight):
+                return functions.liger_fused_add_rms_norm(x, y, weight, 1e-5)[0]
+
+            runs["Liger"] = both_passes(theirs, leaves, dh)
+        table(f"Sum and RMSNorm, forward + backward, {shape}, {T} x {D}", runs, "ours", 14 * D * T)
+
+
+def rope() -> None:
+    from kernels.rope import rope_, rope_backward
+
+    functions = liger()
+    for shape, (_, _, N, K, H) in SHAPES.items():
+        qkv = rand(T, (N + 2 * K) * H)
+        angles = torch.rand(T, H // 2, device="cuda").repeat(1, 2)
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        q, k = rand(1, N, T, H).requires_grad_(), rand(1, K, T, H).requires_grad_()
+        grads = (rand(T, N, H), rand(T, K, H), rand(T, K, H))
+        dq, dk = rand(1, N, T, H), rand(1, K, T, H)
+
+        def turn(x, cos=cos, sin=sin):
+            x1, x2 = x.chunk(2, dim=-1)
+            return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+        def eager(q, k):
+            return turn(q), turn(k)
+
+        def run(f, q=q, k=k, dq=dq, dk=dk):
+            return lambda: torch.autograd.grad(f(q, k), (q, k), (dq, dk))
+
+        def ours(qkv=qkv, cos=cos, sin=sin, N=N, K=K, grads=grads):
+            rope_(qkv, cos, sin, N + K)
+            rope_backward(grads, cos, sin, qkv)
+
+        runs: Runs = {
+            "ours": ours,
+            "eager": run(eager),
+            "torch.compile": run(torch.compile(eager)),
+        }
+        if functions:
+
+            def theirs(q, k, cos=cos[None], sin=sin[None]):
+                return functions.liger_rope(q, k, cos, sin)
+
+            runs["Liger"] = run(theirs)
+        moved = T * H * (2 * 2 * (N + K) + 2 * 2 * (N + 2 * K))
+        table(f"RoPE of Q and K, forward + backward, {shape}", runs, "ours", moved)
+    print("\nOurs works in place, and its backward pass copies V's gradient too.")
+
+
+def swiglu() -> None:
+    from kernels.swiglu import swiglu as forward
+    from kernels.swiglu import swiglu_backward_
+
+    functions = liger()
+    for shape, (_, ffn, *_) in SHAPES.items():
+        gate_up, da = rand(T, 2 * ffn), rand(T, ffn)
+        leaves = [gate_up[:, :ffn].contiguous().requires_grad_(), rand(T, ffn).requires_grad_()]
+        lefts = (rand(T, 16), rand(T, 16), rand(T, 16))
+        partials = (
+            torch.empty(8, ffn, 16, device="cuda"),
+            torch.empty(8, ffn, 16, device="cuda"),
+            torch.empty(8, 16, ffn, device="cuda"),
+        )
+
+        def eager(g, u):
+            return F.silu(g) * u
+
+        def ours(gate_up=gate_up, da=da, ffn=ffn):
+            forward(gate_up, ffn)
+            swiglu_backward_(gate_up, da)
+
+        def with_lora(gate_up=gate_up, da=da, ffn=ffn, lefts=lefts, partials=partials):
+            forward(gate_up, ffn)
+            swiglu_backward_(gate_up, da, lefts=lefts, partials=partials)
+
+        runs: Runs = {
+            "ours": ours,
+            "ours, with dB of gate and up and dA of down": with_lora,
+            "eager": both_passes(eager, leaves, da),
+            "torch.compile": both_passes(torch.compile(eager), leaves, da),
+        }
+        if functions:
+            runs["Liger"] = both_passes(lambda g, u: functions.liger_swiglu(g, u), leaves, da)
+        table(f"SwiGLU, forward + backward, {shape}, {T} x {ffn}", runs, "ours", 16 * ffn * T)
+
+
+# ------------------------------------------------------------------------------------- products
+
+
+def cross_entropy() -> None:
+    from kernels.linear_cross_entropy import linear_cross_entropy_grad
+
+    functions, V = liger(), 128256
+    for shape, (D, *_) in SHAPES.items():
+        hidden, head = rand(T, D), rand(V, D, scale=0.02)
+        targets = torch.randint(V, (T,), device="cuda")
+        leaf = hidden.clone().requires_grad_()
+        weight = torch.full((1,), 1 / T, device="cuda")
+        one = torch.ones((), device="cuda")
+
+        def eager(h, head=head, targets=targets):
+            return F.cross_entropy((h @ head.T).float(), targets)
+
+        runs: Runs = {
+            "ours": lambda h=hidden, w=head, t=targets, s=weight: linear_cross_entropy_grad(
+                h, w, t, s, chunk=2048
+            ),
+            "eager": both_passes(eager, [leaf], one),
+            "torch.compile": both_passes(torch.compile(eager), [leaf], one),
+            "the two products alone": lambda h=hidden, w=head: (h @ w.T) @ w,
+        }
+        if functions:
+
+            def theirs(h, head=head, targets=targets):
+                return functions.liger_fused_linear_cross_entropy(h, head, targets)
+
+            call = both_passes(theirs, [leaf], one)
+            runs["Liger"] = call
+        try:
+            table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
+        except RuntimeError:  # Liger reads a number back, which a graph cannot hold
+            runs.pop("Liger")
+            torch.cuda.synchronize()
+            table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
+
+
+def low_rank() -> None:
+    from kernels.low_rank import outer_sum
+
+    for shape, (D, ffn, *_) in SHAPES.items():
+        for N in (D, ffn):
+            left, x = rand(T, 16), rand(T, N)
+            partials = torch.empty(8, 16, N, device="cuda")
+            runs: Runs = {
+                "ours (8 ordered parts)": lambda a=left, x=x, p=partials: outer_sum(a, x, p),
+                "cuBLAS": lambda a=left, x=x: a.T @ x,
+            }
+            title = f"dA = t^T x, {shape}, {T} x 16, {T} x {N}"
+            table(title, runs, "ours (8 ordered parts)", 2.0 * N * T)
+
+
+def nf4() -> None:
+    import bitsandbytes.functional as bnb
+
+    from kernels.nf4 import dequantize_into, quantize
+    from kernels.nf4.cases import BENCH_SHAPES
+
+    n = 1 << 28
+    source, target = rand(n), rand(n)
+    copied = microseconds({"copy": lambda: torch.add(source, 0, out=target)}, launches=4)["copy"]
+    print(f"\ncopy of 512 MiB: {4 * n / copied / 1e6:.2f} TB/s")
+    print(
+        "\n| shape | ours us | TB/s | of the copy | bitsandbytes us | times |\n|---|---|---|---|---|---|"
+    )
+    for O, I in BENCH_SHAPES:
+        copies = max(4, (1 << 29) // (O * I))
+        weights = [quantize(rand(O, I, scale=0.02)) for _ in range(copies)]
+        outs = [torch.empty(O, I, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        states = [
+            bnb.quantize_4bit(rand(O, I, scale=0.02), quant_type="nf4", compress_statistics=True)
+            for _ in range(copies)
+        ]
+
+        def ours(weights=weights, outs=outs):
+            for weight, out in zip(weights, outs, strict=True):
+                dequantize_into(weight, out)
+
+        def theirs(states=states, outs=outs):
+            for (packed, state), out in zip(states, outs, strict=True):
+                bnb.dequantize_4bit(packed, state, out=out)
+
+        times = microseconds({"ours": ours, "bitsandbytes": theirs}, launches=1)
+        us, bnb_us = times["ours"] / copies, times["bitsandbytes"] / copies
+        rate = O * I * (2.5 + 1 / 64) / us / 1e6
+        share = rate / (4 * n / copied / 1e6)
+        print(
+            f"| {O} x {I} | {us:.1f} | {rate:.2f} | {share:.0%} | {bnb_us:.1f} | "
+            f"{bnb_us / us:.2f} |",
+            flush=True,
+        )
+
+
+def nf4_lora_linear() -> None:
+    """Against bitsandbytes + PEFT, against decode and three products, against the product alone."""
+    import bitsandbytes as bnb
+    import peft
+
+    from kernels.nf4 import quantize
+    from kernels.nf4_lora_linear import backward, forward
+
+    shapes = [(2048, 2048), (16384, 2048), (2048, 8192), (4096, 4096), (14336, 4096), (4096, 14336)]
+    print(
+        "\n| O x I | rows | pass | ours | (a) bnb + PEFT | (b) decode + 3 products | (c) product "
+        "alone | a / ours | b / ours | ours / (c + bytes) |\n" + "|---" * 10 + "|"
+    )
+    for O, I in shapes:
+        weight = quantize(rand(O, I, scale=0.02))
+        dense = rand(O, I, scale=0.02)
+        A, B = rand(16, I), rand(O, 16)
+        linear = bnb.nn.Linear4bit(
+            I, O, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            compress_statistics=True,
+        )  # fmt: skip
+        linear.weight = bnb.nn.Params4bit(
+            dense.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+        module = torch.nn.ModuleDict({"proj": linear}).cuda()
+        lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["proj"])
+        peft.inject_adapter_in_model(lora, module)
+        adapted = module["proj"].to(torch.bfloat16)
+        packed, state = linear.weight.data, linear.weight.quant_state
+        for rows in (1, 16, 64, 256, 1024, 4096, 16384):
+            x, dy = rand(rows, I), rand(rows, O)
+            u = x @ A.T
+
+            def decode(packed=packed, state=state):
+                return bnb.functional.dequantize_4bit(packed, state)
+
+            def b_forward(x=x, A=A, B=B):
+                return torch.addmm(x @ decode().T, x @ A.T, B.T)
+
+            def b_backward(x=x, dy=dy, A=A, B=B, u=u):
+                t = dy @ B
+                return torch.addmm(dy @ decode(), t, A), t.T @ x, dy.T @ u
+
+            leaf = x.clone().requires_grad_()
+            y = adapted(leaf)
+            leaves = [leaf, *(p for p in adapted.parameters() if p.requires_grad)]
+            passes = {
+                "forward": {
+                    "ours": lambda x=x: forward(x, weight, None, A, B, 1.0),
+                    "a": lambda x=x: adapted(x),
+                    "b": b_forward,
+                    "c": lambda x=x: x @ dense.T,
+                },
+                "backward": {
+                    "ours": lambda x=x, dy=dy, u=u: backward(dy, x, u, weight, A, B, 1.0),
+                    "a": lambda y=y, dy=dy, leaves=leaves: torch.autograd.grad(
+                        y, leaves, dy, retain_graph=True
+                    ),
+                    "b": b_backward,
+                    "c": lambda dy=dy: dy @ dense,
+                },
+            }
+            read = 2 * rows * I
+            for what, runs in passes.items():
+                moved = O * I * (2.5 + 1 / 64) + (read if what == "forward" else 2 * rows * (O + I))
+                with torch.no_grad() if what == "forward" else torch.enable_grad():
+                    t = microseconds(runs, launches=5, repeats=9)
+                bound = t["c"] + moved / 4.24e6
+                print(
+                    f"| {O} x {I} | {rows} | {what} | {t['ours']:.1f} | {t['a']:.1f} | "
+                    f"{t['b']:.1f} | {t['c']:.1f} | {t['a'] / t['ours']:.2f} | "
+                    f"{t['b'] / t['ours']:.2f} | {t['ours'] / bound:.2f} |",
+                    flush=True,
+                )
