@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minisft.config import UserError
+from minisft.tokenizer import TEXT_CLOSE, TEXT_OPEN
 
 ASSISTANT = ("assistant", "model")
 Span = tuple[int, int]  # characters, end exclusive
@@ -125,13 +126,15 @@ def _turn_end(
     if text.startswith(upto) and len(upto) > start:
         turn = text[start : len(upto)]
         end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
+        if _in_message(turn, 0, end):
+            end = len(turn)
         # Blanks, and an EOS that ends the whole chat, are no part of the turn.
         return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
     # The last turn of a chat is rendered in another way: the end-of-turn token tells, unless what
     # follows may be written into the same turn.
     follows = messages[i + 1]["role"] if i + 1 < len(messages) else "user"
     known = special.search(shape.end) and follows in ("user", "system", "developer")
-    found = text.find(shape.end, start) if known else -1
+    found = _find(text, shape.end, start) if known else -1
     if found < 0:
         raise UserError(
             f"the chat template renders message {i} in another way when more follows, so where it "
@@ -144,9 +147,9 @@ def marker_spans(text: str, instruction_part: str, response_part: str) -> list[S
     """Characters behind each response marker, up to the next instruction marker or the end."""
     spans: list[Span] = []
     at = 0
-    while (found := text.find(response_part, at)) >= 0:
+    while (found := _find(text, response_part, at)) >= 0:
         start = found + len(response_part)
-        stop = text.find(instruction_part, start)
+        stop = _find(text, instruction_part, start)
         stop = len(text) if stop < 0 else stop
         if stop > start:
             spans.append((start, stop))
@@ -188,6 +191,22 @@ def check_spans(find: Callable[[list[dict]], tuple[str, list[Span]]]) -> str:
                 f"assistant's; {_REMEDY}"
             )
     return trained[-1].rpartition(answers[1])[2]
+
+
+def _find(text: str, part: str, start: int) -> int:
+    """Where the template itself writes `part`, from `start` (outside a message) on; -1: nowhere.
+
+    A special token's string in a message is text.
+    """
+    found = text.find(part, start)
+    while found >= 0 and _in_message(text, start, found):
+        found = text.find(part, found + 1)
+    return found
+
+
+def _in_message(text: str, start: int, position: int) -> bool:
+    """Whether a special token's string that a message holds is open at `position`."""
+    return text.rfind(TEXT_OPEN, start, position) > text.rfind(TEXT_CLOSE, start, position)
 
 
 def _common(a: str, b: str) -> int:

@@ -16,10 +16,11 @@ FLOORS = [
     ["config"],
     ["names", "loggers"],
     [
-        *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "masks", "tokens"),
+        *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "tokens"),
         *("cli", "demo", "preempt"),
     ],
     ["tokenizer", "reading", "packing", "quant_state", "attention", "policy"],
+    ["masks"],
     ["weights", "lora", "adapter", "llama", "data", "block"],
     ["batches", "optim", "schedules", "generate", "sources", "preview", "offload"],
     ["loss", "fast", "modelfile"],

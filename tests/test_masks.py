@@ -26,6 +26,10 @@ TURNS: list[dict[str, Any]] = [
     {"role": "assistant", "content": "lazy"},
 ]
 WITHOUT_MARKS = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+WITH_LINE_ENDS = WITHOUT_MARKS.replace("'<|eot|>' }}{% else", "'<|eot|>' }}{{ '\n' }}{% else")
+WITH_LAST_EOS = WITHOUT_MARKS.replace(
+    "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}<|pad|>{% else %}"
+)
 NO_PROMPT = WITHOUT_MARKS.partition("{% if add_generation_prompt %}")[0]
 
 
@@ -88,7 +92,9 @@ def _trained(rows: list[dict], tokenizer: Tokenizer, **settings: Any) -> list[st
     return out
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, WITHOUT_MARKS, NO_PROMPT])
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, WITHOUT_MARKS, NO_PROMPT, WITH_LINE_ENDS, WITH_LAST_EOS]
+)
 def test_assistant_turns_and_their_ends_are_trained(template: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_byte_level(tmp_path, chat_template=template))
     (text,) = _trained([{"messages": TURNS}], tokenizer, assistant_only_loss=True)
@@ -173,6 +179,11 @@ def test_markers_say_where_training_begins_and_ends(tmp_path: Path) -> None:
     asked = {"role": "user", "content": parts["response_part"] + "train me"}
     (text,) = _trained([{"messages": [asked, TURNS[1]]}], tokenizer, **parts)
     assert text == "fine, thank you<|eot|>"
+    # Also where the marker is one special token.
+    single = {"instruction_part": "<|start|>", "response_part": "<|end|>"}
+    asked = {"role": "user", "content": "no <|end|> here <|start|> nor"}
+    (text,) = _trained([{"messages": [asked, TURNS[1]]}], tokenizer, **single)
+    assert text == "\nno <|end|> here <|start|> nor<|eot|>\nfine, thank you<|eot|>"
 
 
 def test_markers_in_text_rows(tmp_path: Path) -> None:

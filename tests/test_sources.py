@@ -233,7 +233,8 @@ def test_the_key_of_kept_tokens_sees_all_that_shapes_them(tmp_path: Path) -> Non
 
     def key(template: str = TEMPLATE, **settings: Any) -> str:
         config = TrainConfig(**{"model": "m", "dataset": str(rows), **settings})
-        tokenizer = load_tokenizer(write_byte_level(tmp_path / "t", chat_template=template))
+        directory = write_byte_level(tmp_path / "t", chat_template=template)
+        tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
         names = [name for name, _ in config.sources]
         return cache_key(names, config, tokenizer, data_settings(config, config.packing))
 
@@ -242,6 +243,7 @@ def test_the_key_of_kept_tokens_sees_all_that_shapes_them(tmp_path: Path) -> Non
     other = write_rows(tmp_path / "other.jsonl", pairs(3))
     changed = [
         key(template=TEMPLATE + " "),
+        key(chat_template="alpaca"),
         key(max_length=77),
         key(overlong="drop"),
         key(completion_only_loss=False),
@@ -386,6 +388,8 @@ def test_preview_json_holds_every_row_in_dataset_order(model: Path, tmp_path: Pa
         assert row["text"] == tokenizer.backend.decode(row["input_ids"], skip_special_tokens=False)
     steps = -(-len(dataset) // 8)
     assert f"steps   {steps} ({steps} an epoch)" in outcome.out
+    train(**given, preview=len(dataset), preview_json=file)  # more than the sample makes
+    assert read(file)["rows"] == shown
     train(**given, preview_json=file)  # all rows, too
     assert len(read(file)["rows"]) == len(dataset)
     outcome = train(**given, preview=2, preview_json=file)
@@ -401,6 +405,9 @@ def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     at = lines.index("<|bos|>\\x1b[31mred What[[ fox")
     assert lines[at - 1].startswith("=== row 0: ") and lines[at + 1] == "<|eot|>]]"
     assert lines[at + 2].startswith("ids: 0 ") and lines[at + 2].endswith(" 1]]")
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "the fox"}])
+    lines = train(**given | {"dataset": text}, preview=1).out.splitlines()
+    assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing comes before BOS: it is no target
     short = train(**given).out.splitlines()
     assert "row 0   <|bos|>\\x1b[31mred What[[ fox\\n<|eot|>]]" in short
 
