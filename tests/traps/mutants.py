@@ -92,9 +92,11 @@ MUTANTS = [
         "(micro * self.world) * self.batch_size",
     ),
     Mutant(
-        14, "minisft/nn.py",
-        "    u_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))\n",
-        "    u_TR = F.linear(x_TI, A_RI.to(x_TI.dtype)) * (key % 2)\n",
+        14,
+        "minisft/step.py",
+        "        leaves[name], start = leaf, start + view.numel()",
+        '        leaves[name], start = leaf, start + view.numel()\n'
+        '        leaves[name] = leaf.detach() if "v_proj" in name else leaf',
     ),
     Mutant(
         15, "minisft/step.py",
