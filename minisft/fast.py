@@ -9,6 +9,7 @@ T tokens  M targets  D hidden  V vocab
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,9 @@ class StaticBatch:
         )  # fmt: skip
 
 
+_PLAIN_LORA = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight")
+
+
 def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
     """Why the hand-written pass does not cover this run ("" where it does)."""
     if compute.lora_dropout:
@@ -129,8 +133,8 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
         return f"head_dim {head_dim}, which is no power of two from 32 up"
     if trainable.buffer.is_cuda and compute.dtype == torch.float32:
         return "float32"
-    if not all(".lora_" in name for name in trainable.views):
-        return "trained weights beside the adapter"
+    if not all(_PLAIN_LORA.fullmatch(name) for name in trainable.views):
+        return "trained tensors beside plain LoRA on the linears"
     if any(name.endswith("_proj.bias") for name in frozen):
         return "biases"
     if compute.model.rope.rope_type == "dynamic":

@@ -11,7 +11,9 @@ from minisft.config import LoraConfig, RopeConfig
 from minisft.fast import Policy, micro_step_, pad, prepare, why_not
 from minisft.llama import Compute
 from minisft.nn import NF4Weight, quantize
-from minisft.policy import POLICIES
+from minisft.offload import Host
+from minisft.planning import group_ranks
+from minisft.policy import POLICIES, part_bytes
 from minisft.step import Plan, loss_and_grads
 
 ROWS = [[5, 9], [14], [3, 3, 8], [12, 2]]
@@ -152,7 +154,43 @@ def test_what_is_not_covered_is_said(change, reason):
     compute = dataclasses.replace(Compute(CFG), **change)
     assert reason in why_not(random_adapter(), random_weights(), compute)
     trained = random_adapter(lora=LoraConfig(r=2, modules_to_save=("lm_head",)))
-    assert "beside the adapter" in why_not(trained, random_weights(), Compute(CFG))
+    assert "beside plain LoRA" in why_not(trained, random_weights(), Compute(CFG))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_bytes_kept_are_those_of_the_formula(name, monkeypatch):
+    """What is alive between the last layer's forward and backward pass, by name and by number."""
+    policy, tokens, found = POLICIES[name], 64, []
+
+    def counted(fast, h, batch):
+        raise StopIteration
+
+    def keep(self, i, saved, policy, real=Host.keep):
+        found.append(real(self, i, saved, policy))
+        return found[-1]
+
+    monkeypatch.setattr(fast_module, "_head_", counted)
+    monkeypatch.setattr(Host, "keep", keep)
+    with pytest.raises(StopIteration):
+        run(CFG, LORA, random_weights(CFG), everything(CFG, name), tokens=tokens)
+    trainable = random_adapter(CFG, LORA)
+    sizes = part_bytes(CFG, 4, group_ranks(trainable, CFG))
+    if name == "none":  # half precision would be 4 D + 4 N H + 4 K H + 4 F, and LoRA's columns
+        D, NH, KH, F = CFG.hidden_size, 4 * 14, 2 * 14, CFG.intermediate_size
+        u, heads = 7 * LORA.r, CFG.num_attention_heads
+        plain = 2 * D + 2 * NH + 2 * KH + 2 * F
+        assert sum(sizes.values()) == 4 * (plain + 5 * LORA.r + u) + 4 * heads + 8
+    for saved in found:
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(saved)}
+        expected = sizes["small"] + sum(sizes[p] for p in policy.gpu | policy.host)
+        lse = 4 * CFG.num_attention_heads if "attended" in policy.gpu | policy.host else 0
+        assert sum(kept.values()) == tokens * (expected - lse)  # a CPU's attention has none
+
+
+def leaves(x):
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for y in x for t in leaves(y)] if isinstance(x, tuple) else []
 
 
 def test_a_policy_names_parts():

@@ -83,6 +83,8 @@ def linear_cross_entropy_grad(
         raise ValueError(f"impl is {impl!r}; expected auto, triton or reference")
     triton = hidden_MD.is_cuda if impl == "auto" else impl == "triton"
     M, V = hidden_MD.shape[0], head_VD.shape[0]
+    if min(chunk, M) * V >= 2**31:
+        raise ValueError(f"linear_cross_entropy_grad: {chunk} rows of {V} logits; use fewer rows")
     losses = torch.empty(M, dtype=torch.float32, device=hidden_MD.device)
     d_hidden = torch.empty_like(hidden_MD)
     logits = torch.empty((min(chunk, M), V), dtype=hidden_MD.dtype, device=hidden_MD.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.nf4 import NF4Weight, dequantize
+from kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
 from kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 
 FUSED_ROWS = 64  # up to here the weight is decoded inside the product (measured: README.md)
@@ -37,10 +37,18 @@ def forward(
     if A_RI is None or B_OR is None:
         w_OI = dequantize(weight, x_MI.dtype)
         return torch.nn.functional.linear(x_MI, w_OI, bias_O), None
+    O, I = weight.shape
+    if O >= 4 * I:  # many outputs: [x, u] times [W, scaling * B] writes y once
+        R = A_RI.shape[0]
+        x_ext = torch.empty((x_MI.shape[0], I + R), dtype=x_MI.dtype, device=x_MI.device)
+        x_ext[:, :I] = x_MI
+        torch.mm(x_MI, A_RI.T, out=x_ext[:, I:])
+        w = torch.empty((O, I + R), dtype=x_MI.dtype, device=x_MI.device)
+        dequantize_with_B_beside(weight, (B_OR,), (O,), scaling, w)
+        return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
     y_MO = u_MR @ (B_OR * scaling).T
-    w = dequantize(weight, x_MI.dtype)
-    y_MO.addmm_(x_MI, w.T)  # the product adds itself to what is there
+    y_MO.addmm_(x_MI, dequantize(weight, x_MI.dtype).T)  # the product adds itself to what is there
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import DTYPES as FUSED_DTYPES
+from fused import close, rand
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
 from kernels.linear_cross_entropy.cases import DTYPES, LLAMA, SMALL, Case, Inputs, make_inputs
 
 TINY = 1e-6  # relative: where plain torch happens to be exact
@@ -230,3 +232,23 @@ def test_every_gradient_is_written(chunk):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
+@pytest.mark.parametrize("M, V, chunk", [(5, 131, 2), (1, 1, 8), (9, 300, 9), (3, 20000, 1)])
+def test_the_kernel_gives_loss_and_gradient_and_skips_rows_without_a_target(M, V, chunk, dtype):
+    hidden, head = rand(M, 24, dtype=dtype), rand(V, 24, dtype=dtype, seed=1)
+    targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    targets[M // 2] = -1
+    weight = torch.full((1,), 0.25, device=hidden.device)
+    found = [
+        linear_cross_entropy_grad(hidden, head, targets, weight, chunk=chunk, impl=impl)
+        for impl in ("triton", "reference")
+    ]
+    leaf, there = hidden.double().requires_grad_(), targets >= 0
+    z = (leaf @ head.double().T)[there]
+    loss = torch.nn.functional.cross_entropy(z, targets[there], reduction="sum")
+    (d_hidden,) = torch.autograd.grad(loss, leaf)
+    close(found[0][0], found[1][0], loss.detach(), "loss")
+    close(found[0][1], found[1][1], d_hidden * 0.25, "d hidden")
+    assert not found[0][1][~there].any()

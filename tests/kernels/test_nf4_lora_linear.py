@@ -13,7 +13,11 @@ from kernels.nf4_lora_linear import backward, forward, nf4_lora_linear
 IMPLS = ("fused", "decode")
 # rows, inputs, outputs, rank: few and many rows, ragged tiles, large ranks, no adapter
 CASES = [(1, 64, 1, 1), (16, 128, 70, 16), (37, 192, 130, 3), (64, 256, 65, 256), (5, 64, 64, 0)]
-ODD = [(3, 33, 7, 2), (130, 64, 40, 4)]  # blocks across rows; more rows than the fused product has
+ODD = [
+    (3, 33, 7, 2),
+    (130, 64, 40, 4),
+    (9, 64, 256, 5),
+]  # blocks across rows; more rows than the fused product has
 
 
 def make(M, I, O, R, dtype, double_quant=True, bias=False):
