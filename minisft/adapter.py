@@ -104,7 +104,7 @@ _FREE_FIELDS = {
 }
 _READ_FIELDS = {
     *("lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora"),
-    "ensure_weight_tying",
+    *("ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
 }
 # Initialisations that leave the base weights as they are; others train against a changed base.
 _PLAIN_VALUES = {
@@ -155,6 +155,11 @@ def adapter_config_dict(
         "revision": revision,
         "target_modules": targets,
         "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "init_lora_weights": "gaussian" if lora.init_lora_weights == "gaussian" else True,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": {k: int(v) if v.is_integer() else v for k, v in lora.alpha_pattern},
+        "layers_to_transform": list(lora.layers_to_transform) or None,
     }
 
 
@@ -262,6 +267,7 @@ def _digest(config: dict[str, Any]) -> str:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "use_rslora": bool(config.get("use_rslora")),
     }
+    fields |= {k: config[k] for k in ("use_dora", "layers_to_transform") if config.get(k)}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -319,7 +325,7 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
         _check_tying(raw, stored, source)
         expected |= {HEAD_KEY: (cfg.vocab_size, cfg.hidden_size)}
     _check_names(stored, expected, cfg, path)
-    _check_shapes(stored, expected, header, path, lora.r)
+    _check_shapes(stored, expected, header, path, lora)
     _check_digest(raw, lora, header, source)
     tensors = _read_tensors(stored, expected, path)
     if cfg.tie_word_embeddings and lora.modules_to_save:
@@ -355,7 +361,7 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         raise UserError(f"{source}: lora_alpha is {stated}; expected a positive number")
     if not (_is_number(dropout) and 0 <= dropout < 1):
         raise UserError(f"{source}: lora_dropout is {_short(dropout)}; expected 0 <= p < 1")
-    for key in ("use_rslora", "ensure_weight_tying"):
+    for key in ("use_rslora", "ensure_weight_tying", "use_dora"):
         if not isinstance(raw.get(key), bool | None):
             raise UserError(f"{source}: {key} is {_short(raw[key])}; expected true or false")
     saved = raw.get("modules_to_save")
@@ -368,6 +374,10 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         use_rslora=bool(raw.get("use_rslora")),
         target_modules=(),
         modules_to_save=tuple(saved or ()),
+        use_dora=bool(raw.get("use_dora")),
+        rank_pattern=_parse_pattern(raw, "rank_pattern", source),
+        alpha_pattern=_parse_pattern(raw, "alpha_pattern", source),
+        layers_to_transform=_parse_layers(raw, source),
     )
     # Names among the targets stay there: in a file they mean LoRA on the embedding, not a copy.
     try:
@@ -375,6 +385,28 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
     return dataclasses.replace(lora, target_modules=_parse_targets(raw, source))
+
+
+def _parse_pattern(raw: dict[str, Any], name: str, source: str) -> tuple[tuple[str, Any], ...]:
+    pattern = raw.get(name) or {}
+    kind = int if name == "rank_pattern" else (int, float)
+    if not isinstance(pattern, dict) or not all(
+        isinstance(v, kind) and not isinstance(v, bool) and v > 0 for v in pattern.values()
+    ):
+        raise UserError(
+            f"{source}: {name} is {_short(pattern)}; expected names with numbers above 0"
+        )
+    return tuple((k, v if name == "rank_pattern" else float(v)) for k, v in pattern.items())
+
+
+def _parse_layers(raw: dict[str, Any], source: str) -> tuple[int, ...]:
+    layers = raw.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers or []
+    if not isinstance(layers, list) or not all(type(i) is int and i >= 0 for i in layers):
+        raise UserError(
+            f"{source}: layers_to_transform is {_short(layers)}; expected numbers of layers"
+        )
+    return tuple(layers)
 
 
 def _parse_targets(raw: dict[str, Any], source: str) -> tuple[str, ...]:
@@ -415,7 +447,7 @@ def _adapted_modules(stored: dict[str, str], path: Path, cfg: ModelConfig) -> li
         if ".lora_" not in name:
             continue
         module, _, kind = name.partition(".lora_")
-        if kind not in ("A.weight", "B.weight"):
+        if kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise UserError(
                 f"{path}: tensor {key!r} belongs to a LoRA variant that is not implemented; "
                 "expected lora_A.weight and lora_B.weight of linear modules"
@@ -492,6 +524,11 @@ def _check_names(
                 f"{path}: tensor {key!r} replaces a weight of the base model, but modules_to_save "
                 f"in {CONFIG_NAME} does not name it. Name it there, or remove the tensor"
             )
+        if name.endswith(".lora_magnitude_vector"):
+            raise UserError(
+                f"{path}: tensor {key!r} belongs to DoRA, but use_dora in {CONFIG_NAME} is false. "
+                "Restore the original config"
+            )
         if ".token_adapter." in name:
             raise UserError(
                 f"{path}: tensor {key!r} holds trained tokens, which are not implemented. Merge "
@@ -505,7 +542,7 @@ def _check_shapes(
     expected: dict[str, tuple[int, ...]],
     header: Header,
     path: Path,
-    r: int,
+    lora: LoraConfig,
 ) -> None:
     for name, shape in expected.items():
         info = header.tensors[stored[name]]
@@ -522,6 +559,7 @@ def _check_shapes(
         elif ".lora_" in name:
             axis = 0 if name.endswith("lora_A.weight") else 1
             if len(info.shape) == 2 and info.shape[1 - axis] == shape[1 - axis]:
+                r = lora.rank_of(name.rsplit(".lora_", 1)[0])
                 remedy = f"Its rank is {info.shape[axis]}, {CONFIG_NAME} says r={r}"
         raise UserError(
             f"{path}: tensor {stored[name]!r} is {list(info.shape)}, expected {list(shape)}. "

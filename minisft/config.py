@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -348,10 +349,37 @@ class LoraConfig:
     use_rslora: bool = False
     target_modules: tuple[str, ...] = LINEAR_NAMES  # suffixes, "all-linear", or one "re:PATTERN"
     modules_to_save: tuple[str, ...] = ()  # of embed_tokens, lm_head: trained copies
+    use_dora: bool = False
+    init_lora_weights: str = "default"  # or "gaussian"
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # name or regular expression -> rank
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    layers_to_transform: tuple[int, ...] = ()  # () means all
 
     @property
     def scaling(self) -> float:
+        """Of the modules that no pattern names."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the module at a path: the first pattern that matches it, else r."""
+        return next((r for key, r in self.rank_pattern if matches(key, path)), self.r)
+
+    def scaling_of(self, path: str) -> float:
+        """Scale of the module at a path, from its own rank and alpha."""
+        alphas = (a for key, a in self.alpha_pattern if matches(key, path))
+        alpha, r = next(alphas, self.lora_alpha), self.rank_of(path)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def matches(key: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module: PEFT's rule.
+
+    UserError for a malformed regular expression.
+    """
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error as e:
+        raise UserError(f"pattern {key!r} is not a regular expression: {e.msg}") from None
 
 
 @dataclass(frozen=True)
@@ -391,6 +419,16 @@ class TrainConfig:
     trained copies, as in --modules-to-save."""
     modules_to_save: tuple[str, ...] = ()
     """embed_tokens and/or lm_head, trained in full beside the adapter."""
+    use_dora: bool = False
+    """DoRA: train the length of each output row of an adapted matrix beside its direction."""
+    rank_pattern: tuple[str, ...] = ()
+    """Ranks of single modules, e.g. `q_proj=8 layers.0.mlp.up_proj=32` (names or expressions)."""
+    alpha_pattern: tuple[str, ...] = ()
+    """lora_alpha of single modules, likewise."""
+    layers_to_transform: tuple[str, ...] = ()
+    """Numbers of the layers to adapt; left out, all."""
+    init_lora_weights: str = "default"
+    """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r). B is zero."""
     full_finetuning: bool = False
     """Train every weight instead of an adapter."""
 
@@ -566,6 +604,14 @@ class TrainConfig:
             "report_to",
         ):
             object.__setattr__(self, name, split_list(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):  # a comma may be part of an expression
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        layers = self.layers_to_transform
+        layers = split_list(layers if isinstance(layers, str) else [str(i) for i in layers])
+        object.__setattr__(self, "layers_to_transform", layers)
+        if self.init_lora_weights.lower() == "true":
+            object.__setattr__(self, "init_lora_weights", "default")
         object.__setattr__(self, "report_to", tuple(n for n in self.report_to if n != "none"))
         if self.resume_from_checkpoint.lower() in ("true", "false"):
             which = "auto" if self.resume_from_checkpoint.lower() == "true" else ""
@@ -576,6 +622,7 @@ class TrainConfig:
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
             "optim": OPTIMIZERS,
             "loss_type": ("nll", "dft"),
+            "init_lora_weights": ("default", "gaussian"),
             "dataset_format": DATASET_FORMATS,
             "overlong": (None, "truncate", "drop", "split", "error"),
             "lr_scheduler_type": tuple(SCHEDULES),
@@ -666,14 +713,15 @@ class TrainConfig:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
         if self.loraplus_lr_ratio is not None and self.full_finetuning:
             raise UserError("--loraplus-lr-ratio needs an adapter; drop it or --full-finetuning")
-        self.column_map  # noqa: B018  (raises on a malformed --columns)
+        self.lora, self.column_map  # pyright: ignore  # noqa: B018  (raise where malformed)
         self.sources  # noqa: B018  (raises on malformed weights)
         self.scheduler_options  # noqa: B018
 
     def _check_idle(self) -> None:
         """Refuse a setting that the others leave without effect: nothing asked for is dropped."""
         lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-        lora += ("save_merged",)
+        lora += ("save_merged", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+        lora += ("layers_to_transform",)
         idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
         if not self.packing:
             idle.append(("packing_strategy", "no_packing", "add --packing"))
@@ -715,7 +763,8 @@ class TrainConfig:
             if kind == "str" and isinstance(value, Path):
                 object.__setattr__(self, field.name, str(value))
                 continue
-            if field.name in ("columns", "lr_scheduler_kwargs") and isinstance(value, dict):
+            dicts = ("columns", "lr_scheduler_kwargs", "rank_pattern", "alpha_pattern")
+            if field.name in dicts and isinstance(value, dict):
                 value = tuple(f"{k}={v}" for k, v in value.items())
                 object.__setattr__(self, field.name, value)
             expected = {
@@ -742,7 +791,33 @@ class TrainConfig:
             use_rslora=self.use_rslora,
             target_modules=self.target_modules,
             modules_to_save=self.modules_to_save,
+            use_dora=self.use_dora,
+            init_lora_weights=self.init_lora_weights,
+            rank_pattern=tuple((k, int(v)) for k, v in self._pattern("rank_pattern")),
+            alpha_pattern=self._pattern("alpha_pattern"),
+            layers_to_transform=self._layers(),
         )
+
+    def _pattern(self, name: str) -> tuple[tuple[str, float], ...]:
+        """`--rank-pattern q_proj=8` as (("q_proj", 8.0),)."""
+        pairs = []
+        for item in getattr(self, name):
+            key, _, text = item.rpartition("=")
+            value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+            if not key or value <= 0 or (name == "rank_pattern" and value != int(value)):
+                kind = "a whole number" if name == "rank_pattern" else "a number"
+                raise UserError(f"{flag(name)} is {item!r}; expected MODULE={kind} above 0")
+            matches(key, "")
+            pairs.append((key, value))
+        return tuple(pairs)
+
+    def _layers(self) -> tuple[int, ...]:
+        for item in self.layers_to_transform:
+            if not item.isdecimal():
+                raise UserError(
+                    f"--layers-to-transform is {item!r}; expected numbers of layers, from 0"
+                )
+        return tuple(int(item) for item in self.layers_to_transform)
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:

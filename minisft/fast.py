@@ -128,6 +128,11 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
         return "a loss other than plain nll"
     if compute.neftune_alpha:
         return "NEFTune noise"
+    if any(name.endswith("magnitude_vector") for name in trainable.views):
+        return "DoRA"
+    ranks = {v.shape[0] for n, v in trainable.views.items() if n.endswith(".lora_A.weight")}
+    if compute.lora_ratios or len(ranks) > 1:
+        return "ranks or scales of single modules"
     head_dim = compute.model.head_dim
     if trainable.buffer.is_cuda and (head_dim < 32 or head_dim & (head_dim - 1)):
         return f"head_dim {head_dim}, which is no power of two from 32 up"

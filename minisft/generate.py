@@ -115,11 +115,11 @@ def _extend(
         contexts=contexts,
     )
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
-    adapter = Adapter(compute.lora_scaling, 0.0, None)
+    adapter, ratios = Adapter(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
     for i in range(cfg.num_hidden_layers):
         layer_cache = [cache[i][document] for document in active]
         attend = _cached_attention(layer_cache, starts, tokens.documents)
-        x_TD = block(x_TD, layer_view(trainable, frozen, i), rope, attend, adapter, cfg)
+        x_TD = block(x_TD, layer_view(trainable, frozen, i, ratios), rope, attend, adapter, cfg)
     for i, context in zip(active, contexts, strict=True):
         written[i] = context
     last = tokens.documents.cu_seqlens[1:].long() - 1

@@ -51,6 +51,7 @@ class Compute:
     dtype: torch.dtype = torch.float32
     lora_scaling: float = 1.0
     lora_dropout: float = 0.0  # 0 outside training
+    lora_ratios: tuple[tuple[str, float], ...] = ()  # of modules with a scale of their own
     checkpoint_blocks: bool = False
     loss_type: str = "nll"
     label_smoothing: float = 0.0
@@ -90,14 +91,22 @@ def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
     return tensor
 
 
-def linear_view(trainable: Weights, frozen: Weights, path: str) -> Linear:
-    """Weight, bias and adapter of the linear at a path such as model.layers.0.mlp.up_proj."""
+def linear_view(
+    trainable: Weights, frozen: Weights, path: str, ratios: Mapping[str, float]
+) -> Linear:
+    """Weight, bias and adapter of the linear at a path such as model.layers.0.mlp.up_proj.
+
+    ratios: path -> scale of its adapter over that of the others, where it is not 1.
+    """
     weight_name, bias_name, A_name = f"{path}.weight", f"{path}.bias", f"{path}.lora_A.weight"
     has_bias = bias_name in frozen or bias_name in trainable
     lora = None
     if A_name in trainable:
         A, B = (leaf(trainable, {}, f"{path}.lora_{x}.weight") for x in "AB")
-        lora = Lora(A, B, module_key(path))
+        B = B * ratios[path] if path in ratios else B
+        name = f"{path}.lora_magnitude_vector"
+        magnitude = leaf(trainable, {}, name) if name in trainable else None
+        lora = Lora(A, B, module_key(path), magnitude)
     return Linear(
         weight=trainable[weight_name] if weight_name in trainable else frozen[weight_name],
         bias=leaf(trainable, frozen, bias_name) if has_bias else None,
@@ -110,15 +119,15 @@ def module_key(path: str) -> int:
     return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def layer_view(trainable: Weights, frozen: Weights, i: int) -> Layer:
-    """The leaves of decoder layer i."""
+def layer_view(trainable: Weights, frozen: Weights, i: int, ratios: Mapping[str, float]) -> Layer:
+    """The leaves of decoder layer i; ratios as in `linear_view`."""
     prefix = f"model.layers.{i}."
 
     def norm(name: str) -> Tensor:
         return leaf(trainable, frozen, f"{prefix}{name}.weight")
 
     def projection(name: str) -> Linear:
-        return linear_view(trainable, frozen, prefix + name)
+        return linear_view(trainable, frozen, prefix + name, ratios)
 
     return Layer(
         input_layernorm=norm("input_layernorm"),
@@ -172,11 +181,12 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, documents)
 
+    ratios = dict(compute.lora_ratios)
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
     if compute.neftune_alpha and tokens.dropout_keys_T is not None:
         x_TD = x_TD + embedding_noise(tokens, x_TD, compute.neftune_alpha)
     for i in range(cfg.num_hidden_layers):
-        layer = layer_view(trainable, frozen, i)
+        layer = layer_view(trainable, frozen, i, ratios)
         if compute.checkpoint_blocks and torch.is_grad_enabled():
             x_TD = checkpoint(  # pyright: ignore[reportAssignmentType]
                 block, x_TD, layer, rope, attend, adapter, cfg,

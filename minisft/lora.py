@@ -103,15 +103,19 @@ def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Grou
     return out
 
 
-def init_lora_(trainable: Flat, seed: int) -> None:
-    """A uniform in ±1/sqrt(in_features), B zero: PEFT's default, drawn per module from the seed.
+def init_lora_(trainable: Flat, seed: int, kind: str = "default") -> None:
+    """B zero; A uniform in ±1/sqrt(in_features), PEFT's default, or `gaussian` of deviation 1/r.
 
     The draw of a module depends on (seed, its name) alone, not on which others are trained or on
-    the device. Trained copies are left for the weight loader to fill.
+    the device. Trained copies and magnitudes are left for the weight loader to fill.
     """
     for name, view in trainable.views.items():
         if name.endswith(".lora_A.weight"):
             digest = blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            bound = 1 / math.sqrt(view.shape[1])
+            r, in_features = view.shape
+            if kind == "gaussian":
+                view.copy_(torch.randn(view.shape, generator=generator) / r)
+                continue
+            bound = 1 / math.sqrt(in_features)
             view.copy_(torch.empty(view.shape).uniform_(-bound, bound, generator=generator))

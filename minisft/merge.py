@@ -1,6 +1,7 @@
 """A base and its adapter as one ordinary checkpoint, written shard by shard and checked after.
 
-W' = W + scaling * B A, formed in float32 and rounded once. W is the base as it is stored
+W' = W + scaling * B A (DoRA: with rows of the trained length), formed in float32 and rounded once.
+W is the base as it is stored
 (`16bit`), or decoded from the 4 bits that the adapter was trained on (`dequant`): then the merged
 model is the one that was trained.
 """
@@ -22,6 +23,7 @@ from minisft.export import save_shards, write_model_files
 from minisft.llama import Compute, logits, make_tokens
 from minisft.model import resolve_device, resolve_dtype
 from minisft.nn import NF4Weight, dequantize
+from minisft.targets import scaling_ratios
 from minisft.tokenizer import load_tokenizer
 from minisft.weights import (
     Checkpoint,
@@ -131,7 +133,11 @@ def merged_weights(
             yield name, weight
             continue
         A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
-        yield name, weight.to(device, torch.float32) + lora.scaling * (B @ A)
+        merged = weight.to(device, torch.float32) + lora.scaling_of(path) * (B @ A)
+        if lora.use_dora:
+            magnitude = tensors[f"{path}.lora_magnitude_vector"].to(device)
+            merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+        yield name, merged
 
 
 def verify(
@@ -158,7 +164,8 @@ def verify(
             if name not in trained
         }
         trained = {name: tensor.to(device) for name, tensor in trained.items()}
-        compute = Compute(cfg, dtype, lora_scaling=lora.scaling)
+        ratios = scaling_ratios(lora, cfg)
+        compute = Compute(cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
         with torch.no_grad():
             return logits(trained, frozen, tokens, compute).double().cpu()
 

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.llama import Compute
-from minisft.lora import allocate, groups, init_lora_, trainable_shapes
+from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight, dequantize
 from minisft.optim import init_moments
 from minisft.step import INITIAL_LOSS_SCALE, State
-from minisft.targets import split_targets
+from minisft.targets import check_patterns, scaling_ratios, split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
 from minisft.weights import (
     Checkpoint,
@@ -63,6 +64,8 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     checkpoint = open_base(directory, config)
     tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
     lora = None if config.lora is None else split_targets(config.lora)
+    if lora:
+        check_patterns(lora, checkpoint.cfg)
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, device)
     frozen: dict[str, Tensor | NF4Weight] = {}
@@ -74,11 +77,13 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
             )
         else:
             frozen[name] = place(name, weight, device, dtype, name in four_bit)
-    init_lora_(flat, config.seed)
+    init_lora_(flat, config.seed, config.init_lora_weights)
+    init_magnitudes_(flat, frozen)
     compute = Compute(
         model=checkpoint.cfg,
         dtype=dtype,
         lora_scaling=lora.scaling if lora else 1.0,
+        lora_ratios=scaling_ratios(lora, checkpoint.cfg) if lora else (),
         lora_dropout=lora.lora_dropout if lora else 0.0,
         loss_type=config.loss_type,
         label_smoothing=config.label_smoothing,
@@ -125,6 +130,17 @@ def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
             "the unquantised base, or drop --full-finetuning to train an adapter"
         )
     return checkpoint
+
+
+def init_magnitudes_(trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight]) -> None:
+    """DoRA's magnitudes start as the lengths of the rows of the frozen weights."""
+    for name, view in trainable.views.items():
+        path, found, _ = name.partition(".lora_magnitude_vector")
+        if found:
+            weight = frozen[f"{path}.weight"]
+            if isinstance(weight, NF4Weight):
+                weight = dequantize(weight, torch.float32)
+            view.copy_(weight.float().norm(dim=1))
 
 
 def resolve_device(name: str) -> torch.device:

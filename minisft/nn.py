@@ -60,6 +60,7 @@ class Lora(NamedTuple):
     A_RI: Tensor
     B_OR: Tensor
     key: int  # names the module in the dropout draw
+    magnitude_O: Tensor | None = None  # DoRA's: the length of each output row
 
 
 class Linear(NamedTuple):
@@ -95,7 +96,9 @@ def linear(x_TI: Tensor, module: Linear, adapter: Adapter) -> Tensor:
     """
     if module.lora is None:
         return frozen_linear(x_TI, module.weight, module.bias)
-    A_RI, B_OR, key = module.lora
+    if module.lora.magnitude_O is not None:
+        return dora_linear(x_TI, module, adapter)
+    A_RI, B_OR, key, _ = module.lora
     A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
     if isinstance(module.weight, NF4Weight) and adapter.keys_T is None:
         bias = None if module.bias is None else module.bias.to(x_TI.dtype)
@@ -103,6 +106,35 @@ def linear(x_TI: Tensor, module: Linear, adapter: Adapter) -> Tensor:
     y_TO = frozen_linear(x_TI, module.weight, module.bias)
     x_TI = x_TI if adapter.keys_T is None else dropout(x_TI, adapter.keys_T, key, adapter.dropout)
     return y_TO + F.linear(F.linear(x_TI, A_RI), B_OR) * adapter.scaling
+
+
+def dora_linear(x_TI: Tensor, module: Linear, adapter: Adapter) -> Tensor:
+    """x V^T * m / |V| + b, V = W + scaling * B A with rows of length |V| (arXiv:2402.09353).
+
+    No gradient flows through |V|. With dropout the frozen part sees x as it is and the change of
+    it, like the adapter, x with entries dropped: PEFT's rule.
+    """
+    assert module.lora is not None
+    A_RI, B_OR, key, magnitude_O = module.lora
+    assert magnitude_O is not None
+    weight = module.weight
+    with torch.no_grad():
+        W_OI = dequantize(weight, x_TI.dtype) if isinstance(weight, NF4Weight) else weight
+        length_O = (W_OI.float() + adapter.scaling * (B_OR @ A_RI)).norm(dim=1)
+        del W_OI
+    ratio_O = (magnitude_O / length_O).to(x_TI.dtype)
+    y_TO = frozen_linear(x_TI, weight, None)
+    dropped_TI = x_TI
+    if adapter.keys_T is not None and adapter.dropout:
+        dropped_TI = dropout(x_TI, adapter.keys_T, key, adapter.dropout)
+    u_TR = F.linear(dropped_TI, A_RI.to(x_TI.dtype))
+    update_TO = F.linear(u_TR, B_OR.to(x_TI.dtype)) * adapter.scaling
+    if dropped_TI is x_TI:
+        y_TO = (y_TO + update_TO) * ratio_O
+    else:
+        change_TO = frozen_linear(dropped_TI, weight, None)
+        y_TO = y_TO + (ratio_O - 1) * change_TO + ratio_O * update_TO
+    return y_TO if module.bias is None else y_TO + module.bias.to(x_TI.dtype)
 
 
 def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:

@@ -70,7 +70,8 @@ _FIXED_ON_RESUME = (
     "dtype", "load_in_4bit", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora",
     "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
-    "loss_type", "label_smoothing", "neftune_noise_alpha",
+    "loss_type", "label_smoothing", "neftune_noise_alpha", "use_dora", "rank_pattern",
+    "alpha_pattern", "layers_to_transform", "init_lora_weights",
 )  # fmt: skip
 
 

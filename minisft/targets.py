@@ -11,7 +11,14 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from minisft.config import EMBEDDING_NAMES, LINEAR_NAMES, LoraConfig, ModelConfig, UserError
+from minisft.config import (
+    EMBEDDING_NAMES,
+    LINEAR_NAMES,
+    LoraConfig,
+    ModelConfig,
+    UserError,
+    matches,
+)
 
 ALL_LINEAR = "all-linear"
 PATTERN_PREFIX = "re:"
@@ -49,10 +56,14 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
     or one "re:PATTERN" that must match a whole path. embed_tokens and lm_head are set aside first
     (`split_targets`).
+    With layers_to_transform, those of its layers only.
     Raises UserError for an item that matches nothing, for a pattern that is malformed or reaches
-    a module that LoRA cannot adapt, and if nothing is left to adapt.
+    a module that LoRA cannot adapt, for a layer that there is not or that is asked for beside a
+    pattern, and if nothing is left to adapt.
     """
     lora = split_targets(lora)
+    if lora.layers_to_transform:
+        return _in_layers(lora, cfg)
     items, paths = lora.target_modules, list(cfg.linear_paths())
     if not items:
         raise UserError(
@@ -75,6 +86,42 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     return [path for path in paths if is_target(path, items)]
 
 
+def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    layers = lora.layers_to_transform
+    if any(item.startswith(PATTERN_PREFIX) for item in lora.target_modules):
+        raise UserError(
+            "layers_to_transform does not go with a target_modules pattern, which can name the "
+            "layers itself; drop one"
+        )
+    if max(layers) >= cfg.num_hidden_layers:
+        raise UserError(
+            f"layers_to_transform names layer {max(layers)}, but the model has "
+            f"{cfg.num_hidden_layers} (0 to {cfg.num_hidden_layers - 1})"
+        )
+    found = match_targets(dataclasses.replace(lora, layers_to_transform=()), cfg)
+    kept = [path for path in found if int(path.split(".")[2]) in layers]
+    if not kept:
+        raise UserError("layers_to_transform leaves none of the target_modules")
+    return kept
+
+
+def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
+    """UserError for a key of rank_pattern or alpha_pattern that names no adapted module."""
+    paths = match_targets(lora, cfg)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, _ in getattr(lora, name):
+            if not any(matches(key, path) for path in paths):
+                raise UserError(f"{name} names {key!r}, which matches no adapted module")
+
+
+def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float], ...]:
+    """(path, scale over lora.scaling) of the adapted modules that patterns scale otherwise."""
+    if not lora.rank_pattern and not lora.alpha_pattern:
+        return ()
+    ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in match_targets(lora, cfg))
+    return tuple((path, ratio) for path, ratio in ratios if ratio != 1)
+
+
 def is_special(item: str) -> bool:
     """Whether a target item is "all-linear" or a "re:PATTERN" and not a module name."""
     return item.lower() == ALL_LINEAR or item.startswith(PATTERN_PREFIX)
@@ -88,16 +135,20 @@ def is_target(path: str, items: Iterable[str]) -> bool:
 def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
 
-    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], then the trained
-    copies under their checkpoint names [vocab, hidden]. With a tied base there is one copy,
+    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], with DoRA
+    "PATH.lora_magnitude_vector" [out], then the trained copies under their checkpoint names
+    [vocab, hidden]. r is the module's own (rank_pattern). With a tied base there is one copy,
     "model.embed_tokens.weight", whichever of the two names was asked for.
     Raises UserError as `match_targets` does.
     """
     linears, shapes = cfg.linear_paths(), {}
     for path in match_targets(lora, cfg):
         out_features, in_features = linears[path]
-        shapes[f"{path}.lora_A.weight"] = (lora.r, in_features)
-        shapes[f"{path}.lora_B.weight"] = (out_features, lora.r)
+        r = lora.rank_of(path)
+        shapes[f"{path}.lora_A.weight"] = (r, in_features)
+        shapes[f"{path}.lora_B.weight"] = (out_features, r)
+        if lora.use_dora:
+            shapes[f"{path}.lora_magnitude_vector"] = (out_features,)
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)

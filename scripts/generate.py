@@ -21,6 +21,7 @@ from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.llama import Compute, Weights
 from minisft.model import resolve_device, resolve_dtype
+from minisft.targets import scaling_ratios
 from minisft.tokenizer import (
     Tokenizer,
     decode,
@@ -147,12 +148,12 @@ def load(config: GenerateConfig) -> Loaded:
     dtype = resolve_dtype(config.dtype, device)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     cfg = checkpoint.cfg
-    trainable, scaling, tokenizer_from = {}, 1.0, directory
+    trainable, scaling, ratios, tokenizer_from = {}, 1.0, (), directory
     in_4bit = bool(checkpoint.four_bit)
     if config.adapter:
         lora, tensors = load_adapter(config.adapter, cfg)
         trainable = {n: t.to(device) for n, t in tensors.items()}
-        scaling = lora.scaling
+        scaling, ratios = lora.scaling, scaling_ratios(lora, cfg)
         in_4bit = in_4bit or bool(base_in_4bit(config.adapter))
         if (Path(config.adapter) / "tokenizer.json").exists():
             tokenizer_from = Path(config.adapter)
@@ -165,7 +166,7 @@ def load(config: GenerateConfig) -> Loaded:
         for name, weight in stream_weights(checkpoint)
         if name not in trainable
     }
-    compute = Compute(cfg, dtype, lora_scaling=scaling)
+    compute = Compute(cfg, dtype, lora_scaling=scaling, lora_ratios=ratios)
     return Loaded(trainable, frozen, compute, tokenizer, device)
 
 

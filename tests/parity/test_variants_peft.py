@@ -1,0 +1,222 @@
+"""DoRA, patterns, single layers, initialisations: PEFT reads ours and we read PEFT's, in numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from runs import call, flags, pairs, read, train, write_model, write_rows
+from safetensors.torch import load_file
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from minisft.adapter import load_adapter  # noqa: E402
+from minisft.config import LoraConfig, TrainConfig, UserError  # noqa: E402
+from minisft.llama import Compute, logits, make_tokens  # noqa: E402
+from minisft.lora import allocate, init_lora_, trainable_shapes  # noqa: E402
+from minisft.serving import vllm_problems  # noqa: E402
+from minisft.targets import check_patterns, match_targets, scaling_ratios  # noqa: E402
+from minisft.weights import load_model_config  # noqa: E402
+
+IDS = [[0, 9, 77, 300, 4, 60, 21, 8], [0, 5, 6, 200]]
+VARIANTS = {  # our flags -> PEFT's settings
+    "dora": ({"use_dora": True}, {"use_dora": True}),
+    "dora, rslora": (
+        {"use_dora": True, "use_rslora": True},
+        {"use_dora": True, "use_rslora": True},
+    ),
+    "patterns": (
+        {
+            "rank_pattern": ["layers.0.self_attn.q_proj=2", "v_proj=6"],
+            "alpha_pattern": [r"^model\.layers\.1\.self_attn\.q_proj=32"],
+            "use_rslora": True,
+        },
+        {
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 6},
+            "alpha_pattern": {r"^model\.layers\.1\.self_attn\.q_proj": 32},
+            "use_rslora": True,
+        },
+    ),
+    "patterns, dora": (
+        {"rank_pattern": ["down_proj=3"], "alpha_pattern": ["o_proj=1"], "use_dora": True},
+        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"o_proj": 1}, "use_dora": True},
+    ),
+    "one layer": ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}),
+    "gaussian": ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
+}
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+COMMON = {"lora_r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("variants")
+    write_model(directory / "model", attention_bias=True)
+    write_rows(directory / "rows.jsonl", pairs(12))
+    return directory
+
+
+def theirs(directory, adapter=None, **settings):
+    """A PEFT model on the base, from a directory or fresh."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if adapter is not None:
+        return peft.PeftModel.from_pretrained(base, adapter)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **settings
+    )
+    return peft.get_peft_model(base, config)
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([ids])).logits[0] for ids in IDS])
+
+
+def our_logits(directory, adapter):
+    cfg = load_model_config(directory)
+    lora, tensors = load_adapter(adapter, cfg)
+    compute = Compute(
+        cfg, torch.float32, lora_scaling=lora.scaling, lora_ratios=scaling_ratios(lora, cfg)
+    )
+    with torch.no_grad():
+        frozen = load_file(directory / "model.safetensors")
+        return logits(tensors, frozen, make_tokens(IDS), compute)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_peft_loads_what_a_run_wrote_and_gives_its_logits(place, tmp_path, name):
+    """The file has PEFT's own keys, shapes and settings; training moved every tensor."""
+    model, (ours, settings) = place / "model", VARIANTS[name]
+    train(
+        model=model, dataset=place / "rows.jsonl", output_dir=tmp_path / "out", max_steps=3,
+        learning_rate=1e-2, load_in_4bit=False, target_modules=TARGETS, save_merged=True,
+        **COMMON, **ours,
+    )  # fmt: skip
+    loaded = theirs(model, tmp_path / "out")
+    assert (their_logits(loaded) - our_logits(model, tmp_path / "out")).abs().max() < 2e-5
+    fresh = theirs(model, **settings)
+    fresh.save_pretrained(tmp_path / "peft")
+    mine, other = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("out", "peft"))
+    assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in other.items()}
+    moved = [k for k, t in mine.items() if "lora_B" in k and t.any()]
+    assert len(moved) == len([k for k in mine if "lora_B" in k])
+    a, b = (read(tmp_path / d / "adapter_config.json") for d in ("out", "peft"))
+    assert a.keys() == b.keys()
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "use_rslora",
+                "init_lora_weights"):  # fmt: skip
+        assert a[key] == b[key], key
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "merged", dtype=torch.float32
+    )
+    assert (their_logits(merged) - their_logits(loaded)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_we_read_what_peft_wrote(place, tmp_path, name):
+    """Random B and magnitudes, so that every part counts."""
+    model = theirs(place / "model", **VARIANTS[name][1])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            if "magnitude" in parameter_name:
+                parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    want = their_logits(model.eval())
+    assert (our_logits(place / "model", tmp_path) - want).abs().max() < 2e-5
+    plain = their_logits(theirs(place / "model"))
+    assert (want - plain).abs().max() > 0.05
+
+
+def test_dora_starts_as_the_base_and_trains_its_magnitudes(place, tmp_path):
+    settings = {"model": place / "model", "dataset": place / "rows.jsonl", "max_steps": 2}
+    settings |= {"target_modules": TARGETS, "learning_rate": 1e-2, **COMMON}
+    rows = {"eval_dataset": place / "rows.jsonl"}
+    train(**settings, **rows, use_dora=True, output_dir=tmp_path / "dora", load_in_4bit=True)
+    train(**settings, **rows, output_dir=tmp_path / "plain", load_in_4bit=True)
+    first = [json.loads((tmp_path / d / "step0.json").read_text()) for d in ("dora", "plain")]
+    assert first[0]["eval_loss"] == pytest.approx(first[1]["eval_loss"], abs=1e-5)
+    tensors = load_file(tmp_path / "dora" / "adapter_model.safetensors")
+    weights = load_file(place / "model" / "model.safetensors")
+    for key, magnitude in tensors.items():
+        if key.endswith("lora_magnitude_vector"):
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+            length = weights[f"{path}.weight"].norm(dim=1)
+            assert 1e-3 < (magnitude / length - 1).abs().max() < 0.2
+
+
+def test_dora_with_dropout_is_peft_s_formula(place):
+    """The same entries are dropped for the base's change and for the adapter."""
+    from minisft.nn import Adapter, Linear, Lora, dropout, linear
+
+    generator = torch.Generator().manual_seed(0)
+    x, W, A, B, m = (
+        torch.randn(shape, generator=generator) for shape in ((5, 8), (6, 8), (2, 8), (6, 2), (6,))
+    )
+    keys, s = torch.arange(5) * 77, 1.5
+    y = linear(x, Linear(W, None, Lora(A, B, 3, m)), Adapter(s, 0.5, keys))
+    dropped = dropout(x, keys, 3, 0.5)
+    ratio = m / (W + s * B @ A).norm(dim=1)
+    want = x @ W.T + (ratio - 1) * (dropped @ W.T) + ratio * s * (dropped @ A.T @ B.T)
+    assert torch.allclose(y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gaussian_draws_have_the_deviation_that_peft_s_have(place, tied):
+    cfg = load_model_config(place / "model")
+    flat = allocate(trainable_shapes(LoraConfig(r=8), cfg), torch.device("cpu"))
+    init_lora_(flat, 0, "gaussian")
+    A = torch.cat([v.flatten() for n, v in flat.views.items() if n.endswith("lora_A.weight")])
+    assert A.std().item() == pytest.approx(1 / 8, rel=0.05) and abs(A.mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": "q_proj"}, "expected MODULE=a whole number above 0"),
+        ({"rank_pattern": "q_proj=2.5"}, "expected MODULE=a whole number above 0"),
+        ({"alpha_pattern": "q_proj=x"}, "expected MODULE=a number above 0"),
+        ({"alpha_pattern": "q_(=3"}, "is not a regular expression"),
+        ({"layers_to_transform": "one"}, "expected numbers of layers"),
+        ({"init_lora_weights": "pissa"}, "expected one of default, gaussian"),
+        ({"use_dora": True, "full_finetuning": True}, "--use-dora has no effect with --full"),
+    ],
+)
+def test_malformed_settings_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers_to_transform": (0, 7)}, "names layer 7, but the model has 2"),
+        ({"layers_to_transform": (0,), "target_modules": ("re:.*q_proj",)}, "drop one"),
+        ({"layers_to_transform": (0,), "target_modules": ("1.mlp.up_proj",)}, "leaves none"),
+        ({"rank_pattern": (("q_porj", 2),)}, "'q_porj', which matches no adapted module"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told(place, settings, message):
+    with pytest.raises(UserError, match=message):
+        check_patterns(LoraConfig(**settings), load_model_config(place / "model"))
+
+
+def test_layers_are_those_asked_for(place):
+    lora = LoraConfig(layers_to_transform=(1,), target_modules=("all-linear",))
+    found = match_targets(lora, load_model_config(place / "model"))
+    assert len(found) == 7 and all(path.startswith("model.layers.1.") for path in found)
+
+
+def test_vllm_is_warned_of(place, tmp_path):
+    settings = {"model": place / "model", "dataset": place / "rows.jsonl", "max_steps": 1}
+    settings |= {"use_dora": True, "rank_pattern": {"q_proj": 2}, "output_dir": tmp_path}
+    out = train(**{k: [f"{a}={b}" for a, b in v.items()] if isinstance(v, dict) else v
+                   for k, v in settings.items()}).out  # fmt: skip
+    assert "vLLM will not take this adapter as it is (DoRA is not supported)" in out
+    assert "(rank_pattern is ignored" in out
+    assert len(vllm_problems(read(tmp_path / "adapter_config.json"))) == 2
+    answer = call("generate", flags(adapter=tmp_path, prompt="a", max_new_tokens=2))
+    assert answer.code == 0, answer.err
