@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig, UserError, load_json
+from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig, UserError, load_json, matches
 from minisft.safetensors_io import Header, iter_tensors, read_header, replace_synced, save_file
 from minisft.targets import (
     ALL_LINEAR,
@@ -396,6 +396,11 @@ def _parse_pattern(raw: dict[str, Any], name: str, source: str) -> tuple[tuple[s
         raise UserError(
             f"{source}: {name} is {_short(pattern)}; expected names with numbers above 0"
         )
+    try:
+        for key in pattern:
+            matches(key, "")
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
     return tuple((k, v if name == "rank_pattern" else float(v)) for k, v in pattern.items())
 
 

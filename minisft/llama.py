@@ -51,11 +51,11 @@ class Compute:
     dtype: torch.dtype = torch.float32
     lora_scaling: float = 1.0
     lora_dropout: float = 0.0  # 0 outside training
-    lora_ratios: tuple[tuple[str, float], ...] = ()  # of modules with a scale of their own
     checkpoint_blocks: bool = False
     loss_type: str = "nll"
     label_smoothing: float = 0.0
     neftune_alpha: float = 0.0  # noise on the embeddings, where tokens carry dropout keys
+    lora_ratios: tuple[tuple[str, float], ...] = ()  # of modules with a scale of their own
 
 
 class Layer(NamedTuple):

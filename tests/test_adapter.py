@@ -454,12 +454,8 @@ UNIMPLEMENTED = {
     "peft_type": ["LOHA", "lora", None],
     "task_type": ["SEQ_CLS"],
     "bias": ["all", "lora_only"],
-    "use_dora": [True],
     "lora_bias": [True],
     "fan_in_fan_out": [True],
-    "rank_pattern": [{"q_proj": 8}],
-    "alpha_pattern": [{"q_proj": 8}],
-    "layers_to_transform": [0, [1]],
     "layers_pattern": ["layers"],
     "layer_replication": [[[0, 2]]],
     "exclude_modules": ["q_proj", ["q_proj"]],
@@ -487,7 +483,52 @@ def test_a_variant_is_refused_by_name(tmp_path: Path, key: str, value: object) -
     assert f"{key} is {value!r}" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("use_dora", True, "lora_magnitude_vector' is missing"),
+        ("rank_pattern", {"q_proj": 8}, "Its rank is 4, adapter_config.json says r=8"),
+        ("rank_pattern", {"q_(": 8}, "pattern 'q_(' is not a regular expression"),
+        ("layers_to_transform", 0, "target_modules does not cover 'model.layers.1."),
+        ("layers_to_transform", [1], "target_modules does not cover 'model.layers.0."),
+        ("layers_to_transform", [5], "names layer 5, but the model has"),
+    ],
+)
+def test_a_variant_that_the_tensors_are_not_of_is_refused(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    write(tmp_path)
+    edit_tensors(tmp_path, lambda t: None, keep_digest=False)
+    edit_config(tmp_path, **{key: value})
+    assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("alpha_pattern", {"q_proj": 8}), ("use_dora", True)])
+def test_a_variant_added_after_training_is_betrayed_by_the_digest(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    write(tmp_path)
+    names = [
+        k
+        for k in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+        if "lora_B" in k
+    ]
+
+    def add_magnitudes(tensors: dict) -> None:
+        for name in names if key == "use_dora" else []:
+            path = name.removesuffix(".lora_B.weight")
+            tensors[f"{path}.lora_magnitude_vector"] = torch.ones(len(tensors[name]))
+
+    edit_tensors(tmp_path, add_magnitudes)
+    edit_config(tmp_path, **{key: value})
+    assert "was changed after training" in refusal(tmp_path)
+
+
 MALFORMED = {
+    "use_dora": ["yes", 1],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": True}, ["q_proj"]],
+    "alpha_pattern": [{"q_proj": -1}, {"q_proj": "x"}],
+    "layers_to_transform": ["1", [-1], [1.5], [True]],
     "r": [0, -1, 4.0, "4", True, None, -(10**400)],
     "lora_alpha": [0, "16", True, None, float("nan"), 10**400],
     "lora_dropout": [1.0, -0.1, "0"],
@@ -554,7 +595,7 @@ def test_the_smallest_config_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (f"{Q0}.lora_magnitude_vector", "LoRA variant that is not implemented"),
+        (f"{Q0}.lora_magnitude_vector", "belongs to DoRA, but use_dora"),
         (f"{Q0}.lora_B.bias", "LoRA variant that is not implemented"),
         (PREFIX + "model.embed_tokens.lora_embedding_A", "LoRA variant that is not implemented"),
         (PREFIX + "lm_head.lora_A.weight", "adapts 'lm_head'"),

@@ -70,6 +70,10 @@ def peft_fields(kind: Kind) -> dict[str, Any]:
         "target_modules": targets[0].removeprefix("re:") if is_pattern else targets,
         "modules_to_save": list(lora.modules_to_save) or None,
         "ensure_weight_tying": tied and bool(lora.modules_to_save),
+        "init_lora_weights": True,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "layers_to_transform": list(lora.layers_to_transform) or None,
     }
 
 

@@ -1,4 +1,4 @@
-"""DoRA, patterns, single layers, initialisations: PEFT reads ours and we read PEFT's, in numbers."""
+"""DoRA, patterns, single layers, initialisations: PEFT reads ours, we read PEFT's."""
 
 from __future__ import annotations
 
