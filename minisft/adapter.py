@@ -105,6 +105,7 @@ _FREE_FIELDS = {
 _READ_FIELDS = {
     *("lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora"),
     *("ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    "exclude_modules",
 }
 # Initialisations that leave the base weights as they are; others train against a changed base.
 _PLAIN_VALUES = {
@@ -160,7 +161,15 @@ def adapter_config_dict(
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": {k: int(v) if v.is_integer() else v for k, v in lora.alpha_pattern},
         "layers_to_transform": list(lora.layers_to_transform) or None,
+        "exclude_modules": _excluded(lora),
     }
+
+
+def _excluded(lora: LoraConfig) -> str | list[str] | None:
+    items = lora.exclude_modules
+    if items and items[0].startswith(PATTERN_PREFIX):
+        return items[0].removeprefix(PATTERN_PREFIX)
+    return list(items) or None
 
 
 def save_adapter(
@@ -267,7 +276,11 @@ def _digest(config: dict[str, Any]) -> str:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "use_rslora": bool(config.get("use_rslora")),
     }
-    fields |= {k: config[k] for k in ("use_dora", "layers_to_transform") if config.get(k)}
+    fields |= {
+        k: config[k]
+        for k in ("use_dora", "layers_to_transform", "exclude_modules")
+        if config.get(k)
+    }
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -378,6 +391,7 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         rank_pattern=_parse_pattern(raw, "rank_pattern", source),
         alpha_pattern=_parse_pattern(raw, "alpha_pattern", source),
         layers_to_transform=_parse_layers(raw, source),
+        exclude_modules=_parse_excluded(raw, source),
     )
     # Names among the targets stay there: in a file they mean LoRA on the embedding, not a copy.
     try:
@@ -412,6 +426,17 @@ def _parse_layers(raw: dict[str, Any], source: str) -> tuple[int, ...]:
             f"{source}: layers_to_transform is {_short(layers)}; expected numbers of layers"
         )
     return tuple(layers)
+
+
+def _parse_excluded(raw: dict[str, Any], source: str) -> tuple[str, ...]:
+    items = raw.get("exclude_modules") or []
+    if isinstance(items, str):
+        return (PATTERN_PREFIX + items,)
+    if not _are_names(items):
+        raise UserError(
+            f"{source}: exclude_modules is {_short(items)}; expected a list of names or a pattern"
+        )
+    return tuple(items)
 
 
 def _parse_targets(raw: dict[str, Any], source: str) -> tuple[str, ...]:
@@ -577,7 +602,8 @@ def _check_digest(raw: dict[str, Any], lora: LoraConfig, header: Header, source:
     targets = raw["target_modules"]
     live = targets if isinstance(targets, str) else list(lora.target_modules)
     effective = raw | {"target_modules": live}
-    if header.metadata.get(DIGEST_KEY, _digest(effective)) != _digest(effective):
+    digests = {_digest(effective), _digest(raw)}
+    if header.metadata.get(DIGEST_KEY, _digest(raw)) not in digests:
         raise UserError(
             f"{source}: adapter_config.json was changed after training: r={lora.r}, "
             f"lora_alpha={lora.lora_alpha}, use_rslora={lora.use_rslora}, target_modules and "

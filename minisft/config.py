@@ -354,6 +354,7 @@ class LoraConfig:
     rank_pattern: tuple[tuple[str, int], ...] = ()  # name or regular expression -> rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () means all
+    exclude_modules: tuple[str, ...] = ()  # names and suffixes, or one "re:PATTERN"
 
     @property
     def scaling(self) -> float:
@@ -427,6 +428,8 @@ class TrainConfig:
     """lora_alpha of single modules, likewise."""
     layers_to_transform: tuple[str, ...] = ()
     """Numbers of the layers to adapt; left out, all."""
+    exclude_modules: tuple[str, ...] = ()
+    """Names, suffixes, or one `re:PATTERN`, that are not adapted though the targets name them."""
     init_lora_weights: str = "default"
     """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r). B is zero."""
     full_finetuning: bool = False
@@ -602,6 +605,7 @@ class TrainConfig:
             "columns",
             "lr_scheduler_kwargs",
             "report_to",
+            "exclude_modules",
         ):
             object.__setattr__(self, name, split_list(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):  # a comma may be part of an expression
@@ -721,7 +725,7 @@ class TrainConfig:
         """Refuse a setting that the others leave without effect: nothing asked for is dropped."""
         lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
         lora += ("save_merged", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-        lora += ("layers_to_transform",)
+        lora += ("layers_to_transform", "exclude_modules")
         idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
         if not self.packing:
             idle.append(("packing_strategy", "no_packing", "add --packing"))
@@ -796,6 +800,7 @@ class TrainConfig:
             rank_pattern=tuple((k, int(v)) for k, v in self._pattern("rank_pattern")),
             alpha_pattern=self._pattern("alpha_pattern"),
             layers_to_transform=self._layers(),
+            exclude_modules=self.exclude_modules,
         )
 
     def _pattern(self, name: str) -> tuple[tuple[str, float], ...]:

@@ -71,7 +71,7 @@ _FIXED_ON_RESUME = (
     "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
     "loss_type", "label_smoothing", "neftune_noise_alpha", "use_dora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "init_lora_weights",
+    "alpha_pattern", "layers_to_transform", "exclude_modules", "init_lora_weights",
 )  # fmt: skip
 
 

@@ -56,12 +56,14 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
     or one "re:PATTERN" that must match a whole path. embed_tokens and lm_head are set aside first
     (`split_targets`).
-    With layers_to_transform, those of its layers only.
+    With layers_to_transform, those of its layers only; none of exclude_modules.
     Raises UserError for an item that matches nothing, for a pattern that is malformed or reaches
     a module that LoRA cannot adapt, for a layer that there is not or that is asked for beside a
     pattern, and if nothing is left to adapt.
     """
     lora = split_targets(lora)
+    if lora.exclude_modules:
+        return _not_excluded(lora, cfg)
     if lora.layers_to_transform:
         return _in_layers(lora, cfg)
     items, paths = lora.target_modules, list(cfg.linear_paths())
@@ -84,6 +86,29 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
         if not any(is_target(path, [item]) for path in paths):
             raise UserError(_unknown_target(item, paths))
     return [path for path in paths if is_target(path, items)]
+
+
+def _not_excluded(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    found = match_targets(dataclasses.replace(lora, exclude_modules=()), cfg)
+    items = lora.exclude_modules
+    if items[0].startswith(PATTERN_PREFIX):
+        out = _fullmatches(lora.exclude_modules[0].removeprefix(PATTERN_PREFIX), found)
+    else:
+        out = {path for path in found if is_target(path, items)}
+    if not out or len(out) == len(found):
+        which = "all" if out else "none"
+        raise UserError(
+            f"exclude_modules {', '.join(lora.exclude_modules)} matches {which} of the "
+            f"{len(found)} target modules; drop it or change it"
+        )
+    return [path for path in found if path not in out]
+
+
+def _fullmatches(pattern: str, paths: list[str]) -> set[str]:
+    try:
+        return {path for path in paths if re.fullmatch(pattern, path)}
+    except re.error as e:
+        raise UserError(f"exclude_modules {pattern!r} is no regular expression: {e.msg}") from None
 
 
 def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:

@@ -458,7 +458,6 @@ UNIMPLEMENTED = {
     "fan_in_fan_out": [True],
     "layers_pattern": ["layers"],
     "layer_replication": [[[0, 2]]],
-    "exclude_modules": ["q_proj", ["q_proj"]],
     "trainable_token_indices": [[1, 2]],
     "target_parameters": [["experts"]],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"],
@@ -491,6 +490,12 @@ def test_a_variant_is_refused_by_name(tmp_path: Path, key: str, value: object) -
         ("rank_pattern", {"q_(": 8}, "pattern 'q_(' is not a regular expression"),
         ("layers_to_transform", 0, "target_modules does not cover 'model.layers.1."),
         ("layers_to_transform", [1], "target_modules does not cover 'model.layers.0."),
+        ("exclude_modules", ["0.self_attn.q_proj"], "does not cover 'model.layers.0.self_attn.q"),
+        (
+            "exclude_modules",
+            r".*0\.self_attn\.q_proj",
+            "does not cover 'model.layers.0.self_attn.q",
+        ),
         ("layers_to_transform", [5], "names layer 5, but the model has"),
     ],
 )
@@ -529,6 +534,7 @@ MALFORMED = {
     "rank_pattern": [{"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": True}, ["q_proj"]],
     "alpha_pattern": [{"q_proj": -1}, {"q_proj": "x"}],
     "layers_to_transform": ["1", [-1], [1.5], [True]],
+    "exclude_modules": [3, [3], [""]],
     "r": [0, -1, 4.0, "4", True, None, -(10**400)],
     "lora_alpha": [0, "16", True, None, float("nan"), 10**400],
     "lora_dropout": [1.0, -0.1, "0"],

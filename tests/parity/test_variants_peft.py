@@ -44,6 +44,14 @@ VARIANTS = {  # our flags -> PEFT's settings
         {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"o_proj": 1}, "use_dora": True},
     ),
     "one layer": ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}),
+    "excluded": (
+        {"exclude_modules": ["0.self_attn.q_proj", "down_proj"]},
+        {"exclude_modules": ["0.self_attn.q_proj", "down_proj"]},
+    ),
+    "excluded by a pattern": (
+        {"exclude_modules": r"re:.*\.0\..*(q|v)_proj"},
+        {"exclude_modules": r".*\.0\..*(q|v)_proj"},
+    ),
     "gaussian": ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
 }
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -105,7 +113,7 @@ def test_peft_loads_what_a_run_wrote_and_gives_its_logits(place, tmp_path, name)
     a, b = (read(tmp_path / d / "adapter_config.json") for d in ("out", "peft"))
     assert a.keys() == b.keys()
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "use_rslora",
-                "init_lora_weights"):  # fmt: skip
+                "init_lora_weights", "exclude_modules"):  # fmt: skip
         assert a[key] == b[key], key
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out" / "merged", dtype=torch.float32
@@ -196,6 +204,9 @@ def test_malformed_settings_are_told(settings, message):
         ({"layers_to_transform": (0, 7)}, "names layer 7, but the model has 2"),
         ({"layers_to_transform": (0,), "target_modules": ("re:.*q_proj",)}, "drop one"),
         ({"layers_to_transform": (0,), "target_modules": ("1.mlp.up_proj",)}, "leaves none"),
+        ({"exclude_modules": ("k_porj",)}, "k_porj matches none of the 14 target modules"),
+        ({"exclude_modules": ("re:.*",)}, "matches all of the 14 target modules"),
+        ({"exclude_modules": ("re:(",)}, "is no regular expression"),
         ({"rank_pattern": (("q_porj", 2),)}, "'q_porj', which matches no adapted module"),
     ],
 )
