@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minisft.adapter import base_in_4bit
 from minisft.config import EMBEDDING_NAMES, LINEAR_NAMES
 
 # vLLM 0.11: vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py.
@@ -81,8 +80,6 @@ def commands(out: Path, base: str, adapter: dict[str, Any] | None) -> list[str]:
     merge = f"python scripts/merge.py --adapter {here} --output-dir {merged}"
     if problems:
         serve = f"merge first, then vllm serve {merged} ({'; '.join(problems)})"
-    if base_in_4bit(out):
-        python += f"  # in 16 bits; in the 4 that it was trained on: {out / 'README.md'}"
     return [
         f"try it:       python scripts/generate.py --adapter {here} --prompt '...'",
         f"chat:         python scripts/generate.py --adapter {here} --interactive",
