@@ -7,6 +7,7 @@ than memory. Nothing is dropped or cut without being counted in `stats`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -218,6 +219,7 @@ def _stats(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     found = dict.fromkeys(s["format"] for s in told)
+    template = tokenizer.chat_template
     stats = {
         "format": ", ".join(found),
         "rows_read": sum(s["rows_read"] for s in told),
@@ -228,6 +230,7 @@ def _stats(
         "longest": counts.longest,
         "duplicates": writer.num_duplicates(),
         "packing_efficiency": None,
+        "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
         "warnings": _warnings(counts.seen),
         "sources": told,
     }

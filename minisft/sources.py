@@ -58,6 +58,7 @@ def load_train(
     vocab_size: rows of the embedding. Raises UserError naming the source, and the row at fault.
     """
     names = [name for name, _ in config.sources]
+    _check_vocabulary(tokenizer, vocab_size, names)
     settings = data_settings(config, config.packing)
     dataset = _load(names, config, tokenizer, settings, scratch, limit, say)
     for told in dataset.stats["sources"]:
@@ -130,6 +131,18 @@ def _check_renames(sources: list[Rows], config: TrainConfig) -> None:
                 f"--columns {ours}={theirs}: none of {', '.join(r.source for r in sources)} has a "
                 f"column {theirs!r}"
             )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, names: list[str]) -> None:
+    """Refuse a tokenizer with ids beyond the embedding, used by these rows or not."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    token, highest = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
+    if highest >= vocab_size:
+        raise UserError(
+            f"{', '.join(names)}: the tokenizer's token {token!r} has id {highest}, which does not "
+            f"exist in the model, whose embedding has {vocab_size} rows; use the model's own "
+            "tokenizer"
+        )
 
 
 def _checked(dataset: TokenizedDataset, vocab_size: int) -> TokenizedDataset:
