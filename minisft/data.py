@@ -13,9 +13,11 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -321,20 +323,35 @@ def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:
         for begin, stop in ranges:
             yield _tokenize_range(job, begin, stop)
         return
+    try:
+        yield from _groups_of_processes(job, min(num_proc, len(ranges)), ranges)
+    except BrokenProcessPool:
+        raise UserError(
+            f"--dataset-num-proc {num_proc}: a process that tokenises ended unasked; was it short "
+            "of memory, or is the calling script without `if __name__ == '__main__'`? Use 1"
+        ) from None
+
+
+def _groups_of_processes(
+    job: _Job, num_proc: int, ranges: list[tuple[int, int]]
+) -> Iterator[_Group]:
     # Fresh processes: a forked one would share the threads and the GPU of this one.
     with ProcessPoolExecutor(
-        min(num_proc, len(ranges)),
+        num_proc,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(job,),
     ) as pool:
         pending: deque[Future[_Group]] = deque()
-        for begin, stop in ranges:
-            pending.append(pool.submit(_work, begin, stop))
-            if len(pending) > 2 * num_proc:
+        try:
+            for begin, stop in ranges:
+                pending.append(pool.submit(_work, begin, stop))
+                if len(pending) > 2 * num_proc:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 _worker_job: list[_Job] = []  # of a worker process; empty elsewhere
@@ -342,6 +359,7 @@ _worker_job: list[_Job] = []  # of a worker process; empty elsewhere
 
 def _start_worker(job: _Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which then ends these
     _worker_job[:] = [job]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,17 @@ def test_processes_do_not_change_the_result(tokenizer: Tokenizer, tmp_path: Path
     rows = read_rows(str(path), columns={})
     with pytest.raises(UserError, match=r"rows\.jsonl:1502 \(row 1501\): prompt is a number"):
         tokenize([rows], tokenizer, settings, num_proc=2)
+
+
+def test_a_process_that_ends_unasked_is_told(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr("minisft.data.ProcessPoolExecutor.submit", broken)
+    with pytest.raises(UserError, match=r"--dataset-num-proc 2: a process .* ended unasked"):
+        tokenize([named_rows(pairs(1001), "mem")], tokenizer, Settings(), num_proc=2)
 
 
 # ------------------------------------------------------------------------------------- long rows
