@@ -105,7 +105,7 @@ _FREE_FIELDS = {
 _READ_FIELDS = {
     *("lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora"),
     *("ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
-    "exclude_modules",
+    *("exclude_modules", "trainable_token_indices"),
 }
 # Initialisations that leave the base weights as they are; others train against a changed base.
 _PLAIN_VALUES = {
@@ -162,6 +162,7 @@ def adapter_config_dict(
         "alpha_pattern": {k: int(v) if v.is_integer() else v for k, v in lora.alpha_pattern},
         "layers_to_transform": list(lora.layers_to_transform) or None,
         "exclude_modules": _excluded(lora),
+        "trainable_token_indices": list(lora.trainable_token_indices) or None,
     }
 
 
@@ -390,7 +391,8 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         use_dora=bool(raw.get("use_dora")),
         rank_pattern=_parse_pattern(raw, "rank_pattern", source),
         alpha_pattern=_parse_pattern(raw, "alpha_pattern", source),
-        layers_to_transform=_parse_layers(raw, source),
+        layers_to_transform=_parse_numbers(raw, "layers_to_transform", source),
+        trainable_token_indices=_parse_numbers(raw, "trainable_token_indices", source),
         exclude_modules=_parse_excluded(raw, source),
     )
     # Names among the targets stay there: in a file they mean LoRA on the embedding, not a copy.
@@ -418,14 +420,18 @@ def _parse_pattern(raw: dict[str, Any], name: str, source: str) -> tuple[tuple[s
     return tuple((k, v if name == "rank_pattern" else float(v)) for k, v in pattern.items())
 
 
-def _parse_layers(raw: dict[str, Any], source: str) -> tuple[int, ...]:
-    layers = raw.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers or []
-    if not isinstance(layers, list) or not all(type(i) is int and i >= 0 for i in layers):
+def _parse_numbers(raw: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
+    """Numbers of layers, or of tokens of embed_tokens."""
+    value = raw.get(name)
+    numbers = [value] if type(value) is int else value or []
+    if isinstance(numbers, dict) and set(numbers) == {"embed_tokens"}:
+        numbers = numbers["embed_tokens"]
+    if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
         raise UserError(
-            f"{source}: layers_to_transform is {_short(layers)}; expected numbers of layers"
+            f"{source}: {name} is {_short(numbers)}; expected numbers from 0"
+            + (", of embed_tokens" if name == "trainable_token_indices" else "")
         )
-    return tuple(layers)
+    return tuple(numbers)
 
 
 def _parse_excluded(raw: dict[str, Any], source: str) -> tuple[str, ...]:
@@ -561,8 +567,8 @@ def _check_names(
             )
         if ".token_adapter." in name:
             raise UserError(
-                f"{path}: tensor {key!r} holds trained tokens, which are not implemented. Merge "
-                "the adapter with the tool that wrote it"
+                f"{path}: tensor {key!r} holds trained tokens, but trainable_token_indices in "
+                f"{CONFIG_NAME} does not name them. Restore the original config"
             )
         warnings.warn(f"{path}: tensor {key!r} has no known meaning; ignored", stacklevel=3)
 

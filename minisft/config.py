@@ -355,6 +355,7 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () means all
     exclude_modules: tuple[str, ...] = ()  # names and suffixes, or one "re:PATTERN"
+    trainable_token_indices: tuple[int, ...] = ()  # rows of the embedding, trained in full
 
     @property
     def scaling(self) -> float:
@@ -430,6 +431,8 @@ class TrainConfig:
     """Numbers of the layers to adapt; left out, all."""
     exclude_modules: tuple[str, ...] = ()
     """Names, suffixes, or one `re:PATTERN`, that are not adapted though the targets name them."""
+    trainable_token_indices: tuple[str, ...] = ()
+    """Ids of single tokens whose rows of the embedding (and of a tied head) are trained in full."""
     init_lora_weights: str = "default"
     """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r). B is zero."""
     full_finetuning: bool = False
@@ -611,9 +614,10 @@ class TrainConfig:
         for name in ("rank_pattern", "alpha_pattern"):  # a comma may be part of an expression
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        layers = self.layers_to_transform
-        layers = split_list(layers if isinstance(layers, str) else [str(i) for i in layers])
-        object.__setattr__(self, "layers_to_transform", layers)
+        for name in ("layers_to_transform", "trainable_token_indices"):
+            value = getattr(self, name)
+            items = split_list(value if isinstance(value, str) else [str(i) for i in value])
+            object.__setattr__(self, name, items)
         if self.init_lora_weights.lower() == "true":
             object.__setattr__(self, "init_lora_weights", "default")
         object.__setattr__(self, "report_to", tuple(n for n in self.report_to if n != "none"))
@@ -725,7 +729,7 @@ class TrainConfig:
         """Refuse a setting that the others leave without effect: nothing asked for is dropped."""
         lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
         lora += ("save_merged", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-        lora += ("layers_to_transform", "exclude_modules")
+        lora += ("layers_to_transform", "exclude_modules", "trainable_token_indices")
         idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
         if not self.packing:
             idle.append(("packing_strategy", "no_packing", "add --packing"))
@@ -799,7 +803,8 @@ class TrainConfig:
             init_lora_weights=self.init_lora_weights,
             rank_pattern=tuple((k, int(v)) for k, v in self._pattern("rank_pattern")),
             alpha_pattern=self._pattern("alpha_pattern"),
-            layers_to_transform=self._layers(),
+            layers_to_transform=self._whole_numbers("layers_to_transform", "numbers of layers"),
+            trainable_token_indices=self._whole_numbers("trainable_token_indices", "token ids"),
             exclude_modules=self.exclude_modules,
         )
 
@@ -816,13 +821,14 @@ class TrainConfig:
             pairs.append((key, value))
         return tuple(pairs)
 
-    def _layers(self) -> tuple[int, ...]:
-        for item in self.layers_to_transform:
+    def _whole_numbers(self, name: str, what: str) -> tuple[int, ...]:
+        items = getattr(self, name)
+        for item in items:
             if not item.isdecimal():
-                raise UserError(
-                    f"--layers-to-transform is {item!r}; expected numbers of layers, from 0"
-                )
-        return tuple(int(item) for item in self.layers_to_transform)
+                raise UserError(f"{flag(name)} is {item!r}; expected {what}, from 0")
+        if len(set(map(int, items))) != len(items):
+            raise UserError(f"{flag(name)} is {' '.join(items)}; expected each once")
+        return tuple(int(item) for item in items)
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:

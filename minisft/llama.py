@@ -39,6 +39,9 @@ from minisft.nn import (
     swiglu,
 )
 
+EMBEDDING = "model.embed_tokens.weight"
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # trained, [tokens, D]
+TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, kept beside the frozen weights
 Weights = Mapping[str, Tensor | NF4Weight]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T,N,H], k [T,K,H], v [T,K,H] -> [T,N,H]
 
@@ -198,8 +201,13 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
 
 
 def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the embedding matrix, [T, D] in dtype."""
-    return F.embedding(input_ids_T, leaf(trainable, frozen, "model.embed_tokens.weight")).to(dtype)
+    """Rows of the embedding matrix, [T, D] in dtype; trained token rows stand in for theirs."""
+    x_TD = F.embedding(input_ids_T, leaf(trainable, frozen, EMBEDDING)).to(dtype)
+    if TOKEN_ROWS not in trainable:
+        return x_TD
+    is_row_TN = input_ids_T.unsqueeze(1) == leaf({}, frozen, TOKEN_IDS)
+    rows_TD = leaf(trainable, {}, TOKEN_ROWS).to(dtype)[is_row_TN.int().argmax(1)]
+    return torch.where(is_row_TN.any(1, keepdim=True), rows_TD, x_TD)
 
 
 def embedding_noise(tokens: Tokens, x_TD: Tensor, alpha: float) -> Tensor:
@@ -221,8 +229,13 @@ def head_weight(
     trainable: Weights, frozen: Weights, cfg: ModelConfig, dtype: torch.dtype
 ) -> Tensor:
     """The output projection [V, D] in dtype: lm_head, or the embedding where they are tied."""
-    name = "model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"
-    return leaf(trainable, frozen, name).to(dtype)
+    if not cfg.tie_word_embeddings:
+        return leaf(trainable, frozen, "lm_head.weight").to(dtype)
+    head_VD = leaf(trainable, frozen, EMBEDDING).to(dtype)
+    if TOKEN_ROWS not in trainable:
+        return head_VD
+    rows = leaf(trainable, {}, TOKEN_ROWS).to(dtype)
+    return head_VD.index_copy(0, leaf({}, frozen, TOKEN_IDS), rows)
 
 
 def logits(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute) -> Tensor:

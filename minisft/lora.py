@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig
-from minisft.targets import adapter_shapes
+from minisft.targets import TOKEN_ROWS, adapter_shapes
 
 # Trainer decays everything but biases and norms (transformers.Trainer.get_decay_parameter_names).
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
@@ -57,7 +57,7 @@ def trainable_shapes(lora: LoraConfig | None, cfg: ModelConfig) -> dict[str, tup
 
 def _place(name: str) -> tuple[int, int, bool]:
     """Order that lays tensors that read one input side by side: A of q, k, v, then B of q, k, v."""
-    if not name.startswith("model.layers."):
+    if not name.startswith("model.layers."):  # trained rows and copies come last
         return (1 << 30, 0, False)
     parts = name.split(".")  # model.layers.3.self_attn.q_proj.lora_A.weight
     group = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
@@ -87,14 +87,15 @@ def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Grou
     out: list[Group] = []
     start = 0
     for name, shape in shapes.items():
-        embedding = name in EMBEDDING_WEIGHTS
+        embedding, tokens = name in EMBEDDING_WEIGHTS, name == TOKEN_ROWS
         rate = config.learning_rate
         if embedding and config.embedding_learning_rate is not None:
             rate = config.embedding_learning_rate
         elif config.loraplus_lr_ratio is not None and ".lora_B." in name:
             rate *= config.loraplus_lr_ratio
         stop, decayed = start + math.prod(shape), is_decayed(name)
-        eight_bit = config.optim.endswith("_8bit") and len(shape) == 2 and not embedding
+        eight_bit = config.optim.endswith("_8bit") and len(shape) == 2
+        eight_bit = eight_bit and not embedding and not tokens
         if out and out[-1][2:] == (decayed, rate, eight_bit):
             out[-1] = out[-1]._replace(stop=stop)
         else:

@@ -20,8 +20,8 @@ from torch import Tensor
 from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
 from minisft.config import LoraConfig, UserError
 from minisft.export import save_shards, write_model_files
-from minisft.llama import Compute, logits, make_tokens
-from minisft.model import resolve_device, resolve_dtype
+from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens
+from minisft.model import resolve_device, resolve_dtype, token_ids
 from minisft.nn import NF4Weight, dequantize
 from minisft.targets import scaling_ratios
 from minisft.tokenizer import load_tokenizer
@@ -35,6 +35,7 @@ from minisft.weights import (
     stream_weights,
 )
 
+CPU = torch.device("cpu")
 BASES = ("auto", "16bit", "dequant")
 # Largest |merged - live| / |live| of the logits, by the dtype that is written.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -124,6 +125,10 @@ def merged_weights(
         if name in tensors:  # a trained copy
             yield name, tensors[name]
             continue
+        if name == EMBEDDING and TOKEN_ROWS in tensors:
+            assert isinstance(weight, Tensor)
+            yield name, weight.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
+            continue
         if name in four_bit:
             weight = place(name, weight, device, torch.float32, True)
         if isinstance(weight, NF4Weight):
@@ -163,6 +168,8 @@ def verify(
             for name, weight in stream_weights(source)
             if name not in trained
         }
+        if TOKEN_ROWS in trained:
+            frozen[TOKEN_IDS] = token_ids(lora, device)
         trained = {name: tensor.to(device) for name, tensor in trained.items()}
         ratios = scaling_ratios(lora, cfg)
         compute = Compute(cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)

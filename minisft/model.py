@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
-from minisft.llama import Compute
+from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute
 from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight, dequantize
 from minisft.optim import init_moments
@@ -79,6 +79,11 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
             frozen[name] = place(name, weight, device, dtype, name in four_bit)
     init_lora_(flat, config.seed, config.init_lora_weights)
     init_magnitudes_(flat, frozen)
+    if lora and lora.trainable_token_indices:
+        ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
+        assert isinstance(embedding, Tensor)
+        flat.views[TOKEN_ROWS].copy_(embedding[ids])
+        frozen[TOKEN_IDS] = ids
     compute = Compute(
         model=checkpoint.cfg,
         dtype=dtype,
@@ -130,6 +135,11 @@ def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
             "the unquantised base, or drop --full-finetuning to train an adapter"
         )
     return checkpoint
+
+
+def token_ids(lora: LoraConfig, device: torch.device) -> Tensor:
+    """The ids of trained token rows, int64, as the forward pass finds them among the weights."""
+    return torch.tensor(lora.trainable_token_indices, dtype=torch.int64, device=device)
 
 
 def init_magnitudes_(trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight]) -> None:

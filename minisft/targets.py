@@ -23,6 +23,7 @@ from minisft.config import (
 ALL_LINEAR = "all-linear"
 PATTERN_PREFIX = "re:"
 PATTERN_EXAMPLE = r"re:.*\.(q_proj|v_proj)"
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT's name: the new rows
 EMBEDDING_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
@@ -160,10 +161,11 @@ def is_target(path: str, items: Iterable[str]) -> bool:
 def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
 
-    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], with DoRA
-    "PATH.lora_magnitude_vector" [out], then the trained copies under their checkpoint names
-    [vocab, hidden]. r is the module's own (rank_pattern). With a tied base there is one copy,
-    "model.embed_tokens.weight", whichever of the two names was asked for.
+    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], r the module's own
+    (rank_pattern), with DoRA "PATH.lora_magnitude_vector" [out]; then trained token rows
+    [tokens, hidden], and the trained copies under their checkpoint names [vocab, hidden]. With a
+    tied base there is one copy, "model.embed_tokens.weight", whichever of the two names was asked
+    for.
     Raises UserError as `match_targets` does.
     """
     linears, shapes = cfg.linear_paths(), {}
@@ -174,10 +176,28 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
         if lora.use_dora:
             shapes[f"{path}.lora_magnitude_vector"] = (out_features,)
+    if lora.trainable_token_indices:
+        shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
     return shapes
+
+
+def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
+    indices = lora.trainable_token_indices
+    if max(indices) >= cfg.vocab_size:
+        raise UserError(
+            f"trainable_token_indices names token {max(indices)}, but the embedding has "
+            f"{cfg.vocab_size} rows"
+        )
+    saved = split_targets(lora).modules_to_save
+    if "embed_tokens" in saved or (saved and cfg.tie_word_embeddings):
+        raise UserError(
+            "trainable_token_indices has no meaning where the whole embedding is trained "
+            f"(modules_to_save {', '.join(saved)}); drop one"
+        )
+    return indices
 
 
 def module_paths(cfg: ModelConfig) -> list[str]:

@@ -19,8 +19,8 @@ from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
 from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
-from minisft.llama import Compute, Weights
-from minisft.model import resolve_device, resolve_dtype
+from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, Weights
+from minisft.model import resolve_device, resolve_dtype, token_ids
 from minisft.targets import scaling_ratios
 from minisft.tokenizer import (
     Tokenizer,
@@ -166,6 +166,8 @@ def load(config: GenerateConfig) -> Loaded:
         for name, weight in stream_weights(checkpoint)
         if name not in trainable
     }
+    if TOKEN_ROWS in trainable:
+        frozen[TOKEN_IDS] = token_ids(lora, device)
     compute = Compute(cfg, dtype, lora_scaling=scaling, lora_ratios=ratios)
     return Loaded(trainable, frozen, compute, tokenizer, device)
 

@@ -7,17 +7,24 @@ import json
 import pytest
 import torch
 from runs import call, flags, pairs, read, train, write_model, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_llama import CFG, all_rows, random_dataset, random_weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from minisft.adapter import load_adapter  # noqa: E402
-from minisft.config import LoraConfig, TrainConfig, UserError  # noqa: E402
-from minisft.llama import Compute, logits, make_tokens  # noqa: E402
+from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError  # noqa: E402
+from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens  # noqa: E402
 from minisft.lora import allocate, init_lora_, trainable_shapes  # noqa: E402
 from minisft.serving import vllm_problems  # noqa: E402
-from minisft.targets import check_patterns, match_targets, scaling_ratios  # noqa: E402
+from minisft.step import Plan, loss_and_grads  # noqa: E402
+from minisft.targets import (  # noqa: E402
+    adapter_shapes,
+    check_patterns,
+    match_targets,
+    scaling_ratios,
+)
 from minisft.weights import load_model_config  # noqa: E402
 
 IDS = [[0, 9, 77, 300, 4, 60, 21, 8], [0, 5, 6, 200]]
@@ -52,6 +59,7 @@ VARIANTS = {  # our flags -> PEFT's settings
         {"exclude_modules": r"re:.*\.0\..*(q|v)_proj"},
         {"exclude_modules": r".*\.0\..*(q|v)_proj"},
     ),
+    "token rows": ({"trainable_token_indices": [9, 77, 4]},) * 2,
     "gaussian": ({"init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
 }
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -90,6 +98,7 @@ def our_logits(directory, adapter):
     )
     with torch.no_grad():
         frozen = load_file(directory / "model.safetensors")
+        frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices)
         return logits(tensors, frozen, make_tokens(IDS), compute)
 
 
@@ -107,14 +116,18 @@ def test_peft_loads_what_a_run_wrote_and_gives_its_logits(place, tmp_path, name)
     fresh = theirs(model, **settings)
     fresh.save_pretrained(tmp_path / "peft")
     mine, other = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("out", "peft"))
-    assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in other.items()}
+    shapes, wanted = ({k: t.shape for k, t in tensors.items()} for tensors in (mine, other))
+    assert shapes == wanted
     moved = [k for k, t in mine.items() if "lora_B" in k and t.any()]
     assert len(moved) == len([k for k in mine if "lora_B" in k])
     a, b = (read(tmp_path / d / "adapter_config.json") for d in ("out", "peft"))
     assert a.keys() == b.keys()
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "use_rslora",
-                "init_lora_weights", "exclude_modules"):  # fmt: skip
-        assert a[key] == b[key], key
+                "init_lora_weights", "exclude_modules", "trainable_token_indices"):  # fmt: skip
+        mine, other = (c[key] for c in (a, b))
+        if key == "exclude_modules" and isinstance(other, list):  # a set, in any order
+            mine, other = sorted(mine), sorted(other)
+        assert mine == other, key
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out" / "merged", dtype=torch.float32
     )
@@ -130,6 +143,8 @@ def test_we_read_what_peft_wrote(place, tmp_path, name):
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            if "trainable_tokens" in parameter_name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             if "magnitude" in parameter_name:
                 parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path)
@@ -137,6 +152,74 @@ def test_we_read_what_peft_wrote(place, tmp_path, name):
     assert (our_logits(place / "model", tmp_path) - want).abs().max() < 2e-5
     plain = their_logits(theirs(place / "model"))
     assert (want - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_token_rows_are_peft_s_tied_and_untied(tmp_path, tied, in_dict):
+    """A tied head follows its embedding's rows; merged, and in generation, they count too."""
+    model = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(12))
+    tokens = sorted({t for row in IDS for t in row})[1:4]
+    train(
+        model=model, dataset=rows, output_dir=tmp_path / "out", max_steps=4, learning_rate=1e-2,
+        load_in_4bit=False, trainable_token_indices=tokens, save_merged=True, optim="adamw_8bit",
+        **COMMON,
+    )  # fmt: skip
+    if in_dict:
+        config = read(tmp_path / "out" / "adapter_config.json")
+        config["trainable_token_indices"] = {"embed_tokens": tokens}
+        path = tmp_path / "out" / "adapter_model.safetensors"
+        save_file(load_file(path), path, {"format": "pt"})  # without our digest, as PEFT writes
+        (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    want = their_logits(theirs(model, tmp_path / "out"))
+    assert (our_logits(model, tmp_path / "out") - want).abs().max() < 2e-5
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "merged", dtype=torch.float32
+    )
+    assert (their_logits(merged) - want).abs().max() < 1e-4
+    old = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    new = load_file(tmp_path / "out" / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    changed = (old != new).any(1).nonzero().squeeze(1).tolist()
+    assert set(changed) <= set(tokens) and (changed == tokens if tied else True)
+    moments = load_file(tmp_path / "out" / "checkpoint-4" / "optimizer.safetensors")
+    assert torch.float32 in {t.dtype for n, t in moments.items() if n.startswith("exp_avg.1")}
+    cut = {"prompt": "a", "max_new_tokens": 4}
+    answers = [
+        call("generate", flags(**cut, **source)).out
+        for source in ({"adapter": tmp_path / "out"}, {"model": tmp_path / "out" / "merged"})
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_token_rows_are_those_of_the_whole_embedding(tied):
+    """Rows of the gradient that training every row would give."""
+    cfg = ModelConfig(**{**vars(CFG), "tie_word_embeddings": tied})
+    ids = (5, 40, 3)
+    lora = LoraConfig(r=2, trainable_token_indices=ids)
+    whole = LoraConfig(r=2, modules_to_save=("embed_tokens",))
+    weights = random_weights(cfg)
+    batch = all_rows(random_dataset([[20], [30], [9, 9]]))
+    grads = {}
+    for name, chosen in (("rows", lora), ("whole", whole)):
+        flat = allocate(trainable_shapes(chosen, cfg), torch.device("cpu"))
+        init_lora_(flat, 0)
+        frozen = {n: w for n, w in weights.items() if n not in flat.views}
+        for key, view in flat.views.items():
+            if key == TOKEN_ROWS:
+                frozen[TOKEN_IDS] = torch.tensor(ids)
+                view.copy_(weights["model.embed_tokens.weight"][list(ids)])
+            elif key == "model.embed_tokens.weight":
+                view.copy_(weights[key])
+        _, grad = loss_and_grads(flat, frozen, batch, Plan(Compute(cfg, lora_scaling=1.0)))
+        sizes = [v.numel() for v in flat.views.values()]
+        parts = dict(zip(flat.views, grad.split(sizes), strict=True))
+        grads[name] = parts[TOKEN_ROWS if name == "rows" else "model.embed_tokens.weight"]
+    wanted = grads["whole"].view(cfg.vocab_size, -1)[list(ids)]
+    assert (
+        torch.allclose(grads["rows"].view(3, -1), wanted, atol=1e-7) and wanted.abs().max() > 1e-4
+    )
 
 
 def test_dora_starts_as_the_base_and_trains_its_magnitudes(place, tmp_path):
@@ -189,6 +272,8 @@ def test_gaussian_draws_have_the_deviation_that_peft_s_have(place, tied):
         ({"alpha_pattern": "q_proj=x"}, "expected MODULE=a number above 0"),
         ({"alpha_pattern": "q_(=3"}, "is not a regular expression"),
         ({"layers_to_transform": "one"}, "expected numbers of layers"),
+        ({"trainable_token_indices": "3 x"}, "expected token ids, from 0"),
+        ({"trainable_token_indices": [3, 3]}, "expected each once"),
         ({"init_lora_weights": "pissa"}, "expected one of default, gaussian"),
         ({"use_dora": True, "full_finetuning": True}, "--use-dora has no effect with --full"),
     ],
@@ -201,6 +286,11 @@ def test_malformed_settings_are_told(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"trainable_token_indices": (3, 999)}, "names token 999, but the embedding has 384 rows"),
+        (
+            {"trainable_token_indices": (3,), "modules_to_save": ("embed_tokens",)},
+            "where the whole embedding is trained",
+        ),
         ({"layers_to_transform": (0, 7)}, "names layer 7, but the model has 2"),
         ({"layers_to_transform": (0,), "target_modules": ("re:.*q_proj",)}, "drop one"),
         ({"layers_to_transform": (0,), "target_modules": ("1.mlp.up_proj",)}, "leaves none"),
@@ -211,8 +301,10 @@ def test_malformed_settings_are_told(settings, message):
     ],
 )
 def test_what_does_not_fit_the_model_is_told(place, settings, message):
+    cfg = load_model_config(place / "model")
     with pytest.raises(UserError, match=message):
-        check_patterns(LoraConfig(**settings), load_model_config(place / "model"))
+        check_patterns(LoraConfig(**settings), cfg)
+        adapter_shapes(LoraConfig(**settings), cfg)
 
 
 def test_layers_are_those_asked_for(place):
