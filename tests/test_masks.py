@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from minisft import chat, masks
 from minisft.config import UserError
 from minisft.data import Settings, named_rows, tokenize
 from minisft.templates import BUILT_IN
-from minisft.tokenizer import Tokenizer, decode, load_tokenizer
+from minisft.tokenizer import Tokenizer, decode, encode, load_tokenizer
 from minisft.tokens import IGNORED
 
 # Special tokens of the shipped templates, by their looks.
@@ -201,6 +202,46 @@ def test_markers_in_text_rows(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             Settings(**wrong)
+
+
+def _by_token_ids(ids: list[int], ask: list[int], answer: list[int]) -> list[int]:
+    """Unsloth's rule, on ids: behind each answer marker, up to the next ask marker or the end."""
+    labels, j = [IGNORED] * len(ids), 0
+    while j < len(ids):
+        if ids[j : j + len(answer)] != answer:
+            j += 1
+            continue
+        start = j = j + len(answer)
+        while j < len(ids) and ids[j : j + len(ask)] != ask:
+            j += 1
+        labels[start:j] = ids[start:j]
+    return labels
+
+
+def test_markers_equal_a_search_among_token_ids(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_byte_level(tmp_path))
+    rng, words = random.Random(4), ["the fox", "42", " dog", "é 你好", "a\nb", "lazy  ", "?"]
+    roles = ["system", "user", "assistant"]
+    rows = [
+        {
+            "messages": [
+                {"role": rng.choice(roles), "content": "".join(rng.choices(words, k=3))}
+                for _ in range(rng.randrange(1, 7))
+            ]
+        }
+        for _ in range(60)
+    ]
+    parts = ["<|start|>user<|end|>\n", "<|start|>assistant<|end|>\n"]
+    ask, answer = (encode(tokenizer, part, add_special_tokens=False) for part in parts)
+    settings = Settings(instruction_part=parts[0], response_part=parts[1], keep_untrained=True)
+    dataset = tokenize([named_rows(rows, "mem")], tokenizer, settings)
+    trained = 0
+    for i in range(len(dataset)):
+        ((a, b),) = dataset.row_documents(i)
+        expected = _by_token_ids(dataset.input_ids[a:b].tolist(), ask, answer)
+        assert dataset.labels[a:b].tolist() == expected
+        trained += sum(label != IGNORED for label in expected)
+    assert trained > 200
 
 
 @pytest.mark.parametrize(
