@@ -164,9 +164,9 @@ def _tokenize(
         told.append(_source_stats(job, here, writer.num_rows - first_row))
         counts.add(here)
     stats = _stats(told, counts, writer, settings, sources, tokenizer)
-    dataset = writer.finish(stats)
-    _check_trained(dataset.stats, settings, sources)
-    return dataset
+    if not writer.num_trained:
+        raise _nothing_to_train(stats, settings, sources)
+    return writer.finish(stats)
 
 
 def _add_packed(
@@ -281,9 +281,9 @@ def _warnings(seen: Counter[str]) -> list[str]:
     return warnings
 
 
-def _check_trained(stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]) -> None:
-    if stats["num_trained_tokens"]:
-        return
+def _nothing_to_train(
+    stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]
+) -> UserError:
     names = ", ".join(rows.source for rows in sources)
     cut = settings.max_length is not None and stats["longest"] > settings.max_length
     remedy = "raise --max-length" if cut else "give rows with something to learn"
@@ -291,7 +291,7 @@ def _check_trained(stats: dict[str, Any], settings: Settings, sources: Sequence[
         remedy = (
             f"is --response-part {settings.response_part!r} in the rendered rows? See --preview"
         )
-    raise UserError(
+    return UserError(
         f"{names}: nothing is left to train: {stats['rows_read']} rows read, "
         f"{stats['rows_kept']} kept, dropped {stats['dropped']}; the longest row has "
         f"{stats['longest']} tokens, --max-length is {settings.max_length}; {remedy}"

@@ -226,6 +226,10 @@ def test_kept_tokens_are_taken_again_until_anything_changes(
     assert _arrays(load_train(config, tokenizer, 400, **load)) == _arrays(memory)
     (first.entry / "meta.json").unlink()
     assert tokens.load_tokens(first.entry) is None
+    empty = dataclasses.replace(config, response_part="no such", instruction_part="text")
+    for _ in range(2):  # rows without anything to train are not kept
+        with pytest.raises(UserError, match="nothing is left to train"):
+            load_train(empty, tokenizer, 400, **load)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.entry.name]
 
 
