@@ -64,6 +64,7 @@ def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -
     """
 
     def tell(line: str) -> None:
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", line)  # of names in files
         with contextlib.suppress(OSError):  # nobody reads any more: the exit code still tells
             print(line, file=sys.stderr, flush=True)
 
@@ -162,9 +163,10 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
     except yaml.YAMLError as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise UserError(
-            f"--config {file}{line}: malformed YAML ({getattr(e, 'problem', e)})"
-        ) from None
+        reason = " ".join(str(getattr(e, "problem", None) or e).split())
+        raise UserError(f"--config {file}{line}: malformed YAML ({reason})") from None
+    except (ValueError, RecursionError) as e:  # a number or a date that is none, deep nesting
+        raise UserError(f"--config {file}: malformed YAML ({type(e).__name__}: {e})") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

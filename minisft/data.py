@@ -520,7 +520,10 @@ def _read_ids(record: dict, completion_only_loss: bool) -> _Document:
 
 def _int_array(record: dict, name: str, length: int | None) -> np.ndarray:
     value = record.get(name)
-    array = np.asarray(value if value != [] else np.zeros(0, dtype=np.int64))
+    try:
+        array = np.asarray(value if value != [] else np.zeros(0, dtype=np.int64))
+    except ValueError:  # lists of several lengths inside it
+        raise UserError(f"{name} is a list of lists; expected a list of integers") from None
     if not isinstance(value, list) or array.ndim != 1 or array.dtype.kind not in "iub":
         raise UserError(f"{name} is {type(value).__name__}; expected a list of integers")
     if length is not None and len(array) != length:

@@ -139,7 +139,10 @@ def say(line: str) -> None:
     the numbers.
     """
     try:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:  # a name that the terminal's encoding does not have
+            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

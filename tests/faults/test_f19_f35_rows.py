@@ -227,6 +227,12 @@ def test_f27_a_misspelt_column_is_told_with_the_columns_and_the_nearest(run):
     refused(run(ROW, columns=["prompt=promt"]), "no column 'promt'", "did you mean 'prompt'")
 
 
+def test_f27_a_column_name_cannot_break_or_colour_the_line(run):
+    outcome = run('{"a\\nb\\u001b[31mc": "x"}\n')
+    refused(outcome, "a b [31mc")
+    assert "\x1b" not in outcome.err
+
+
 @pytest.mark.parametrize("value", ["null", "7", "[1]", '{"a": 1}', "true"])
 def test_f28_another_type_where_text_is_expected_names_the_row(run, tmp_path, value):
     text = ROW + f'{{"prompt": "a", "completion": {value}}}\n'
