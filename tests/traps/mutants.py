@@ -131,7 +131,12 @@ MUTANTS = [
         "        if name in tensors:  # a trained copy\n",
         "        if name in tensors and False:\n",
     ),
-    Mutant(22, "minisft/sources.py", "    if highest >= vocab_size:", "    if highest < 0:"),
+    Mutant(
+        22,
+        "minisft/sources.py",
+        "    highest = dataset.max_token_id\n    if highest >= vocab_size:",
+        "    highest = dataset.max_token_id\n    if highest < 0:",
+    ),
     Mutant(
         23, "minisft/nn.py",
         '    if rope.rope_type == "llama3":',

@@ -495,6 +495,10 @@ def test_t22_token_ids_without_an_embedding_row_are_refused(given, tmp_path):
     model = write_model(tmp_path / "model", vocab_size=300)
     outcome = call("train", flags(**given | {"model": model}, output_dir=tmp_path / "out"))
     assert outcome.code == 2 and "300 rows" in outcome.err and "own tokenizer" in outcome.err
+    # and ids that came with the rows
+    path = write_rows(tmp_path / "ids.jsonl", [{"input_ids": [5, 6, 384]}])
+    outcome = call("train", flags(**given | {"dataset": path}, output_dir=tmp_path / "out"))
+    assert outcome.code == 2 and "token id 384" in outcome.err and "384 rows" in outcome.err
 
 
 ROPES = {
