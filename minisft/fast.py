@@ -62,6 +62,7 @@ class Fast:
     compute: Compute
     policies: list[Policy]  # of each layer
     chunk: int  # rows of logits alive at once
+    mlp_tokens: int  # tokens that go through the MLP at a time, where gate and up are not kept
     host: Host
     graphs: dict[tuple, Graph] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None  # one for all work, so that cuBLAS has one workspace
@@ -155,6 +156,7 @@ def prepare(
     *,
     chunk: int,
     max_tokens: int,
+    mlp_tokens: int = 8192,
 ) -> Fast:
     """Views and buffers for the hand-written pass.
 
@@ -214,6 +216,7 @@ def prepare(
         compute=compute,
         policies=policies,
         chunk=chunk,
+        mlp_tokens=mlp_tokens,
         host=Host(device, max_tokens),
     )
 
@@ -429,7 +432,7 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
     for i, layer in enumerate(layers):
         above = layers[i + 1] if i + 1 < len(layers) else None
         norm, extra = (above.norm1, above.qkv.rank) if above else (fast.norm, 0)
-        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i]))
+        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i], fast.mlp_tokens))
         x, h, rstd, saved = forward(x, h, rstd, layer, norm, extra, here)
         kept.append(fast.host.keep(i, saved, fast.policies[i]))
         del saved
@@ -443,7 +446,7 @@ def micro_step_(fast: Fast, batch: StaticBatch) -> None:
         kept[i] = None
         extra = layers[i - 1].down.rank if i else 0
         assert dx is not None
-        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i]))
+        here = at._replace(mlp_chunks=mlp_chunks(tokens, fast.policies[i], fast.mlp_tokens))
         dx = backward(dx, saved, layers[i], extra, here, last=i == 0)
 
 

@@ -70,6 +70,7 @@ def plan_of(choice: Choice, state: State, model: Model) -> Plan:
         list(choice.policies),
         chunk=choice.chunk,
         max_tokens=choice.tokens,
+        mlp_tokens=choice.mlp_tokens,
     )
     return Plan(model.compute, fast=fast)
 

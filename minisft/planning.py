@@ -30,6 +30,7 @@ class Choice(NamedTuple):
     policies: tuple[Policy, ...]
     tokens: int  # of a micro-batch at most, but for longer rows
     chunk: int  # rows of logits at a time
+    mlp_tokens: int  # tokens through the MLP at a time, where gate and up are not kept
     peak_bytes: int  # predicted, of the GPU; 0 where nothing was predicted
     said: str  # one line for the reader
 
@@ -68,12 +69,12 @@ def choose(
         tokens = config.per_device_train_batch_size * config.max_length
         kept = "each layer's input" if name == "full" else "all activations"
         said = f"autograd, keeping {kept}" + (f" ({reason})" if reason else "")
-        return Choice(False, (), tokens, 0, 0, said)
+        return Choice(False, (), tokens, 0, 0, 0, said)
     layers = compute.model.num_hidden_layers
     if device.type != "cuda":
         tokens = config.per_device_train_batch_size * config.max_length
         policy = POLICIES["none" if name == "auto" else name]
-        return Choice(True, (policy,) * layers, tokens, 1024, 0, f"explicit block, {name}")
+        return Choice(True, (policy,) * layers, tokens, 1024, 8192, 0, f"explicit block, {name}")
     return _choose_on_gpu(config, trainable, compute, name, longest, step_tokens)
 
 
@@ -97,23 +98,26 @@ def _choose_on_gpu(
     names = list(POLICIES) if name == "auto" else [name]
     sizes = _micro_batches(config.micro_batch_tokens, longest, step_tokens)
     found = []
-    for kind, tokens, chunk in itertools.product(names, sizes, (2048, 1024, 512, 256)):
+    for kind, tokens, chunk, mlp in itertools.product(
+        names, sizes, (2048, 1024, 512, 256), (8192, 4096, 2048, 1024)
+    ):
         policies = (POLICIES[kind],) * cfg.num_hidden_layers
-        peak = base + peak_bytes(cfg, policies, tokens, chunk, itemsize, ranks)
-        seconds = token_seconds(cfg, POLICIES[kind], tokens, longest, itemsize, ranks)
-        found.append((peak > room, seconds, -chunk, kind, tokens, peak))
-    over, _, minus_chunk, kind, tokens, peak = min(found)
-    if over:
-        _, _, minus_chunk, kind, tokens, peak = min(found, key=lambda f: f[5])
-    policies = _upgraded(kind, names, cfg, tokens, -minus_chunk, itemsize, ranks, room - base)
-    peak = base + peak_bytes(cfg, policies, tokens, -minus_chunk, itemsize, ranks)
+        peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
+        seconds = token_seconds(cfg, POLICIES[kind], tokens, mlp, longest, itemsize, ranks)
+        found.append((peak > room, seconds, -chunk, -mlp, kind, tokens, peak))
+    best = min(found)
+    if best[0]:
+        best = min(found, key=lambda f: f[6])
+    chunk, mlp, kind, tokens = -best[2], -best[3], best[4], best[5]
+    policies = _upgraded(kind, names, cfg, tokens, chunk, mlp, itemsize, ranks, room - base)
+    peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
     kinds = [k for k, p in POLICIES.items() if p in policies]
     counts = ", ".join(f"{k} in {policies.count(POLICIES[k])} layers" for k in kinds)
     said = (
         f"explicit block, {kind if len(kinds) == 1 else counts}, up to {tokens:,} tokens at a "
         f"time; predicted peak {peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
     )
-    return Choice(True, policies, tokens, -minus_chunk, int(peak), said)
+    return Choice(True, policies, tokens, chunk, mlp, int(peak), said)
 
 
 def _upgraded(
@@ -122,6 +126,7 @@ def _upgraded(
     cfg: ModelConfig,
     tokens: int,
     chunk: int,
+    mlp: int,
     itemsize: int,
     ranks: dict[str, int],
     room: float,
@@ -130,12 +135,12 @@ def _upgraded(
     layers = cfg.num_hidden_layers
     plain = (POLICIES[kind],) * layers
     by_speed = sorted(
-        names, key=lambda n: token_seconds(cfg, POLICIES[n], tokens, tokens, itemsize, ranks)
+        names, key=lambda n: token_seconds(cfg, POLICIES[n], tokens, mlp, tokens, itemsize, ranks)
     )
     for better in by_speed[: by_speed.index(kind)]:
         for n in range(layers - 1, 0, -1):
             mixed = plain[: layers - n] + (POLICIES[better],) * n
-            if peak_bytes(cfg, mixed, tokens, chunk, itemsize, ranks) <= room:
+            if peak_bytes(cfg, mixed, tokens, chunk, mlp, itemsize, ranks) <= room:
                 return mixed
     return plain
 
@@ -189,6 +194,7 @@ def peak_bytes(
     policies: tuple[Policy, ...],
     tokens: int,
     chunk: int,
+    mlp: int,
     itemsize: int,
     ranks: dict[str, int],
 ) -> int:
@@ -206,19 +212,25 @@ def peak_bytes(
     below = 0
     for policy in policies:
         mine = kept_bytes(policy, cfg, itemsize, ranks)[0]
-        gate_up = parts["gate_up"] / mlp_chunks(tokens, policy)
+        gate_up = parts["gate_up"] / mlp_chunks(tokens, policy, mlp)
         rest = whole - parts["gate_up"]
-        a = F / mlp_chunks(tokens, policy)
+        a = F / mlp_chunks(tokens, policy, mlp)
         forward = below + rest + gate_up + host + 3 * D + a  # norm, product and sum beside a
-        mlp = below + rest + gate_up + host + 3 * D + a
+        backward = below + rest + gate_up + host + 3 * D + a
         attention = below + rest + host + 2 * D + grads
         below += mine
-        most = max(most, forward * tokens, mlp * tokens, attention * tokens)
+        most = max(most, forward * tokens, backward * tokens, attention * tokens)
     return int(most + angles * tokens)
 
 
 def token_seconds(
-    cfg: ModelConfig, policy: Policy, tokens: int, length: int, itemsize: int, ranks: dict[str, int]
+    cfg: ModelConfig,
+    policy: Policy,
+    tokens: int,
+    mlp: int,
+    length: int,
+    itemsize: int,
+    ranks: dict[str, int],
 ) -> float:
     """Rough seconds a token: products, decoding, and what the host link adds."""
     D, F = cfg.hidden_size, cfg.intermediate_size
@@ -230,7 +242,8 @@ def token_seconds(
     attended = 0 if "attended" in kept else 2 * q * length
     once = sum(weights.values())
     layers = cfg.num_hidden_layers
-    decode = 2.5 * (2 * once + redone) / tokens / _BYTES
+    more = (mlp_chunks(tokens, policy, mlp) - 1) * (3 * weights["gate_up"] + 2 * weights["down"])
+    decode = 2.5 * (2 * once + redone + more) / tokens / _BYTES
     overhead = _LAYER_S / tokens
     forward = layers * ((2 * once + 2 * q * length) / _FLOPS + overhead / 2)
     backward = layers * (

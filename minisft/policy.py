@@ -54,11 +54,11 @@ def part_bytes(cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> dict[s
     }
 
 
-def mlp_chunks(tokens: int, policy: Policy) -> int:
-    """Parts that tokens go through the MLP in: where gate and up are not kept, 8,192 or so each."""
+def mlp_chunks(tokens: int, policy: Policy, most: int) -> int:
+    """Parts that tokens go through the MLP in: where gate and up are not kept, of `most` or so."""
     if "gate_up" in policy.gpu | policy.host:
         return 1
-    return next(n for n in (1, 2, 4, 8) if n == 8 or tokens <= 8192 * n)
+    return next(n for n in (1, 2, 4, 8) if n == 8 or tokens <= most * n)
 
 
 def kept_bytes(

@@ -96,7 +96,7 @@ def backward_parts_kernel(
     BLOCK_I: tl.constexpr = 64  # one block of the quantisation
     blocks: tl.constexpr = I // BLOCK_I
     split = tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = split * o_per_split
     last = tl.minimum(first + o_per_split, O)
     total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
@@ -197,9 +197,9 @@ def _quantised(weight):
     return pointers, {"NESTED": nested, "OFFSETS": nested and weight.nested_offset.dim() == 1}
 
 
-def _splits(programs: int, steps: int) -> int:
-    """Parts of the sum: about four programs for each of the chip's 132 processors."""
-    return max(1, min(16, 528 // programs, steps))
+def _splits(programs: int, steps: int, rows: int) -> int:
+    """Parts of the sum: four programs a processor, or two where many rows make parts large."""
+    return max(1, min(16, (528 if rows <= 16 else 264) // programs, steps))
 
 
 def fused_forward(x, weight, bias, A, B, scaling):
@@ -207,7 +207,7 @@ def fused_forward(x, weight, bias, A, B, scaling):
     M, (O, I), R = x.shape[0], weight.shape, 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
     tiles = triton.cdiv(O, block_n)
-    splits = _splits(tiles, I // 64)
+    splits = _splits(tiles, I // 64, M)
     per_split = triton.cdiv(I // 64, splits) * 64
     splits = triton.cdiv(I, per_split)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
@@ -222,14 +222,16 @@ def fused_forward(x, weight, bias, A, B, scaling):
 def fused_backward(dy, weight, A, B, scaling):
     """(dx, t = dy B or None) for at most 64 rows."""
     M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
-    block_m, block_o = max(16, triton.next_power_of_2(M)), 64
+    # At most 32 rows a program: with 64 the compiler takes another tensor-core instruction, which
+    # wants the decoded weight in shared memory, and fails (Triton 3.6).
+    block_m, block_o = min(32, max(16, triton.next_power_of_2(M))), 64
     tiles = I // 64
-    splits = _splits(tiles, triton.cdiv(O, block_o))
+    splits = _splits(tiles, triton.cdiv(O, block_o), M)
     per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
     splits = triton.cdiv(O, per_split)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
     pointers, flags = _quantised(weight)
-    backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
+    backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits, triton.cdiv(M, block_m))](
         dy, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
         I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -156,8 +156,9 @@ def test_a_captured_step_is_the_one_it_was_captured_from(name):
 
 
 @pytest.mark.parametrize("layout", [[1024] * 2, [2048]], ids=["1024x2", "2048"])
+@pytest.mark.parametrize("mlp", [8192, 1024])
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_predicted_peak_is_within_five_percent(name, layout):
+def test_the_predicted_peak_is_within_five_percent(name, mlp, layout):
     cfg = dataclasses.replace(
         CFG, hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_hidden_layers=6
     )
@@ -168,10 +169,14 @@ def test_the_predicted_peak_is_within_five_percent(name, layout):
     ranks = group_ranks(flat, cfg)
     tokens = sum(layout)
     policies = (POLICIES[name],) * cfg.num_hidden_layers
-    expected = buffer_bytes(flat, cfg, 2, ranks) + peak_bytes(cfg, policies, tokens, 256, 2, ranks)
+    expected = buffer_bytes(flat, cfg, 2, ranks) + peak_bytes(
+        cfg, policies, tokens, 256, mlp, 2, ranks
+    )
     torch.cuda.reset_peak_memory_stats()
     compute = Compute(cfg, torch.bfloat16, lora_scaling=LORA.scaling)
-    fast = prepare(flat, frozen, compute, list(policies), chunk=256, max_tokens=tokens)
+    fast = prepare(
+        flat, frozen, compute, list(policies), chunk=256, max_tokens=tokens, mlp_tokens=mlp
+    )
     fast.shadow.buffer.copy_(flat.buffer)
     for _ in range(3):
         run_(fast, bucketed(micro_batch(layout, cfg, "cpu")))

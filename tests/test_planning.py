@@ -1,0 +1,116 @@
+"""Which pass, policy and micro-batch a run gets: arithmetic alone, no device."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_llama import CFG, random_adapter, random_weights
+
+from minisft import planning
+from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
+from minisft.llama import Compute
+from minisft.planning import choose, peak_bytes, token_seconds
+from minisft.policy import POLICIES, mlp_chunks
+
+# Llama 3.2 1B: the shape that the numbers below are of.
+ONE_B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+)
+RANKS = {"qkv": 48, "o": 16, "gate_up": 32, "down": 16}
+
+
+def settings(**more):
+    return TrainConfig(model="m", dataset=("d",), **more)
+
+
+def on_cpu(lora=None, compute=None, **more):
+    trainable = random_adapter() if lora is None else random_adapter(lora=lora)
+    return choose(settings(**more), trainable, random_weights(), compute or Compute(CFG), 64, 512)
+
+
+def test_a_cpu_gets_autograd_and_a_gpu_s_memory_is_not_asked_for():
+    choice = on_cpu()
+    assert not choice.explicit and choice.policies == () and choice.tokens == 2 * 2048
+    assert on_cpu(gradient_checkpointing="full").said.startswith("autograd, keeping each layer's")
+
+
+def test_the_explicit_pass_can_be_asked_for():
+    choice = on_cpu(step_impl="explicit", gradient_checkpointing="gate_up")
+    assert choice.explicit and choice.policies == (POLICIES["gate_up"],) * 2
+
+
+@pytest.mark.parametrize(
+    "compute, lora, reason",
+    [
+        (Compute(CFG, lora_dropout=0.1), None, "LoRA dropout"),
+        (Compute(CFG, loss_type="dft"), None, "a loss other than plain nll"),
+        (None, LoraConfig(r=2, modules_to_save=("lm_head",)), "beside plain LoRA"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused_only_if_asked_for(compute, lora, reason):
+    assert reason in on_cpu(lora, compute).said
+    with pytest.raises(UserError, match=f"does not cover .*{reason}"):
+        on_cpu(lora, compute, step_impl="explicit")
+
+
+def test_cheaper_policies_need_less_memory_and_more_time():
+    names = ["none", "gate_up", "gate_up+qkv", "all_but_attention", "full"]
+    peaks = [peak_bytes(ONE_B, (POLICIES[n],) * 16, 4096, 512, 8192, 2, RANKS) for n in names]
+    times = [token_seconds(ONE_B, POLICIES[n], 4096, 8192, 2048, 2, RANKS) for n in names]
+    assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
+    kept = 16 * 4096 * 2 * (2 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192)
+    assert kept < peaks[0] < 1.1 * kept
+
+
+def test_offload_moves_the_bytes_of_all_layers_but_those_at_work():
+    gpu = peak_bytes(ONE_B, (POLICIES["full"],) * 16, 4096, 256, 8192, 2, RANKS)
+    host = peak_bytes(ONE_B, (POLICIES["full+offload"],) * 16, 4096, 256, 8192, 2, RANKS)
+    x = 2048 * 2 * 4096
+    assert 13 * x <= gpu - host <= 16 * x
+
+
+def test_chunks_of_the_mlp():
+    full, none = POLICIES["full"], POLICIES["none"]
+    assert [mlp_chunks(t, full, 2048) for t in (1, 2048, 2049, 8192, 10**6)] == [1, 1, 2, 4, 8]
+    assert mlp_chunks(10**6, none, 2048) == 1
+    less = peak_bytes(ONE_B, (full,) * 16, 8192, 256, 1024, 2, RANKS)
+    assert less < peak_bytes(ONE_B, (full,) * 16, 8192, 256, 8192, 2, RANKS)
+
+
+def fake_gpu(monkeypatch, free_gib):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(free_gib * 2**30), 0))
+    monkeypatch.setattr(planning, "group_ranks", lambda *a: RANKS)
+    monkeypatch.setattr(planning, "buffer_bytes", lambda *a: 2**27)
+
+
+@pytest.mark.parametrize("free, expected", [(100, "none"), (3, None), (0.45, None)])
+def test_auto_fits_what_is_free(monkeypatch, free, expected):
+    fake_gpu(monkeypatch, free)
+    compute = Compute(ONE_B, torch.bfloat16)
+    pick = planning._choose_on_gpu
+    choice = pick(settings(), random_adapter(), compute, "auto", 2048, 16384)
+    assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
+    if expected:
+        assert choice.policies == (POLICIES[expected],) * 16 and choice.tokens == 16384
+    else:
+        assert len(set(choice.policies)) >= 1 and choice.policies[0] != POLICIES["none"]
+
+
+def test_a_limit_of_the_user_s_is_kept_and_a_name_is_obeyed(monkeypatch):
+    fake_gpu(monkeypatch, 100)
+    compute, pick = Compute(ONE_B, torch.bfloat16), planning._choose_on_gpu
+    config = settings(max_memory_gib=2.0)
+    choice = pick(config, random_adapter(), compute, "auto", 2048, 16384)
+    assert choice.peak_bytes <= 2 * 2**30 and "of 2.00 GiB" in choice.said
+    config = dataclasses.replace(config, micro_batch_tokens=4096)
+    choice = pick(config, random_adapter(), compute, "full", 2048, 16384)
+    assert set(choice.policies) == {POLICIES["full"]} and choice.tokens == 4096
