@@ -145,6 +145,9 @@ def adapter_config_dict(
         targets = list(LINEAR_NAMES)
     elif targets[0].startswith(PATTERN_PREFIX):
         targets = targets[0].removeprefix(PATTERN_PREFIX)
+    if lora.lora_embeddings:
+        adapter_shapes(lora, cfg)  # refuses what does not go with it
+        targets = [*targets, "embed_tokens"]
     alpha = lora.lora_alpha
     return _PLAIN_FIELDS | {
         "base_model_name_or_path": base_model_name_or_path,
@@ -395,12 +398,15 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         trainable_token_indices=_parse_numbers(raw, "trainable_token_indices", source),
         exclude_modules=_parse_excluded(raw, source),
     )
-    # Names among the targets stay there: in a file they mean LoRA on the embedding, not a copy.
+    # Among the targets of a file, embed_tokens means LoRA on the embedding, not a copy.
     try:
         lora = split_targets(lora)
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
-    return dataclasses.replace(lora, target_modules=_parse_targets(raw, source))
+    targets = _parse_targets(raw, source)
+    embedding = [t for t in targets if t in ("embed_tokens", "model.embed_tokens")]
+    kept = tuple(t for t in targets if t not in embedding)
+    return dataclasses.replace(lora, target_modules=kept, lora_embeddings=bool(embedding))
 
 
 def _parse_pattern(raw: dict[str, Any], name: str, source: str) -> tuple[tuple[str, Any], ...]:
@@ -483,6 +489,8 @@ def _adapted_modules(stored: dict[str, str], path: Path, cfg: ModelConfig) -> li
         if ".lora_" not in name:
             continue
         module, _, kind = name.partition(".lora_")
+        if module == "model.embed_tokens" and kind in ("embedding_A", "embedding_B"):
+            continue  # whether the config names it is for _check_names
         if kind not in ("A.weight", "B.weight", "magnitude_vector"):
             raise UserError(
                 f"{path}: tensor {key!r} belongs to a LoRA variant that is not implemented; "
@@ -504,7 +512,7 @@ def _adapted_modules(stored: dict[str, str], path: Path, cfg: ModelConfig) -> li
 
 def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: str) -> LoraConfig:
     """Drop list items whose module name has no tensor in any layer: PEFT leaves those at zero."""
-    if is_special(lora.target_modules[0]):
+    if not lora.target_modules or is_special(lora.target_modules[0]):
         return lora
     trained = {path.rsplit(".", 1)[-1] for path in adapted}
     live = tuple(item for item in lora.target_modules if item.rsplit(".", 1)[-1] in trained)
@@ -555,6 +563,18 @@ def _check_names(
     for name, key in stored.items():
         if name in expected:
             continue
+        if name == "model.embed_tokens.lora_embedding_A" or name.endswith("lora_embedding_B"):
+            raise UserError(
+                f"{path}: tensor {key!r} adapts the embedding, but target_modules in {CONFIG_NAME} "
+                "does not name embed_tokens. Restore the original config"
+            )
+        copied = "model.embed_tokens.base_layer.weight"
+        if name == copied and "model.embed_tokens.lora_embedding_A" in expected:
+            warnings.warn(
+                f"{path}: tensor {key!r} is PEFT's copy of the base's embedding; ignored",
+                stacklevel=3,
+            )
+            continue
         if name.replace(".base_layer.", ".") in base:
             raise UserError(
                 f"{path}: tensor {key!r} replaces a weight of the base model, but modules_to_save "
@@ -592,7 +612,7 @@ def _check_shapes(
         remedy = "Was the adapter trained on another base?"
         if info.shape == shape[::-1]:
             remedy = "It is transposed: export the adapter again"
-        elif ".lora_" in name:
+        elif ".lora_" in name and "embedding" not in name:
             axis = 0 if name.endswith("lora_A.weight") else 1
             if len(info.shape) == 2 and info.shape[1 - axis] == shape[1 - axis]:
                 r = lora.rank_of(name.rsplit(".lora_", 1)[0])

@@ -356,6 +356,7 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] = ()  # () means all
     exclude_modules: tuple[str, ...] = ()  # names and suffixes, or one "re:PATTERN"
     trainable_token_indices: tuple[int, ...] = ()  # rows of the embedding, trained in full
+    lora_embeddings: bool = False  # an adapter on embed_tokens
 
     @property
     def scaling(self) -> float:
@@ -431,6 +432,8 @@ class TrainConfig:
     """Numbers of the layers to adapt; left out, all."""
     exclude_modules: tuple[str, ...] = ()
     """Names, suffixes, or one `re:PATTERN`, that are not adapted though the targets name them."""
+    lora_embeddings: bool = False
+    """Adapt the embedding too, as embed_tokens among PEFT's targets; a tied head stays as it is."""
     trainable_token_indices: tuple[str, ...] = ()
     """Ids of single tokens whose rows of the embedding (and of a tied head) are trained in full."""
     init_lora_weights: str = "default"
@@ -730,6 +733,7 @@ class TrainConfig:
         lora = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
         lora += ("save_merged", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
         lora += ("layers_to_transform", "exclude_modules", "trainable_token_indices")
+        lora += ("lora_embeddings",)
         idle = [(name, "full_finetuning", "drop one") for name in lora if self.full_finetuning]
         if not self.packing:
             idle.append(("packing_strategy", "no_packing", "add --packing"))
@@ -806,6 +810,7 @@ class TrainConfig:
             layers_to_transform=self._whole_numbers("layers_to_transform", "numbers of layers"),
             trainable_token_indices=self._whole_numbers("trainable_token_indices", "token ids"),
             exclude_modules=self.exclude_modules,
+            lora_embeddings=self.lora_embeddings,
         )
 
     def _pattern(self, name: str) -> tuple[tuple[str, float], ...]:

@@ -114,7 +114,7 @@ def _extend(
         dtype=compute.dtype,
         contexts=contexts,
     )
-    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
+    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
     adapter, ratios = Adapter(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
     for i in range(cfg.num_hidden_layers):
         layer_cache = [cache[i][document] for document in active]

@@ -40,6 +40,7 @@ from minisft.nn import (
 )
 
 EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_A, EMBEDDING_B = (f"model.embed_tokens.lora_embedding_{x}" for x in "AB")
 TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # trained, [tokens, D]
 TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, kept beside the frozen weights
 Weights = Mapping[str, Tensor | NF4Weight]
@@ -185,7 +186,7 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
         return packed_attention(q, k, v, documents)
 
     ratios = dict(compute.lora_ratios)
-    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute.dtype)
+    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
     if compute.neftune_alpha and tokens.dropout_keys_T is not None:
         x_TD = x_TD + embedding_noise(tokens, x_TD, compute.neftune_alpha)
     for i in range(cfg.num_hidden_layers):
@@ -200,9 +201,16 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
     return rms_norm(x_TD, leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
 
 
-def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the embedding matrix, [T, D] in dtype; trained token rows stand in for theirs."""
+def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, compute: Compute) -> Tensor:
+    """Rows of the embedding matrix, [T, D] in compute.dtype, plus scaling * A^T[id] B^T where it is
+    adapted; trained token rows stand in for theirs."""
+    dtype = compute.dtype
     x_TD = F.embedding(input_ids_T, leaf(trainable, frozen, EMBEDDING)).to(dtype)
+    if EMBEDDING_A in trainable:
+        A_TR = F.embedding(input_ids_T, leaf(trainable, {}, EMBEDDING_A).T).to(dtype)
+        ratio = dict(compute.lora_ratios).get("model.embed_tokens", 1.0)
+        update_TD = A_TR @ leaf(trainable, {}, EMBEDDING_B).to(dtype).T
+        return x_TD + update_TD * (compute.lora_scaling * ratio)
     if TOKEN_ROWS not in trainable:
         return x_TD
     is_row_TN = input_ids_T.unsqueeze(1) == leaf({}, frozen, TOKEN_IDS)

@@ -107,13 +107,17 @@ def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Grou
 def init_lora_(trainable: Flat, seed: int, kind: str = "default") -> None:
     """B zero; A uniform in ±1/sqrt(in_features), PEFT's default, or `gaussian` of deviation 1/r.
 
+    Of the embedding's pair A is zero and B normal.
+
     The draw of a module depends on (seed, its name) alone, not on which others are trained or on
     the device. Trained copies and magnitudes are left for the weight loader to fill.
     """
     for name, view in trainable.views.items():
+        digest = blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        if name.endswith(".lora_embedding_B"):
+            view.copy_(torch.randn(view.shape, generator=generator))
         if name.endswith(".lora_A.weight"):
-            digest = blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
             r, in_features = view.shape
             if kind == "gaussian":
                 view.copy_(torch.randn(view.shape, generator=generator) / r)

@@ -8,6 +8,7 @@ model is the one that was trained.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ from torch import Tensor
 from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
 from minisft.config import LoraConfig, UserError
 from minisft.export import save_shards, write_model_files
-from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens
+from minisft.llama import (
+    EMBEDDING,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    TOKEN_IDS,
+    TOKEN_ROWS,
+    Compute,
+    logits,
+    make_tokens,
+)
 from minisft.model import resolve_device, resolve_dtype, token_ids
 from minisft.nn import NF4Weight, dequantize
 from minisft.targets import scaling_ratios
@@ -97,7 +107,9 @@ def merge(
         tokenizer = load_tokenizer(Path(adapter) if own else directory)
         merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
         save_shards(temporary, merged, kind)
-        write_model_files(temporary, directory, checkpoint.cfg, tokenizer, kind)
+        tied = checkpoint.cfg.tie_word_embeddings and not lora.lora_embeddings
+        cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
+        write_model_files(temporary, directory, cfg, tokenizer, kind)
         relative, largest = verify(temporary, checkpoint, four_bit, lora, tensors, kind, where)
         if not relative <= TOLERANCE[kind]:
             raise UserError(
@@ -128,6 +140,13 @@ def merged_weights(
         if name == EMBEDDING and TOKEN_ROWS in tensors:
             assert isinstance(weight, Tensor)
             yield name, weight.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
+            continue
+        if name == EMBEDDING and EMBEDDING_A in tensors:
+            assert isinstance(weight, Tensor)
+            update = (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
+            yield name, weight.float() + lora.scaling_of("model.embed_tokens") * update
+            if checkpoint.cfg.tie_word_embeddings:  # the head is not adapted: no longer tied
+                yield "lm_head.weight", weight.float()
             continue
         if name in four_bit:
             weight = place(name, weight, device, torch.float32, True)
@@ -172,7 +191,7 @@ def verify(
             frozen[TOKEN_IDS] = token_ids(lora, device)
         trained = {name: tensor.to(device) for name, tensor in trained.items()}
         ratios = scaling_ratios(lora, cfg)
-        compute = Compute(cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
+        compute = Compute(source.cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
         with torch.no_grad():
             return logits(trained, frozen, tokens, compute).double().cpu()
 

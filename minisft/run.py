@@ -72,7 +72,7 @@ _FIXED_ON_RESUME = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
     "loss_type", "label_smoothing", "neftune_noise_alpha", "use_dora", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "exclude_modules", "init_lora_weights",
-    "trainable_token_indices",
+    "trainable_token_indices", "lora_embeddings",
 )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
 
 def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
     """UserError for a key of rank_pattern or alpha_pattern that names no adapted module."""
-    paths = match_targets(lora, cfg)
+    paths = [*match_targets(lora, cfg), *(["model.embed_tokens"] if lora.lora_embeddings else [])]
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(lora, name):
             if not any(matches(key, path) for path in paths):
@@ -144,7 +144,8 @@ def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float
     """(path, scale over lora.scaling) of the adapted modules that patterns scale otherwise."""
     if not lora.rank_pattern and not lora.alpha_pattern:
         return ()
-    ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in match_targets(lora, cfg))
+    paths = [*match_targets(lora, cfg), *(["model.embed_tokens"] if lora.lora_embeddings else [])]
+    ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in paths)
     return tuple((path, ratio) for path, ratio in ratios if ratio != 1)
 
 
@@ -162,10 +163,10 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
     """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
 
     LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], r the module's own
-    (rank_pattern), with DoRA "PATH.lora_magnitude_vector" [out]; then trained token rows
-    [tokens, hidden], and the trained copies under their checkpoint names [vocab, hidden]. With a
-    tied base there is one copy, "model.embed_tokens.weight", whichever of the two names was asked
-    for.
+    (rank_pattern), with DoRA "PATH.lora_magnitude_vector" [out]; then the embedding's pair
+    [r, vocab] and [hidden, r], trained token rows [tokens, hidden], and the trained copies under
+    their checkpoint names [vocab, hidden]. With a tied base there is one copy,
+    "model.embed_tokens.weight", whichever of the two names was asked for.
     Raises UserError as `match_targets` does.
     """
     linears, shapes = cfg.linear_paths(), {}
@@ -176,12 +177,32 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
         if lora.use_dora:
             shapes[f"{path}.lora_magnitude_vector"] = (out_features,)
+    if lora.lora_embeddings:
+        r = _embedding_rank(lora, cfg)
+        shapes["model.embed_tokens.lora_embedding_A"] = (r, cfg.vocab_size)
+        shapes["model.embed_tokens.lora_embedding_B"] = (cfg.hidden_size, r)
     if lora.trainable_token_indices:
         shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
     return shapes
+
+
+def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
+    saved = split_targets(lora).modules_to_save
+    rivals = {
+        "modules_to_save embed_tokens": "embed_tokens" in saved
+        or (bool(saved) and cfg.tie_word_embeddings),
+        "trainable_token_indices": bool(lora.trainable_token_indices),
+        "use_dora": lora.use_dora,
+        "a target_modules pattern": lora.target_modules[:1] != ()
+        and lora.target_modules[0].startswith(PATTERN_PREFIX),
+    }
+    for name, given in rivals.items():
+        if given:
+            raise UserError(f"lora_embeddings does not go with {name}; drop one")
+    return lora.rank_of("model.embed_tokens")
 
 
 def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:

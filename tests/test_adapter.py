@@ -605,7 +605,7 @@ def test_the_smallest_config_is_enough(tmp_path: Path) -> None:
     [
         (f"{Q0}.lora_magnitude_vector", "belongs to DoRA, but use_dora"),
         (f"{Q0}.lora_B.bias", "LoRA variant that is not implemented"),
-        (PREFIX + "model.embed_tokens.lora_embedding_A", "LoRA variant that is not implemented"),
+        (PREFIX + "model.embed_tokens.lora_embedding_A", "does not name embed_tokens"),
         (PREFIX + "lm_head.lora_A.weight", "adapts 'lm_head'"),
         (PREFIX + "model.norm.weight", "replaces a weight of the base model"),
         (PREFIX + "model.embed_tokens.base_layer.weight", "replaces a weight of the base model"),

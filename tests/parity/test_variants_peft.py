@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -193,6 +194,56 @@ def test_token_rows_are_peft_s_tied_and_untied(tmp_path, tied, in_dict):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_lora_on_the_embedding_is_peft_s_both_ways(tmp_path, tied):
+    """A tied head stays the base's; merged, the two part."""
+    model = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(12))
+    out = tmp_path / "out"
+    train(
+        model=model, dataset=rows, output_dir=out, max_steps=4, learning_rate=1e-2,
+        load_in_4bit=False, target_modules=TARGETS, lora_embeddings=True, save_merged=True,
+        rank_pattern=["embed_tokens=3"], **COMMON,
+    )  # fmt: skip
+    loaded = theirs(model, out)
+    want = their_logits(loaded)
+    assert (our_logits(model, out) - want).abs().max() < 2e-5
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    assert (their_logits(merged) - want).abs().max() < 1e-4
+    weights = load_file(out / "merged" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    assert not torch.equal(weights["lm_head.weight"], embedding)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=[*TARGETS, "embed_tokens"], task_type="CAUSAL_LM",
+        rank_pattern={"embed_tokens": 3},
+    )  # fmt: skip
+    fresh = peft.get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_embedding" in name or "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves the whole embedding too
+        fresh.save_pretrained(tmp_path / "peft")
+    with pytest.warns(UserWarning, match="PEFT's copy of the base's embedding; ignored"):
+        ours = our_logits(model, tmp_path / "peft")
+    assert (ours - their_logits(fresh.eval())).abs().max() < 2e-5
+    shapes = [
+        {k: t.shape for k, t in load_file(d / "adapter_model.safetensors").items()}
+        for d in (out, tmp_path / "peft")
+    ]
+    extra = {k for k in shapes[1] if k.endswith("base_layer.weight")}
+    assert len(extra) >= 1
+    assert shapes[0] == {k: v for k, v in shapes[1].items() if k not in extra}
+    answers = [
+        call("generate", flags(prompt="a", max_new_tokens=4, **source)).out
+        for source in ({"adapter": out}, {"model": out / "merged"})
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_token_rows_are_those_of_the_whole_embedding(tied):
     """Rows of the gradient that training every row would give."""
     cfg = ModelConfig(**{**vars(CFG), "tie_word_embeddings": tied})
@@ -290,6 +341,15 @@ def test_malformed_settings_are_told(settings, message):
         (
             {"trainable_token_indices": (3,), "modules_to_save": ("embed_tokens",)},
             "where the whole embedding is trained",
+        ),
+        (
+            {"lora_embeddings": True, "modules_to_save": ("embed_tokens",)},
+            "does not go with modules_to_save",
+        ),
+        ({"lora_embeddings": True, "use_dora": True}, "does not go with use_dora"),
+        (
+            {"lora_embeddings": True, "target_modules": ("re:.*q_proj",)},
+            "does not go with a target_modules pattern",
         ),
         ({"layers_to_transform": (0, 7)}, "names layer 7, but the model has 2"),
         ({"layers_to_transform": (0,), "target_modules": ("re:.*q_proj",)}, "drop one"),
