@@ -141,12 +141,16 @@ def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
 
 
 def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float], ...]:
-    """(path, scale over lora.scaling) of the adapted modules that patterns scale otherwise."""
-    if not lora.rank_pattern and not lora.alpha_pattern:
+    """(path, scale over lora.scaling) of the adapted modules that patterns scale otherwise.
+
+    An adapted embedding is always among them.
+    """
+    if not (lora.rank_pattern or lora.alpha_pattern or lora.lora_embeddings):
         return ()
     paths = [*match_targets(lora, cfg), *(["model.embed_tokens"] if lora.lora_embeddings else [])]
     ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in paths)
-    return tuple((path, ratio) for path, ratio in ratios if ratio != 1)
+    own = ("model.embed_tokens",)
+    return tuple((path, ratio) for path, ratio in ratios if ratio != 1 or path in own)
 
 
 def is_special(item: str) -> bool:

@@ -162,6 +162,9 @@ def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
     }  # fmt: skip
     elsewhere = {"loss_type", "label_smoothing_factor", "neftune_noise_alpha", "max_length"}
     elsewhere |= {"eval_strategy", "warmup_ratio", "data_collator", "resume_from_checkpoint"}
+    elsewhere |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"}
+    elsewhere |= {"exclude_modules", "init_lora_weights", "trainable_token_indices"}
+    elsewhere |= {"loraplus_lr_ratio"}
     missing = set(table()) - set(settings) - elsewhere
     assert missing == set()
     argv = []
