@@ -19,7 +19,7 @@ from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
 
-_FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 650e12, 3.2e12, 45e9, 70e-6
+_FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 520e12, 3.2e12, 51e9, 70e-6
 _MOST_TOKENS = 16384  # beyond it a micro-batch gains nothing
 
 

@@ -92,17 +92,15 @@ def fake_gpu(monkeypatch, free_gib):
     monkeypatch.setattr(planning, "buffer_bytes", lambda *a: 2**27)
 
 
-@pytest.mark.parametrize("free, expected", [(100, "none"), (3, None), (0.45, None)])
-def test_auto_fits_what_is_free(monkeypatch, free, expected):
+@pytest.mark.parametrize("free, keeps_all", [(100, True), (3, True), (0.45, False)])
+def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
     fake_gpu(monkeypatch, free)
     compute = Compute(ONE_B, torch.bfloat16)
     pick = planning._choose_on_gpu
     choice = pick(settings(), random_adapter(), compute, "auto", 2048, 16384)
     assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
-    if expected:
-        assert choice.policies == (POLICIES[expected],) * 16 and choice.tokens == 16384
-    else:
-        assert len(set(choice.policies)) >= 1 and choice.policies[0] != POLICIES["none"]
+    assert (choice.policies == (POLICIES["none"],) * 16) == keeps_all
+    assert (choice.tokens == 16384) == (free == 100)
 
 
 def test_a_limit_of_the_user_s_is_kept_and_a_name_is_obeyed(monkeypatch):
