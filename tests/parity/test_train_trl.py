@@ -207,7 +207,7 @@ def test_lora_with_packing_equals_sft_trainer(llama_directory, tmp_path, monkeyp
                 key = name.removeprefix(KEY_PREFIX).replace(".default", "")
                 first[key] = p.detach().clone()
 
-    def init_lora_(trainable, seed):
+    def init_lora_(trainable, seed, kind):
         assert set(trainable.views) == set(first)
         for name, view in trainable.views.items():
             view.copy_(first[name])
