@@ -161,6 +161,12 @@ def _tokenize(
                 _add_packed(writer, waiting[:GROUP_ROWS], settings)
                 waiting = waiting[GROUP_ROWS:]
         _add_packed(writer, waiting, settings)
+        if here.seen["kept"] and settings.instruction_part and not here.seen["instruction"]:
+            raise UserError(
+                f"{rows.source}: --instruction-part {settings.instruction_part!r} is in none of "
+                "the rendered rows, so all behind the first response would be trained"
+                + _newline_hint(settings.instruction_part)
+            )
         told.append(_source_stats(job, here, writer.num_rows - first_row))
         counts.add(here)
     stats = _stats(told, counts, writer, settings, sources, tokenizer)
@@ -281,6 +287,10 @@ def _warnings(seen: Counter[str]) -> list[str]:
     return warnings
 
 
+def _newline_hint(part: str) -> str:
+    return "; bash writes a line end as $'...\\n'" if "\\n" in part else ""
+
+
 def _nothing_to_train(
     stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]
 ) -> UserError:
@@ -289,7 +299,8 @@ def _nothing_to_train(
     remedy = "raise --max-length" if cut else "give rows with something to learn"
     if settings.response_part and not cut:
         remedy = (
-            f"is --response-part {settings.response_part!r} in the rendered rows? See --preview"
+            f"is --response-part {settings.response_part!r} in the rendered rows? Look at them "
+            "with --preview" + _newline_hint(settings.response_part)
         )
     return UserError(
         f"{names}: nothing is left to train: {stats['rows_read']} rows read, "
@@ -545,6 +556,8 @@ def _tokenize_group(
     for i, example in examples.items():
         try:
             prepared[i] = _prepare(example, job)
+            if settings.instruction_part:
+                counts.seen["instruction"] += settings.instruction_part in prepared[i].whole.text
         except UserError as e:
             if not settings.skip_bad:
                 raise UserError(f"{job.rows.where(i)}: {e}") from None

@@ -197,6 +197,13 @@ def test_markers_in_text_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is --response-part 'A:' in the rendered rows"):
         tokenize([named_rows(rows[1:], "mem")], tokenizer, Settings(**parts))
     for wrong, reason in (
+        ({"instruction_part": "U:", "response_part": "A:"}, "part 'U:' is in none of the rendered"),
+        ({"instruction_part": "Q:\\n", "response_part": "A:"}, r"bash writes .* \$'...\\n'"),
+        ({"instruction_part": "Q:", "response_part": "A:\\n"}, r"bash writes .* \$'...\\n'"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            tokenize([named_rows(rows[:1], "mem")], tokenizer, Settings(**wrong))
+    for wrong, reason in (
         ({"response_part": "A:"}, "belong together"),
         ({**parts, "assistant_only_loss": True}, "both say what is trained"),
     ):
