@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from runs import call, flags, pairs, read, step_lines, train, write_model, write_rows
 from tiny_tokenizer import TEMPLATE, write_byte_level
 
-from minisft import tokens
+from minisft import preview, tokens
 from minisft.batches import Schedule, mixed_order, source_shares
 from minisft.config import TrainConfig, UserError
 from minisft.data import Settings, named_rows, tokenize
@@ -426,6 +428,23 @@ def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing comes before BOS: it is no target
     short = train(**given).out.splitlines()
     assert "row 0   <|bos|>\\x1b[31mred What[[ fox\\n<|eot|>]]" in short
+
+
+def test_trained_tokens_are_green_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert preview.terminal_style() == ("\x1b[32m", "\x1b[0m")
+    assert preview.printable("é\n\t\x07\u202e") == "\\xe9\n\t\\x07\\u202e"
+    monkeypatch.setenv("TERM", "dumb")
+    assert preview.terminal_style() == ("[[", "]]")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert preview.terminal_style() == ("[[", "]]")
 
 
 def test_a_dry_run_tells_what_would_be_and_writes_nothing(model: Path, tmp_path: Path) -> None:
