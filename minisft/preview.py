@@ -26,7 +26,7 @@ class Style(NamedTuple):
 
 def terminal_style() -> Style:
     """Green on a terminal that takes colour, else brackets."""
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return Style(_GREEN, _PLAIN)
     return Style("[[", "]]")
 

@@ -443,7 +443,7 @@ def test_trained_tokens_are_green_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TERM", "dumb")
     assert preview.terminal_style() == ("[[", "]]")
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("NO_COLOR", "1")
     assert preview.terminal_style() == ("[[", "]]")
 
 
