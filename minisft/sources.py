@@ -136,10 +136,10 @@ def _check_renames(sources: list[Rows], config: TrainConfig) -> None:
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, names: list[str]) -> None:
     """Refuse a tokenizer with ids beyond the embedding, used by these rows or not."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    token, highest = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
-    if highest >= vocab_size:
+    token, last = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
+    if last >= vocab_size:
         raise UserError(
-            f"{', '.join(names)}: the tokenizer's token {token!r} has id {highest}, which does not "
+            f"{', '.join(names)}: the tokenizer's token {token!r} has id {last}, which does not "
             f"exist in the model, whose embedding has {vocab_size} rows; use the model's own "
             "tokenizer"
         )
