@@ -66,8 +66,9 @@ def everything(cfg, name="none"):
         LoraConfig(r=2, target_modules=("q_proj", "v_proj")),
         LoraConfig(r=2, target_modules=("k_proj", "up_proj", "down_proj")),
         LoraConfig(r=2, target_modules=("o_proj",), use_rslora=True),
+        LoraConfig(r=2, layers_to_transform=(1,)),
     ],
-    ids=["all", "r16", "qv", "k_up_down", "o"],
+    ids=["all", "r16", "qv", "k_up_down", "o", "one_layer"],
 )
 def test_loss_and_gradients_are_those_of_autograd(lora, cfg, leaves):
     weights = random_weights(cfg)
