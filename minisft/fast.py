@@ -131,6 +131,8 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
         return "NEFTune noise"
     if any(name.endswith("magnitude_vector") for name in trainable.views):
         return "DoRA"
+    if any(".lora_embedding_" in name for name in trainable.views):
+        return "an adapter on the embedding"
     ranks = {v.shape[0] for n, v in trainable.views.items() if n.endswith(".lora_A.weight")}
     if compute.lora_ratios or len(ranks) > 1:
         return "ranks or scales of single modules"

@@ -12,6 +12,7 @@ from minisft import loggers as module
 from minisft.config import TrainConfig, UserError
 from minisft.loggers import Logger, loggers, named
 
+pytest.importorskip("tensorboard")
 SMALL = {"lora_r": 4, "max_length": 64, "learning_rate": 1e-2, "max_steps": 3, "save_steps": 2}
 
 
