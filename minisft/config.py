@@ -628,6 +628,12 @@ class TrainConfig:
             which = "auto" if self.resume_from_checkpoint.lower() == "true" else ""
             object.__setattr__(self, "resume_from_checkpoint", which)
         object.__setattr__(self, "optim", _SAME_OPTIMIZER.get(self.optim, self.optim))
+        start = self.init_lora_weights.lower()
+        if start.startswith(("pissa", "olora", "corda", "eva", "loftq", "lora_ga")):
+            raise UserError(
+                f"--init-lora-weights is {start!r}, which trains beside a changed base; not "
+                "implemented: take default or gaussian"
+            )
         choices = {
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
