@@ -1,5 +1,6 @@
 """Which rows a step sees, and the tensors made of them."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ from tiny_llama import CPU, all_rows, dataset_of, random_dataset
 
 from minisft.batches import (
     IGNORED,
+    Ahead,
     Batches,
     Schedule,
     cut_by_tokens,
@@ -267,3 +269,26 @@ def test_dropout_keys_are_the_same_in_every_process():
     base = int.from_bytes(blake2b(b"7,5,0", digest_size=8).digest(), "big", signed=True)
     want = mix64(torch.tensor([base, base + 1, base + 2]))
     assert keys.dropout_keys_T.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_batches_made_ahead_are_the_same(threaded):
+    batches = dataclasses.replace(
+        Batches(random_dataset([[5], [3, 4], [9], [2]]), Schedule(4, 1, 2, seed=3), 64, CPU),
+        ahead=threaded,
+    )
+    ahead = Ahead(batches, 1, 4)
+    assert (ahead.next is not None) == threaded
+    for step in (1, 2, 3, 2):  # in order, and once more out of it
+        ours, plain = ahead.batch(step), batches.batch(step)
+        assert ours.rows == plain.rows and ours.num_tokens == plain.num_tokens
+        for a, b in zip(ours.micro_batches, plain.micro_batches, strict=True):
+            assert torch.equal(a.tokens.input_ids_T, b.tokens.input_ids_T)
+
+
+def test_an_error_in_a_batch_made_ahead_is_raised_when_it_is_asked_for(monkeypatch):
+    batches = Batches(random_dataset([[5], [3]]), Schedule(2, 1, 1, seed=3), 64, CPU, ahead=True)
+    monkeypatch.setattr(Batches, "batch", lambda self, step: 1 / 0)
+    ahead = Ahead(batches, 0, 2)
+    with pytest.raises(ZeroDivisionError):
+        ahead.batch(0)
