@@ -435,20 +435,26 @@ def test_trained_copies_of_an_untied_model(inputs, tmp_path, how):
     assert "trained copies beside the adapter: embed_tokens, lm_head" in outcome.out
 
 
-def test_a_small_embedding_rate_moves_every_entry_that_got_a_gradient(inputs, tmp_path):
-    """20 steps at 1e-5 in bfloat16: lost in 16-bit weights, kept in the float32 copies."""
-    settings = SMALL | {"learning_rate": 1e-4, "max_steps": 20, "dtype": "bfloat16"}
-    copies = {"modules_to_save": ["embed_tokens", "lm_head"], "embedding_learning_rate": 1e-5}
-    train(**inputs, **settings, **copies, output_dir=tmp_path)
-    before, after = load_file(inputs["model"] / "model.safetensors"), adapter(tmp_path)
-    moments = load_file(tmp_path / "checkpoint-20" / "optimizer.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+@pytest.mark.parametrize("how", ["untied", "tied", "full"])
+def test_a_small_embedding_rate_moves_every_entry_that_got_a_gradient(inputs, tied, tmp_path, how):
+    """20 steps at 1e-5 in bfloat16: lost in 16-bit weights, kept in the float32 ones."""
+    given = inputs | ({"model": tied} if how == "tied" else {})
+    settings = {"max_length": 64, "learning_rate": 1e-4, "max_steps": 20, "dtype": "bfloat16"}
+    settings |= {"embedding_learning_rate": 1e-5}
+    saved = {"lora_r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}
+    settings |= {"full_finetuning": True} if how == "full" else saved
+    train(**given, **settings, output_dir=tmp_path)
+    place, prefix = tmp_path / "checkpoint-20", "" if how == "full" else "base_model.model."
+    file = "model.safetensors" if how == "full" else "adapter_model.safetensors"
+    before, after = load_file(given["model"] / "model.safetensors"), load_file(place / file)
+    moments = load_file(place / "optimizer.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight")[: 1 if how == "tied" else 2]:
+        new, old = after[prefix + name], before[name]
         got_one = moments[f"exp_avg_sq.{name}"] > 0
-        moved = after[f"base_model.model.{name}"] != before[name]
-        assert got_one.sum() > 1000 and moved[got_one].float().mean() > 0.99, name
-        rounded = after[f"base_model.model.{name}"].bfloat16() != before[name].bfloat16()
+        assert got_one.sum() > 1000 and (new != old)[got_one].float().mean() > 0.99, name
+        rounded = new.bfloat16() != old.bfloat16()
         assert rounded[got_one].float().mean() < 0.9, name  # what 16-bit weights would show
-        assert (after[f"base_model.model.{name}"] - before[name]).abs().max() < 1e-5 * 20.5
+        assert (new - old).abs().max() < 1e-5 * 20.5
 
 
 @pytest.mark.parametrize("asked", ["embed_tokens", "lm_head"])
