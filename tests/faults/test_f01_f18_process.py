@@ -438,7 +438,11 @@ def test_f17_out_of_memory_names_the_levers_and_the_estimate(inputs, tmp_path, m
         message = refused(inputs, out)
     assert "out of memory" in message and "frozen weights 0.00 GiB" in message
     assert "halve --per-device-train-batch-size 2" in message
+<<<<<<< HEAD
     assert "--gradient-checkpointing full" in message and "--max-length 64" in message
+=======
+    assert "--gradient-checkpointing full (same training" in message and "--max-length 64" in message
+>>>>>>> 593086b (A logger without its server, two fresh processes on a GPU, the levers' names of today)
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     resumed(inputs, out)
 
@@ -457,6 +461,26 @@ def test_f17_out_of_memory_on_a_gpu(inputs, tmp_path):
 
 
 # ------------------------------------------------------------------------------- what nobody reads
+
+
+def test_f18_a_logger_without_its_server_ends_no_run(inputs, tmp_path, monkeypatch):
+    """wandb fails at every call, as behind a closed port: one warning, and the same numbers."""
+    calls = []
+
+    class Fake:
+        def __getattr__(self, name):
+            def fails(*args, **kwargs):
+                calls.append(name)
+                raise ConnectionError("connection refused")
+
+            return fails
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake())
+    outcome = train(**inputs, output_dir=tmp_path / "out", report_to="wandb")
+    assert calls and outcome.code == 0
+    told = [line for line in outcome.out.splitlines() if "connection refused" in line]
+    assert len(told) == 1 and "warning" in told[0]
+    assert len(step_lines(tmp_path / "out")) == 4
 
 
 def test_f18_a_reader_of_stdout_that_leaves_ends_no_run(inputs, tmp_path):
