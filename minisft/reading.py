@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -355,6 +356,7 @@ def _bad_parquet(path: Path, error: Exception) -> UserError:
 def _read_hub(source: str, split: str) -> Rows:
     import datasets  # seconds to import, so only here
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries: one line does
     try:
         dataset = datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as e:

@@ -8,6 +8,7 @@ formats; the tensors tell, whatever config.json says.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries: one line does
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as e:  # the hub's many errors: none is ours, all end in one line
