@@ -557,7 +557,8 @@ def _check_names(
     if missing:
         raise UserError(
             f"{path}: tensor {KEY_PREFIX + missing[0]!r} is missing ({len(missing)} in all); "
-            f"{CONFIG_NAME} asks for it. The adapter is incomplete: export it again"
+            f"{CONFIG_NAME} asks for it. The adapter is incomplete (export it again) or "
+            "was trained on another base"
         )
     base = cfg.weight_shapes().keys() | {HEAD_KEY}
     for name, key in stored.items():
