@@ -93,18 +93,21 @@ class Reporter:
 
 @contextmanager
 def reporting(
-    config: TrainConfig, directory: Path, total_steps: int, first_step: int
+    config: TrainConfig, directory: Path, total_steps: int, first_step: int, evaluated: bool = True
 ) -> Iterator[Reporter]:
-    """A Reporter on directory/metrics.jsonl; lines beyond first_step, from before a kill, go."""
+    """A Reporter on directory/metrics.jsonl; lines beyond first_step, from before a kill, go.
+
+    evaluated: whether first_step's checkpoint knows of its evaluation; else that is made again.
+    """
     path = directory / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
         step = line["step"]
-        if step == first_step == total_steps:
-            return "loss" in line  # the closing evaluation is made again
+        if step == first_step and (step == total_steps or not evaluated):
+            return "loss" in line  # the evaluation is made again
         return first_step > 0 and step <= first_step
 
-    evaluated = _keep_lines(path, keep)
+    kept = _keep_lines(path, keep)
     _keep_lines(directory / SAMPLES, keep)
     # Unbuffered: nothing is left to fail on closing.
     with (
@@ -112,7 +115,7 @@ def reporting(
         loggers(config, directory, first_step, say) as log,
     ):
         if not sys.stdout.isatty():
-            yield Reporter(metrics, total_steps, evaluated, log)
+            yield Reporter(metrics, total_steps, kept, log)
             return
         from rich.progress import (
             BarColumn,
@@ -129,7 +132,7 @@ def reporting(
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
-            yield Reporter(metrics, total_steps, evaluated, log, progress)
+            yield Reporter(metrics, total_steps, kept, log, progress)
 
 
 def say(line: str) -> None:

@@ -124,12 +124,12 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         choice = choose_pass(config, model, state, data)
         batches, total_steps = plan_steps(config, data, model.device, collator, choice)
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
-        resume_(state, out, config, model, facts, total_steps)
+        evaluated = resume_(state, out, config, model, facts, total_steps)
         start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         describe(config, model, data, state, batches, total_steps)
         say(f"pass    {choice.said}")
         check_space(out, state.trainable.buffer.numel())
-        with reporting(config, out, total_steps, state.step) as report:
+        with reporting(config, out, total_steps, state.step, evaluated) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
             if state.step:  # an evaluation that was broken off is made up for
                 evaluate_during(
@@ -341,14 +341,17 @@ def resume_(
     model: Model,
     facts: dict[str, Any],
     total_steps: int,
-) -> None:
-    """Continue from the checkpoint that was asked for, if there is one; refuse another run's."""
+) -> bool:
+    """Continue from the checkpoint that was asked for, if there is one; refuse another run's.
+
+    Whether it was saved with its step's evaluation in it, where there was one to make.
+    """
     if not config.resume_from_checkpoint:
-        return
+        return True
     path = find_checkpoint(out, config.resume_from_checkpoint, say)
     if path is None:
         say(f"{out} holds no complete checkpoint: starting from step 0")
-        return
+        return True
     file, prefix = trained_file(model.lora)
     if not (path / file).exists():
         raise UserError(
@@ -375,6 +378,7 @@ def resume_(
         now = plain(getattr(config, name, value))
         if now != value and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
             say(f"{flag(name)} is {now!r} now; the checkpoint was made with {value!r}")
+    return bool(then.get("evaluated", True))
 
 
 def _resume_problems(
@@ -491,7 +495,8 @@ def save(
             config.load_in_4bit,
         )  # fmt: skip
 
-    save_checkpoint(out, state, write_model, {"config": plain_config(config), **facts})
+    then = {"config": plain_config(config), "evaluated": report.has_evaluation(state.step)}
+    save_checkpoint(out, state, write_model, {**then, **facts})
     rotate(out, config.save_total_limit, state.best_step)
 
 

@@ -151,6 +151,45 @@ def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monke
     assert [step for step, value in wanted if value] == [0, 2, 4]
 
 
+def test_f03_an_evaluation_that_no_checkpoint_knows_of_is_made_again(inputs, tmp_path, monkeypatch):
+    """Stopped in the evaluation after step 2, made up for on resuming, then killed before step 3's
+    checkpoint: the next resume makes it once more, and its line stands once."""
+    from minisft import evaluate, loop
+
+    given = inputs | {
+        "eval_dataset": inputs["dataset"], "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "best", "eval_generate": 2,
+    }  # fmt: skip
+    del given["save_steps"]
+    train(**given, output_dir=tmp_path / "whole")
+    real, out = evaluate.evaluation, tmp_path / "out"
+
+    def stopped(*args):
+        if (out / "step0.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    def killed(*args):
+        raise MemoryError("as good as a kill")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluation", stopped)
+        assert call("train", flags(**given, output_dir=out)).code == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step_", killed)
+        argv = flags(**given, output_dir=out, resume_from_checkpoint="auto")
+        assert call("train", argv).code == 2
+    assert metrics(out)[-1]["step"] == 2 and "eval_loss" in metrics(out)[-1]
+    resumed(given, out)
+    both = (out, tmp_path / "whole")
+    values = [[(m["step"], m.get("eval_loss")) for m in metrics(d)] for d in both]
+    assert values[0] == values[1]
+    samples = [(d / "samples.jsonl").read_text() for d in both]
+    assert samples[0] == samples[1]
+    state = [read(d / "checkpoint-4" / "trainer_state.json") for d in both]
+    assert state[0]["best_step"] == state[1]["best_step"] > 0
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_f04_a_second_signal_acts_at_once_and_breaks_no_checkpoint(inputs, tmp_path, name):
     """In the middle of a save, in a process of its own: the default action ends it."""
@@ -438,11 +477,7 @@ def test_f17_out_of_memory_names_the_levers_and_the_estimate(inputs, tmp_path, m
         message = refused(inputs, out)
     assert "out of memory" in message and "frozen weights 0.00 GiB" in message
     assert "halve --per-device-train-batch-size 2" in message
-<<<<<<< HEAD
     assert "--gradient-checkpointing full" in message and "--max-length 64" in message
-=======
-    assert "--gradient-checkpointing full (same training" in message and "--max-length 64" in message
->>>>>>> 593086b (A logger without its server, two fresh processes on a GPU, the levers' names of today)
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     resumed(inputs, out)
 
