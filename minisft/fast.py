@@ -368,13 +368,18 @@ def bucketed(micro: MicroBatch) -> StaticBatch:
     """The micro-batch padded to sizes that few others differ from: few graphs, little padding."""
     lengths = micro.tokens.documents.lengths
     n = sum(lengths)
-    tokens = _round_up(n, 256 if n <= 4096 else 512)
+    tokens = bucket_tokens(n)
     if tokens == n and len(set(lengths)) == 1:  # dense: no padding, no further documents
         return pad(micro, n, len(lengths), _targets(micro, n), lengths[0])
     longest = min(tokens, max(1024, 1 << (max(lengths) - 1).bit_length()))
     documents = len(lengths) + 1 + (tokens - n) // longest
     documents = _round_up(documents, 16 if documents <= 32 else 32)
     return pad(micro, tokens, documents, _targets(micro, tokens), longest)
+
+
+def bucket_tokens(n: int) -> int:
+    """The tokens of the bucket that n tokens go into: never fewer for more."""
+    return _round_up(n, 256 if n <= 4096 else 512)
 
 
 def _targets(micro: MicroBatch, tokens: int) -> int:

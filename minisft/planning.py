@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from minisft.config import ModelConfig, TrainConfig, UserError
-from minisft.fast import SPLITS, why_not
+from minisft.fast import SPLITS, bucket_tokens, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
@@ -146,13 +146,14 @@ def _upgraded(
 
 
 def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
+    """Candidates, largest first, each the size of a bucket: padding never goes beyond it."""
+    least = bucket_tokens(longest)
     if asked:
-        return [max(asked, longest)]
-    sizes, n = [], max(longest, min(step_tokens, _MOST_TOKENS))
-    while n > longest and n > 256:
-        sizes.append(n)
-        n = max(longest, n // 2)
-    return [*sizes, n]
+        return [max(least, bucket_tokens(asked))]
+    sizes = [max(least, bucket_tokens(min(step_tokens, _MOST_TOKENS)))]
+    while sizes[-1] > least:
+        sizes.append(max(least, bucket_tokens(sizes[-1] // 2)))
+    return sizes
 
 
 def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
