@@ -11,6 +11,8 @@ from runs import call, flags, pairs, read, train, write_model, write_rows
 from safetensors.torch import load_file, save_file
 from tiny_llama import CFG, all_rows, random_dataset, random_weights
 
+# Our reader's own, where a module is named and excluded as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*for which the file has no tensors:UserWarning")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
