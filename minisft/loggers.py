@@ -120,7 +120,7 @@ def _open_wandb(config: TrainConfig, out: Path, first_step: int) -> Logger:
 
 
 def _open_trackio(config: TrainConfig, out: Path, first_step: int) -> Logger:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]  # an extra that no test needs
 
     run = trackio.init(
         project=os.environ.get("TRACKIO_PROJECT", "minisft"),

@@ -326,8 +326,20 @@ def plan_steps(
     return batches, config.max_steps if config.max_steps > 0 else epochs
 
 
+def check_rows(config: TrainConfig, data: Data) -> None:
+    """UserError where there are fewer rows, before packing, than one batch takes."""
+    rows = data.train.stats.get("rows_kept", len(data.train))
+    if rows < config.per_device_train_batch_size:
+        raise UserError(
+            f"{', '.join(config.dataset)}: {rows} rows do not fill one batch of "
+            f"--per-device-train-batch-size {config.per_device_train_batch_size}; lower it, or "
+            "give more rows"
+        )
+
+
 def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> Choice:
     """How gradients are computed, and how many tokens at a time."""
+    check_rows(config, data)
     offsets = data.train.document_offsets[data.train.row_offsets]
     longest = int(offsets.diff().max())
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -27,6 +27,7 @@ def run(model, tmp_path):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         settings = {"model": model, "dataset": path, "output_dir": tmp_path / "out"}
+        settings["per_device_train_batch_size"] = 1  # most files here hold one row
         return call("train", flags(**settings | SMALL | changes))
 
     return run
@@ -249,8 +250,17 @@ def test_f29_no_rows_are_refused(run, text, name):
     refused(run(text, name=name), "holds no rows", "at least one")
 
 
+def test_f29_fewer_rows_than_one_batch_are_refused(run):
+    refused(
+        run(ROW, per_device_train_batch_size=2),
+        "1 rows do not fill one batch",
+        "--per-device-train-batch-size 2",
+        "lower it",
+    )
+
+
 def test_f29_fewer_rows_than_a_step_train_with_a_warning(run):
-    outcome = run(ROW)
+    outcome = run(ROW * 2)
     assert outcome.code == 0 and "do not fill one step" in outcome.out
 
 
