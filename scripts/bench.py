@@ -1,12 +1,14 @@
-"""Measure a training step, or one kernel against what else there is:
+"""Measure a training step, the README's table of them, or one kernel against what else there is:
 
 python scripts/bench.py step --shape 1b --max-memory-gib 5.45
+python scripts/bench.py table
 python scripts/bench.py kernel swiglu
 """
 
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if what == "step":
             prog = "bench.py step"
             step(parse_flags(StepConfig, argv[1:], prog=prog, default=StepConfig()))
+        elif what == "table" and len(argv) == 1:
+            table()
         elif what == "kernel" and len(argv) > 1:
             from bench_kernels import measure
 
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             raise UserError(
                 f"bench.py: {' '.join(argv) or 'nothing'!r} is no benchmark; expected "
-                "`step [flags]` or `kernel NAME [flags]`"
+                "`step [flags]`, `table` or `kernel NAME [flags]`"
             )
 
     return run_main(run, {})
@@ -192,6 +196,38 @@ def step(config: StepConfig) -> dict:
         print(f"  {name:18} {value}", file=sys.stderr)
     print(json.dumps(result))
     return result
+
+
+# The README's rows: the work, and the memory it may take.
+ROWS = (
+    "--shape 8b --max-memory-gib 6.77 --steps 6",
+    "--shape 8b --max-memory-gib 20.9 --steps 6",
+    "--shape 8b --max-memory-gib 11.5 --batch-size 1 --accumulation 1 --length 32768 --steps 3",
+    "--shape 1b --max-memory-gib 1.605",
+    "--shape 1b --max-memory-gib 5.45",
+    "--shape 1b --max-memory-gib 17.8 --batch-size 8 --accumulation 1",
+    "--shape 1b --max-memory-gib 1.64 --rows short --packing --steps 30",
+    "--shape 1b --max-memory-gib 3.04 --rows short --steps 60",
+)
+
+
+def table() -> None:
+    """Every row in a process of its own, so that each has the memory to itself."""
+    print("| work | tok/s | peak GiB | predicted | pinned | first step s | of roofline | pass |")
+    print("|---" * 8 + "|")
+    names = (
+        "tokens_per_second", "peak_gib", "predicted_gib", "pinned_gib", "first_step_s",
+        "of_roofline", "pass",
+    )  # fmt: skip
+    for row in ROWS:
+        command = [sys.executable, __file__, "step", *row.split()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"| `{row}` | {done.stderr.strip().splitlines()[-1]} |", flush=True)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        shown = " | ".join(str(found.get(name, "")) for name in names)
+        print(f"| `{row}` | {shown} |", flush=True)
 
 
 def random_model(
