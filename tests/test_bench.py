@@ -15,17 +15,6 @@ from minisft.config import parse_model_config
 
 TINY = ["--shape", "tiny", "--vocab-size", "300", "--length", "32", "--steps", "1"]
 TINY += ["--device", "cpu"]
-    "--shape",
-    "tiny",
-    "--vocab-size",
-    "300",
-    "--length",
-    "32",
-    "--steps",
-    "1",
-    "--device",
-    "cpu",
-]
 
 
 @pytest.mark.parametrize("impl", ["autograd", "explicit"])
