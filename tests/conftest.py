@@ -5,6 +5,7 @@ Being here puts tests/ on the import path, so that tests in its folders may impo
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from runs import write_model
+
+# A shell that starts the tests in the background leaves SIGINT ignored, and every child with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tensors this small are slower on two threads than on one, and far slower where cores are shared.
 torch.set_num_threads(1)
