@@ -511,12 +511,22 @@ def _adapted_modules(stored: dict[str, str], path: Path, cfg: ModelConfig) -> li
 
 
 def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: str) -> LoraConfig:
-    """Drop list items whose module name has no tensor in any layer: PEFT leaves those at zero."""
+    """Drop list items whose module name has no tensor in any layer: PEFT leaves those at zero.
+
+    An exclusion that is why they have none goes with them.
+    """
     if not lora.target_modules or is_special(lora.target_modules[0]):
         return lora
     trained = {path.rsplit(".", 1)[-1] for path in adapted}
     live = tuple(item for item in lora.target_modules if item.rsplit(".", 1)[-1] in trained)
     dead = [item for item in lora.target_modules if item not in live]
+    names = {item.rsplit(".", 1)[-1] for item in dead}
+    excluded = lora.exclude_modules
+    if dead and excluded:
+        pattern = excluded[0].startswith(PATTERN_PREFIX)
+        kept = () if pattern else tuple(i for i in excluded if i.rsplit(".", 1)[-1] not in names)
+        if pattern or len(kept) < len(excluded):
+            return dataclasses.replace(lora, target_modules=live, exclude_modules=kept)
     if dead:
         warnings.warn(
             f"{source}: target_modules names {', '.join(map(repr, dead))}, for which the file has "

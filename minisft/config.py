@@ -961,6 +961,8 @@ def _is_number(text: str) -> bool:
 def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a `re:` pattern keeps its commas."""
     items = [value] if isinstance(value, str) else list(value)
+    if wrong := [item for item in items if not isinstance(item, str)]:
+        raise UserError(f"{wrong[0]!r} stands in a list of names; expected a string")
     if any(item.startswith("re:") for item in items):
         return tuple(items)
     return tuple(part for item in items for part in item.split(",") if part)

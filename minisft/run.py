@@ -21,6 +21,7 @@ from minisft.adapter import adapter_config_dict, read_adapter_config
 from minisft.batches import Batches, BatchFn, Collator, Schedule, collate, source_shares
 from minisft.checkpoint import (
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint_,
     load_trained_,
     read_facts,
@@ -262,10 +263,21 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
         return None
     complete = epoch >= config.num_train_epochs
     if config.max_steps > 0:
-        complete = steps >= config.max_steps
+        complete = steps == config.max_steps  # more of them: refused later on
     if changed or not (complete or early):
         return None
+    ignored = ("resume_from_checkpoint", "overwrite_output_dir", "preview", "max_steps")
+    now = {name: plain(getattr(config, name, was)) for name, was in then.items()}
+    differ = [name for name in then if now[name] != then[name] and name not in ignored]
+    last = [path.resolve() for path in list_checkpoints(out)[-1:]]
+    if differ and which != "auto" and [Path(which).resolve()] != last:
+        return None  # from an earlier state, the run would end otherwise
     say(f"{out}: complete already ({steps} steps); nothing to do")
+    for name in differ:
+        say(
+            f"warning: {flag(name)} is {now[name]!r} now and was {then[name]!r}: it changes "
+            "nothing. For a run with it, give a new --output-dir"
+        )
     return output
 
 

@@ -178,15 +178,16 @@ def step(config: StepConfig) -> dict:
             round(1e3 * s, 1) for s in (min(seconds[3:]), max(seconds[3:]))
         ],
         "tokens_per_step": round(statistics.mean(tokens[3:])), "first_step_s": round(seconds[0], 2),
-        "compute_floor": round(1 / floor), "serial_roofline": round(1 / roofline),
-        "of_floor": round(floor * count / took, 3),
-        "of_roofline": round(roofline * count / took, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }  # fmt: skip
     if device.type == "cuda":
         host = plan.fast.host.buffers.values() if plan.fast else ()
         result |= {
+            "compute_floor": round(1 / floor),
+            "serial_roofline": round(1 / roofline),
+            "of_floor": round(floor * count / took, 3),
+            "of_roofline": round(roofline * count / took, 3),
             "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3),
             "predicted_gib": round(choice.peak_bytes / 2**30, 3),
             "reserved_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 2),

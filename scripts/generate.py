@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(config: GenerateConfig) -> None:
     """UserError for settings that cannot be meant."""
-    if bool(config.prompt) == config.interactive:
+    if config.prompt and config.interactive:
+        raise UserError("--prompt and --interactive: give one of the two")
+    if not config.prompt and not config.interactive:
         raise UserError("--prompt is missing: give the text to continue, or --interactive to chat")
     if not 0 <= config.temperature < math.inf:
         raise UserError(f"--temperature is {config.temperature}; expected 0 or more, and finite")

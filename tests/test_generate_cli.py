@@ -254,7 +254,7 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
     [
         ({}, "--prompt is missing"),
         ({"prompt": "", "chat": False, "model": "no_bos"}, "--prompt is empty"),
-        ({"prompt": "a", "interactive": True}, "--prompt is missing: give the text"),
+        ({"prompt": "a", "interactive": True}, "--prompt and --interactive: give one of the two"),
         ({"prompt": "a", "temperature": -1}, "--temperature is -1.0; expected 0 or more"),
         ({"prompt": "a", "temperature": "nan"}, "--temperature is nan; expected 0 or more"),
         ({"prompt": "a", "temperature": "inf"}, "--temperature is inf; expected 0 or more"),

@@ -83,3 +83,17 @@ def test_saving_the_merged_model_needs_an_adapter(inputs, tmp_path):
     settings = {**inputs, "full_finetuning": True, "save_merged": True, "output_dir": tmp_path}
     outcome = call("train", flags(**settings))
     assert outcome.code == 2 and "--save-merged has no effect with --full-finetuning" in outcome.err
+
+
+@pytest.mark.parametrize("excluded", ["q_proj", "re:.*q_proj", "q_proj,layers.0.mlp.up_proj"])
+def test_an_adapter_without_a_whole_target_is_loaded_again(tmp_path, excluded):
+    from minisft.adapter import load_adapter
+    from minisft.weights import load_model_config
+
+    model = write_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(4))
+    out = tmp_path / "out"
+    train(model=model, dataset=rows, output_dir=out, max_steps=1, exclude_modules=excluded)
+    lora, tensors = load_adapter(out, load_model_config(model))
+    assert tensors and not any("q_proj" in name for name in tensors)
+    assert all("q_proj" not in item for item in lora.target_modules)

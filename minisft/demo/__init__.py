@@ -26,9 +26,12 @@ def demo_config() -> TrainConfig:
 
 
 def holds_demo_run(output_dir: str) -> bool:
-    """Whether a directory's run.json is that of a run of the demo's base model."""
+    """Whether a directory's run.json is that of the demo, and not of another run of its base."""
+    names = ("model", "dataset", "eval_dataset", "learning_rate", "num_train_epochs", "max_steps")
+    demo = demo_config()
     try:
         record = json.loads((Path(output_dir) / "run.json").read_text(encoding="utf-8"))
-        return record["config"]["model"] == demo_model()
+        asked = json.loads(json.dumps([getattr(demo, name) for name in names]))
+        return [record["config"][name] for name in names] == asked
     except (OSError, ValueError, KeyError, TypeError):
         return False
