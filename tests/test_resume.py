@@ -1,5 +1,7 @@
 """A resumed run is the uninterrupted one, bit for bit; what cannot be resumed is refused."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -216,9 +218,186 @@ def test_more_epochs_than_the_complete_run_had_are_trained(inputs, tmp_path):
     outcome = train(**settings, num_train_epochs=2, resume_from_checkpoint="auto")
     assert "resuming from" in outcome.out
     assert [m[0] for m in step_lines(tmp_path)] == [1, 2]
-    changed = settings | {"max_steps": 4, "learning_rate": 2e-3}
-    again = train(**changed, resume_from_checkpoint="auto")
-    assert "nothing to do" in again.out
-    assert "--learning-rate is 0.002 now and was 0.001" in again.out
+    again = train(**settings, num_train_epochs=2, resume_from_checkpoint="auto")
+    assert "complete already (2 steps)" in again.out
+
+
+# ------------------------------------------------------------------------------ damaged checkpoints
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated_adapter": ("adapter_model.safetensors", truncate),
+    "flipped_adapter_bit": ("adapter_model.safetensors", flip_a_bit),
+    "flipped_moment_bit": ("optimizer.safetensors", flip_a_bit),
+    "flipped_state_bit": ("trainer_state.json", flip_a_bit),
+    "missing_adapter": ("adapter_model.safetensors", Path.unlink),
+    "missing_moments": ("optimizer.safetensors", Path.unlink),
+    "missing_manifest": ("manifest.json", Path.unlink),
+    "truncated_manifest": ("manifest.json", truncate),
+    "empty_manifest": ("manifest.json", lambda file: file.write_text("{}")),
+    "manifest_without_moments": (
+        "manifest.json",
+        lambda file: file.write_text(json.dumps({"files": {}})),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_skipped_by_auto_and_refused_by_path(
+    whole, settings, tmp_path, kind
+):
+    name, damage = DAMAGE[kind]
+    out = killed_copy(whole, tmp_path / "out", 5)
+    damage(out / "checkpoint-5" / name)
+    before = tree(out)
+    refused = call(
+        "train",
+        flags(**settings, output_dir=out, resume_from_checkpoint=out / "checkpoint-5"),
+    )
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "checkpoint-5" in refused.err and "use an older checkpoint or `auto`" in refused.err
+    assert (name if name != "manifest.json" else "manifest") in refused.err
+    if kind in ("missing_adapter", "missing_moments"):
+        assert f"{name} is missing" in refused.err
+    assert tree(out) == before | {".lock": tree(out)[".lock"]}
+
+    outcome = train(**settings, output_dir=out, resume_from_checkpoint="auto")
+    skipped = [line for line in outcome.out.splitlines() if "skipping checkpoint-5: " in line]
+    assert len(skipped) == 1 and (name if name != "manifest.json" else "manifest") in skipped[0]
+    assert f"resuming from {out}/checkpoint-4 at step 4" in outcome.out
+    assert_equal_runs(out, whole, 4)
+
+
+def test_rotation_after_a_damaged_checkpoint_keeps_the_complete_one(whole, settings, tmp_path):
+    """The damaged one has the highest number, and must not push out what is newly written."""
+    out = killed_copy(whole, tmp_path / "out", 7)
+    flip_a_bit(out / "checkpoint-7" / "optimizer.safetensors")
+    shutil.rmtree(out / "checkpoint-6")
+    changed = settings | {"max_steps": 6, "save_total_limit": 1}
+    train(**changed, output_dir=out, resume_from_checkpoint="auto")
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_going_back_by_path_leaves_no_newer_checkpoint_to_be_picked_up(whole, settings, tmp_path):
+    """Checkpoints 4 and 5 belong to a course that was given up: `auto` must not return to it."""
+    out = killed_copy(whole, tmp_path / "out", 5)
+    changed = settings | {"learning_rate": 1e-3, "max_steps": 4}
+    outcome = train(**changed, output_dir=out, resume_from_checkpoint=out / "checkpoint-3")
+    assert "checkpoint-4, checkpoint-5" in outcome.out
+    names = {p.name for p in out.glob("*checkpoint-*")}
+    assert names == {
+        *(f"checkpoint-{k}" for k in range(1, 5)),
+        *(f"abandoned-checkpoint-{k}" for k in (4, 5)),
+    }
+    assert [m[0] for m in step_lines(out)] == [1, 2, 3, 4]
+    moved = tree(out / "abandoned-checkpoint-5")
+    assert moved == tree(whole / "checkpoint-5")
+    assert tree(out / "checkpoint-4") != tree(whole / "checkpoint-4")
+
+
+# --------------------------------------------------------------------------------- changed settings
+
+CHANGES = {
+    "lora_r": ({"lora_r": 8}, ["--lora-r was 4, now 8"]),
+    "seed": ({"seed": 1}, ["--seed was 3407, now 1"]),
+    "dropout": ({"lora_dropout": 0.2}, ["--lora-dropout was 0.1, now 0.2"]),
+    "targets": (
+        {"target_modules": "q_proj"},
+        ["--target-modules was ['q_proj', ", "now ['q_proj']"],
+    ),
+    "copies": ({"modules_to_save": "lm_head"}, ["--modules-to-save was", "now ['lm_head']"]),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2},
+        ["--gradient-accumulation-steps was 3, now 2"],
+    ),
+    "two_at_once": ({"seed": 1, "lora_alpha": 8}, ["--seed was", "--lora-alpha was 16, now 8.0"]),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_settings_that_make_another_run_are_refused_with_the_difference(
+    whole, settings, tmp_path, kind
+):
+    changes, wanted = CHANGES[kind]
+    out = killed_copy(whole, tmp_path / "out", 5)
+    before = tree(out)
+    refused = call(
+        "train", flags(**settings | changes, output_dir=out, resume_from_checkpoint="auto")
+    )
+    assert refused.code == 2 and refused.err.count("\n") == 1, refused.err
+    assert all(text in refused.err for text in wanted), refused.err
+    assert "checkpoint-5 was made with other settings" in refused.err
+    assert "--output-dir" in refused.err
+    assert len(re.findall(r" was .*?, now ", refused.err)) == len(changes)
+    assert tree(out) == before | {".lock": tree(out)[".lock"]}
+
+
+def test_other_rows_another_model_or_full_finetuning_are_refused(whole, settings, tmp_path):
+    rows = pairs(20)
+    rows[7]["completion"] += "!"
+    changes = {
+        "rows differ": {"dataset": write_rows(tmp_path / "other.jsonl", rows)},
+        "config.json differs": {"model": write_model(tmp_path / "other", rms_norm_eps=1e-6)},
+        "with --full-finetuning": {"full_finetuning": False},
+    }
+    del changes["with --full-finetuning"]
+    for text, change in changes.items():
+        out = killed_copy(whole, tmp_path / text.replace(" ", "_"), 2)
+        refused = call(
+            "train", flags(**settings | change, output_dir=out, resume_from_checkpoint="auto")
+        )
+        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert text in refused.err and "--output-dir" in refused.err
+
+    out = killed_copy(whole, tmp_path / "full", 2)
+    full = {k: v for k, v in settings.items() if k not in LORA} | {"full_finetuning": True}
+    refused = call("train", flags(**full, output_dir=out, resume_from_checkpoint="auto"))
+    assert refused.code == 2 and "without --full-finetuning" in refused.err
+
+
+def test_a_changed_learning_rate_is_allowed_and_said(whole, settings, tmp_path):
+    out = killed_copy(whole, tmp_path / "out", 5)
+    outcome = train(
+        **settings | {"learning_rate": 1e-3}, output_dir=out, resume_from_checkpoint="auto"
+    )
+    assert "--learning-rate is 0.001 now; the checkpoint was made with 0.01" in outcome.out
+    ours, theirs = (dict(step_lines(d, "learning_rate")) for d in (out, whole))
+    assert ours[5] == theirs[5]
+    assert ours[6] == pytest.approx(theirs[6] / 10)
+    assert "--output-dir is" in outcome.out and "--seed" not in outcome.out
+
+
+def test_other_settings_or_a_lost_result_are_not_a_complete_run(settings, tmp_path):
+    settings = settings | {"output_dir": tmp_path}
+    train(**settings)
+    argv = flags(**settings | {"lora_r": 3, "resume_from_checkpoint": "auto"})
+    other = call("train", argv)
+    assert other.code == 2 and "--lora-r was" in other.err
+    missing = call("train", flags(**settings | {"resume_from_checkpoint": tmp_path / "nowhere"}))
+    assert missing.code == 2 and "nowhere" in missing.err
+    result = tmp_path / "adapter_model.safetensors"
+    before = result.read_bytes()
+    result.unlink()
+    train(**settings, resume_from_checkpoint="auto")
+    assert result.read_bytes() == before
+
+
+def test_a_finished_run_says_what_it_ignores_and_obeys_an_earlier_checkpoint(inputs, tmp_path):
+    settings = dict(inputs, output_dir=tmp_path, save_steps=2, lora_r=2, max_length=64, max_steps=4)
+    train(**settings, learning_rate=1e-3)
+    changed = settings | {"learning_rate": 2e-3}
+    finished = train(**changed, resume_from_checkpoint="auto")
+    assert "nothing to do" in finished.out
+    assert "--learning-rate is 0.002 now and was 0.001" in finished.out
     earlier = train(**changed, resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert "nothing to do" not in earlier.out and "at step 2" in earlier.out
