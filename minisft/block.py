@@ -26,6 +26,7 @@ from minisft.nn import (
     dequantize_with_B_beside,
     normalise,
     outer_sum,
+    place_block_diagonal,
     reduce_partials,
     rms_norm_backward,
     rope_,
@@ -101,12 +102,12 @@ class Saved(NamedTuple):
 # ------------------------------------------------------------------------------------- products
 
 
-def place_weight(group: Group, out_OI: Tensor) -> None:
+def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor) -> None:
     """The weight in the compute dtype, decoded or copied into `out`, whose rows may be strided."""
-    if isinstance(group.weight, NF4Weight):
-        dequantize_into(group.weight, out_OI)
+    if isinstance(weight, NF4Weight):
+        dequantize_into(weight, out_OI)
     else:
-        out_OI.copy_(group.weight)
+        out_OI.copy_(weight)
 
 
 def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
@@ -116,15 +117,8 @@ def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     if isinstance(group.weight, NF4Weight) and group.rank:
         dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w)
         return w
-    place_weight(group, w[:, :I])
-    if group.rank:
-        w[:, I:].zero_()
-    row, column = 0, I
-    for size, B in zip(group.sizes, group.B, strict=True):
-        if B is not None:
-            torch.mul(B, scaling, out=w[row : row + size, column : column + B.shape[1]])
-            column += B.shape[1]
-        row += size
+    place_weight(group.weight, w[:, :I])
+    place_block_diagonal(group.B, group.sizes, scaling, w[:, I:])
     return w
 
 
@@ -135,7 +129,7 @@ def with_A_below(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     if isinstance(group.weight, NF4Weight) and group.A is not None:
         dequantize_with_A_below(group.weight, group.A, scaling, w)
         return w
-    place_weight(group, w[:O])
+    place_weight(group.weight, w[:O])
     if group.A is not None:
         torch.mul(group.A, scaling, out=w[O:])
     return w

@@ -115,7 +115,8 @@ BUILT_ON = {
     "rms_norm": ["low_rank"],
     "rope": ["low_rank"],
     "swiglu": ["low_rank"],
-    "nf4_lora_linear": ["nf4"],
+    "nf4": ["low_rank"],
+    "nf4_lora_linear": ["low_rank", "nf4"],
 }
 
 

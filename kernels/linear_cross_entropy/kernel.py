@@ -46,17 +46,15 @@ def cross_entropy_kernel(
                 tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=ok)
 
 
-def launch_cross_entropy_(
-    logits, targets, losses, weight, gradient: bool, per_processor=1, most=16384, warps=32
-) -> None:
+def launch_cross_entropy_(logits, targets, losses, weight, gradient: bool) -> None:
     """logits [M, V] becomes the gradient (if asked), losses [M] float32; weight: float32 [1]."""
     M, V = logits.shape
-    block = min(most, max(128, triton.next_power_of_2(V)))
+    block = min(16384, max(128, triton.next_power_of_2(V)))
     programs = M
     if logits.is_cuda:
         processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
-        programs = min(M, per_processor * processors)
+        programs = min(M, processors)
     cross_entropy_kernel[(programs,)](
         logits, logits.stride(0), targets, losses, weight, M, V,
-        BLOCK_V=block, GRADIENT=gradient, num_warps=min(warps, max(4, block // 512)),
+        BLOCK_V=block, GRADIENT=gradient, num_warps=min(32, max(4, block // 512)),
     )  # fmt: skip

@@ -80,17 +80,27 @@ def reduce_partials_kernel(
     tl.store(grads_ptr + at, grad + scale * total, mask=ok)
 
 
+def padded_rank(rank: int) -> int:
+    """The width of a tensor-core product that holds the rank: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(max(1, rank)))
+
+
+def rows_per_split(num_rows: int, splits: int) -> int:
+    """Whole blocks of 64 rows, so that `splits` of them hold all."""
+    return triton.cdiv(triton.cdiv(num_rows, splits), 64) * 64
+
+
 def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:
     """partials: a view [S, R, N] with any strides."""
     splits, R, N = partials.shape
     num_rows = left.shape[0]
     block_n = 64
-    per_split = triton.cdiv(triton.cdiv(num_rows, splits), 64) * 64
     outer_sum_kernel[(triton.cdiv(N, block_n), splits)](
         left, x, left if row_scale is None else row_scale,
         left if column_scale is None else column_scale, partials,
-        num_rows, per_split, N, left.stride(0), x.stride(0), *partials.stride(),
-        R=R, RP=max(16, triton.next_power_of_2(R)),
+        num_rows, rows_per_split(num_rows, splits), N,
+        left.stride(0), x.stride(0), *partials.stride(),
+        R=R, RP=padded_rank(R),
         ROW_SCALE=row_scale is not None, COLUMN_SCALE=column_scale is not None,
         BLOCK_T=64, BLOCK_N=block_n, num_warps=4, num_stages=3,
     )  # fmt: skip

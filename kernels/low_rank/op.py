@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from kernels.low_rank.reference import (
@@ -10,7 +13,7 @@ from kernels.low_rank.reference import (
     reduce_partials_reference,
 )
 
-__all__ = ["LowRank", "outer_sum", "reduce_partials", "use_triton"]
+__all__ = ["LowRank", "outer_sum", "place_block_diagonal", "reduce_partials", "use_triton"]
 
 
 def use_triton(x: Tensor, impl: str) -> bool:
@@ -47,6 +50,19 @@ def outer_sum(
     from kernels.low_rank.kernel import launch_outer_sum
 
     launch_outer_sum(left_TR, x_TN, row_scale_T, column_scale_N, partials_SRN)
+
+
+def place_block_diagonal(
+    Bs: Sequence[Tensor | None], sizes: Sequence[int], scale: float, out: Tensor
+) -> None:
+    """out = scale * diag(B, ...), [O, R], of linears with `sizes` rows each; None: no columns."""
+    out.zero_()
+    row = column = 0
+    for size, B in zip(sizes, Bs, strict=True):
+        if B is not None:
+            torch.mul(B, scale, out=out[row : row + size, column : column + B.shape[1]])
+            column += B.shape[1]
+        row += size
 
 
 def reduce_partials(

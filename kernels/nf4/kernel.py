@@ -6,6 +6,23 @@ import triton.language as tl
 
 
 @triton.jit
+def block_scale(
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, block, ok,
+    NESTED: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """The scales of those blocks, float32; OFFSETS: an offset for every 256 blocks, not one."""
+    absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax_ptr + block // 256, mask=ok, other=0.0)
+        product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
+        at = block // 256 if OFFSETS else block * 0
+        scale = product + tl.load(nested_offset_ptr + at, mask=ok, other=0.0)
+    else:
+        scale = absmax
+    return scale
+
+
+@triton.jit
 def dequantize_kernel(
     packed_ptr,  # int32: eight weights each
     absmax_ptr,  # uint8 or float32, one per block
@@ -26,15 +43,10 @@ def dequantize_kernel(
     word = tl.program_id(0).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
     inside = word < num_words
     packed = tl.load(packed_ptr + word, mask=inside, other=0)
-    block = word // WORDS_PER_BLOCK
-    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
-    if NESTED:
-        nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
-        product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
-        at = block // 256 if OFFSETS else block * 0
-        scale = product + tl.load(nested_offset_ptr + at, mask=inside, other=0.0)
-    else:
-        scale = absmax
+    scale = block_scale(
+        absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+        word // WORDS_PER_BLOCK, inside, NESTED, OFFSETS,
+    )  # fmt: skip
     # Bytes are little-endian in a word, and a byte's high nibble comes first.
     lane = tl.arange(0, 8)
     shift = (lane // 2) * 8 + (1 - lane % 2) * 4
@@ -106,52 +118,48 @@ def dequantize_any_kernel(
     inside = e < num_weights
     byte = tl.load(packed_ptr + e // 2, mask=inside, other=0).to(tl.int32)
     nibble = tl.where(e % 2 == 0, byte >> 4, byte & 15)
-    block = e // BLOCKSIZE
-    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
-    if NESTED:
-        nested = tl.load(nested_absmax_ptr + block // 256, mask=inside, other=0.0)
-        product = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested
-        at = block // 256 if OFFSETS else block * 0
-        scale = product + tl.load(nested_offset_ptr + at, mask=inside, other=0.0)
-    else:
-        scale = absmax
+    scale = block_scale(
+        absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+        e // BLOCKSIZE, inside, NESTED, OFFSETS,
+    )  # fmt: skip
     value = tl.load(code_ptr + nibble) * scale
     row = e // in_features
     at = row * out_stride + (e - row * in_features)
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -> None:
+def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
+    """(scale and code pointers in the kernels' order, flags); a stand-in where there is none."""
+    nested, dummy = weight.nested_absmax is not None, weight.code
+    pointers = (
+        weight.absmax, weight.code,
+        weight.nested_absmax if nested else dummy, weight.nested_code if nested else dummy,
+        weight.nested_offset if nested else dummy,
+    )  # fmt: skip
+    return pointers, {"NESTED": nested, "OFFSETS": nested and weight.nested_offset.dim() == 1}
+
+
+BLOCK_WORDS = 512  # of eight weights, to a program
+
+
+def launch_dequantize(weight, out) -> None:
     """Decode `weight` into `out` [O, >= I columns], whose rows may be strided.
 
     Floating-point contraction is off: code * absmax + offset rounds twice, as bitsandbytes does.
     """
-    num_weights = weight.shape[0] * weight.shape[1]
-    nested = weight.nested_absmax is not None
-    dummy = weight.code
-    pointers = (
-        weight.absmax,
-        weight.code,
-        weight.nested_absmax if nested else dummy,
-        weight.nested_code if nested else dummy,
-        weight.nested_offset if nested else dummy,
-        out,
-    )
-    in_features, stride = weight.shape[1], out.stride(0)
-    offsets = nested and weight.nested_offset.dim() == 1
+    O, I = weight.shape
+    pointers, flags = quantised_arguments(weight)
     if is_wide(weight):
-        num_words = num_weights // 8
-        words = weight.packed.view(torch.int32)
-        dequantize_kernel[(triton.cdiv(num_words, block_words),)](
-            words, *pointers, num_words, in_features, stride,
-            WORDS_PER_BLOCK=weight.blocksize // 8, NESTED=nested, OFFSETS=offsets,
-            BLOCK_W=block_words,
-            num_warps=num_warps, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        num_words = O * I // 8
+        dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](
+            weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
+            WORDS_PER_BLOCK=weight.blocksize // 8, **flags, BLOCK_W=BLOCK_WORDS,
+            num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         return
-    dequantize_any_kernel[(triton.cdiv(num_weights, 1024),)](
-        weight.packed, *pointers, num_weights, in_features, stride,
-        BLOCKSIZE=weight.blocksize, NESTED=nested, OFFSETS=offsets, BLOCK=1024,
+    dequantize_any_kernel[(triton.cdiv(O * I, 1024),)](
+        weight.packed, *pointers, out, O * I, I, out.stride(0),
+        BLOCKSIZE=weight.blocksize, **flags, BLOCK=1024,
         enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
@@ -159,19 +167,16 @@ def launch_dequantize(weight, out, block_words: int = 512, num_warps: int = 4) -
 def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank) -> None:
     """out: [O + LINEARS * R, I] with A below, or [O, I + LINEARS * R] with B beside."""
     O, I = weight.shape
-    nested, words, linears = weight.nested_absmax is not None, 512, len(sizes)
-    dummy = weight.code
-    decoders = triton.cdiv(O * I // 8, words)
+    linears, num_words = len(sizes), O * I // 8
+    pointers, flags = quantised_arguments(weight)
+    decoders = triton.cdiv(num_words, BLOCK_WORDS)
     further = linears * rank * (I if below else O)
     ends = [sum(sizes[: i + 1]) for i in range(linears)] + [O, O]
-    dequantize_with_lora_kernel[(decoders + triton.cdiv(further, words * 8),)](
-        weight.packed.view(torch.int32), weight.absmax, weight.code,
-        weight.nested_absmax if nested else dummy, weight.nested_code if nested else dummy,
-        weight.nested_offset if nested else dummy,
-        out, O * I // 8, lora, scale, ends[0], ends[1], O, decoders,
-        in_features=I, out_stride=out.stride(0), WORDS_PER_BLOCK=weight.blocksize // 8,
-        NESTED=nested, OFFSETS=nested and weight.nested_offset.dim() == 1, BELOW=below, R=rank,
-        LINEARS=linears, BLOCK_W=words, num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+    dequantize_with_lora_kernel[(decoders + triton.cdiv(further, BLOCK_WORDS * 8),)](
+        weight.packed.view(torch.int32), *pointers, out, num_words, lora, scale, ends[0], ends[1],
+        O, decoders, in_features=I, out_stride=out.stride(0),
+        WORDS_PER_BLOCK=weight.blocksize // 8, **flags, BELOW=below, R=rank, LINEARS=linears,
+        BLOCK_W=BLOCK_WORDS, num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 

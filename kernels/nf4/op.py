@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.low_rank import place_block_diagonal
 from kernels.nf4.reference import NF4Weight, dequantize_reference
 
 
@@ -74,13 +75,7 @@ def dequantize_with_B_beside(
             launch_dequantize_with_lora(weight, out, first, scale, False, tuple(sizes), rank)
             return
     dequantize_into(weight, out[:, :I], impl=impl)
-    out[:, I:].zero_()
-    row, column = 0, I
-    for size, B in zip(sizes, Bs, strict=True):
-        if B is not None:
-            torch.mul(B, scale, out=out[row : row + size, column : column + B.shape[1]])
-            column += B.shape[1]
-        row += size
+    place_block_diagonal(Bs, sizes, scale, out[:, I:])
 
 
 def _neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:

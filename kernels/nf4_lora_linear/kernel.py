@@ -12,19 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _scale(
-    absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, block, ok,
-    NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-):  # fmt: skip
-    absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
-    if NESTED:
-        nested = tl.load(nested_absmax_ptr + block // 256, mask=ok, other=0.0)
-        at = block // 256 if OFFSETS else block * 0
-        offset = tl.load(nested_offset_ptr + at, mask=ok, other=0.0)
-        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
-    return absmax
+from kernels.low_rank.kernel import padded_rank
+from kernels.nf4.kernel import block_scale, quantised_arguments
 
 
 @triton.jit
@@ -52,7 +41,7 @@ def forward_parts_kernel(
         for start in range(first, last, BLOCK_K):
             at = packed_ptr + (row[:, None] + start) // 2 + half[None, :]
             byte = tl.load(at, mask=ok[:, None], other=0).to(tl.int32)  # [BLOCK_N, BLOCK_K / 2]
-            scale = _scale(
+            scale = block_scale(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 (row + start) // BLOCK_K, ok, NESTED, OFFSETS,
             )  # fmt: skip
@@ -111,7 +100,7 @@ def backward_parts_kernel(
             byte = tl.load(
                 packed_ptr + row[:, None] // 2 + half[None, :], mask=ok[:, None], other=0
             ).to(tl.int32)
-            scale = _scale(
+            scale = block_scale(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 row // BLOCK_I, ok, NESTED, OFFSETS,
             )  # fmt: skip
@@ -187,16 +176,6 @@ def fits(weight, rows: int) -> bool:
     return weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < rows <= 64
 
 
-def _quantised(weight):
-    nested, dummy = weight.nested_absmax is not None, weight.code
-    pointers = (
-        weight.packed, weight.absmax, weight.code,
-        weight.nested_absmax if nested else dummy, weight.nested_code if nested else dummy,
-        weight.nested_offset if nested else dummy,
-    )  # fmt: skip
-    return pointers, {"NESTED": nested, "OFFSETS": nested and weight.nested_offset.dim() == 1}
-
-
 def _splits(programs: int, steps: int, rows: int) -> int:
     """Parts of the sum: four programs a processor, or two where many rows make parts large."""
     return max(1, min(16, (528 if rows <= 16 else 264) // programs, steps))
@@ -211,9 +190,9 @@ def fused_forward(x, weight, bias, A, B, scaling):
     per_split = triton.cdiv(I // 64, splits) * 64
     splits = triton.cdiv(I, per_split)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
-    pointers, flags = _quantised(weight)
+    pointers, flags = quantised_arguments(weight)
     forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
-        x, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
+        x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
         I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1,
     )  # fmt: skip
     return _add_parts(parts, B, (1, 1) if B is None else B.stride(), bias, x, M, O, R, scaling)
@@ -230,9 +209,9 @@ def fused_backward(dy, weight, A, B, scaling):
     per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
     splits = triton.cdiv(O, per_split)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
-    pointers, flags = _quantised(weight)
+    pointers, flags = quantised_arguments(weight)
     backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits, triton.cdiv(M, block_m))](
-        dy, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
+        dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
         I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip
     strides = (1, 1) if A is None else (A.stride(1), A.stride(0))
@@ -246,7 +225,7 @@ def _add_parts(parts, lora, strides, bias, like, M, N, R, scaling):
     add_parts_kernel[(triton.cdiv(N, 32),)](
         parts, out if lora is None else lora, *strides, out if bias is None else bias, out,
         out if low is None else low, M, N, scaling,
-        SPLITS=parts.shape[0], R=R, RP=max(16, triton.next_power_of_2(max(1, R))),
+        SPLITS=parts.shape[0], R=R, RP=padded_rank(R),
         BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=32, num_warps=4,
     )  # fmt: skip
     return out, low

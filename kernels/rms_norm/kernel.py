@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import low_rank_tile
+from kernels.low_rank.kernel import low_rank_tile, padded_rank
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def launch_add_rms_norm(x, y, delta, weight, eps, out, h, rstd) -> None:
         x, y, weight, delta.left, delta.right, out, h, rstd,
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
         h.stride(0), delta.scale, eps,
-        D=D, R=R, RP=max(16, triton.next_power_of_2(R)),
+        D=D, R=R, RP=padded_rank(R),
         BLOCK_M=16, BLOCK_D=min(512, triton.next_power_of_2(D)), num_warps=8,
     )  # fmt: skip
 

@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from kernels.low_rank.kernel import padded_rank, rows_per_split
+
 
 @triton.jit
 def rope_kernel(
@@ -108,10 +110,6 @@ def rope_backward_kernel(
         )  # fmt: skip
 
 
-def _padded(R: int) -> int:
-    return max(16, triton.next_power_of_2(max(1, R)))
-
-
 def launch_rope(qk, cos, sin, heads) -> None:
     T, H = cos.shape
     rope_kernel[(triton.cdiv(T, 32), heads)](
@@ -133,11 +131,9 @@ def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
         else:
             u_args += [u, u.stride(0), partial, partial.stride(0)]
             ranks.append(u.shape[1])
-    block = 64
-    per_split = triton.cdiv(triton.cdiv(T, splits), block) * block
     rope_backward_kernel[(N + 2 * K, splits)](
-        *d_args, cos, sin, cos.stride(0), out, out.stride(0), T, per_split, *u_args,
+        *d_args, cos, sin, cos.stride(0), out, out.stride(0), T, rows_per_split(T, splits), *u_args,
         N=N, K=K, HALF=H // 2, RQ=ranks[0], RK=ranks[1], RV=ranks[2],
-        PQ=_padded(ranks[0]), PK=_padded(ranks[1]), PV=_padded(ranks[2]),
-        BLOCK_T=block, num_warps=4,
+        PQ=padded_rank(ranks[0]), PK=padded_rank(ranks[1]), PV=padded_rank(ranks[2]),
+        BLOCK_T=64, num_warps=4,
     )  # fmt: skip

@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from kernels.low_rank.kernel import padded_rank, rows_per_split
+
 
 @triton.jit
 def swiglu_kernel(
@@ -93,20 +95,17 @@ def launch_swiglu(x, F, out) -> None:
     )  # fmt: skip
 
 
-def launch_swiglu_backward(
-    x, da, lefts, partials, block_t=32, block_f=128, num_warps=8, num_stages=2
-) -> None:
-    T, F = da.shape
+def launch_swiglu_backward(x, da, lefts, partials) -> None:
+    (T, F), block_f = da.shape, 128
     left_args, partial_args, ranks = [], [], []
     for left, partial in zip(lefts, partials, strict=True):
         left_args += [x, 0] if left is None else [left, left.stride(0)]
         partial_args += [x, 0] if partial is None else [partial, partial.stride(0)]
         ranks.append(0 if left is None else left.shape[1])
-    padded = [max(16, triton.next_power_of_2(max(1, R))) for R in ranks]
+    padded = [padded_rank(R) for R in ranks]
     splits = next((p.shape[0] for p in partials if p is not None), 8)
-    per_split = triton.cdiv(triton.cdiv(T, splits), 64) * 64
     swiglu_backward_kernel[(triton.cdiv(F, block_f), splits)](
-        x, x.stride(0), da, da.stride(0), T, per_split, *left_args, *partial_args,
+        x, x.stride(0), da, da.stride(0), T, rows_per_split(T, splits), *left_args, *partial_args,
         F=F, RG=ranks[0], RU=ranks[1], RD=ranks[2], PG=padded[0], PU=padded[1], PD=padded[2],
-        BLOCK_T=block_t, BLOCK_F=block_f, num_warps=num_warps, num_stages=num_stages,
+        BLOCK_T=32, BLOCK_F=block_f, num_warps=8, num_stages=2,
     )  # fmt: skip
