@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from minisft.config import UserError, load_json
+from minisft.lora import viewed
 from minisft.safetensors_io import iter_tensors, save_file
 from minisft.step import State
 
@@ -256,14 +257,13 @@ def _number(path: Path) -> int:
 def _optimizer_tensors(state: State) -> dict[str, Any]:
     """Views of the optimizer's state: a buffer as long as the trained one by tensor, KIND.NAME."""
     trained = state.trainable
-    sizes = [v.numel() for v in trained.views.values()]
     out = {}
     for kind, moment in state.moments.items():
         if moment.numel() != trained.buffer.numel() or moment.dtype != torch.float32:
             out[kind] = moment
             continue
-        for (name, view), part in zip(trained.views.items(), moment.split(sizes), strict=True):
-            out[f"{kind}.{name}"] = part.view(view.shape)
+        for name, view in viewed(moment, trained.shapes).views.items():
+            out[f"{kind}.{name}"] = view
     return out
 
 

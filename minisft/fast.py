@@ -8,7 +8,6 @@ T tokens  M targets  D hidden  V vocab
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from minisft.attention import Layout
 from minisft.batches import MicroBatch, StepBatch
-from minisft.block import FastLayer, Group, Saved, Setting, backward, forward
+from minisft.block import FastLayer, Group, Saved, Setting, backward, forward, place_weight
 from minisft.llama import Compute, Weights, head_weight
-from minisft.lora import Flat
+from minisft.lora import Flat, viewed
 from minisft.nn import (
     NF4Weight,
     add_rms_norm,
     cos_and_sin,
-    dequantize_into,
     linear_cross_entropy_grad,
     rms_norm_backward,
     rope_inverse_frequencies,
@@ -37,7 +35,7 @@ from minisft.policy import Policy, mlp_chunks
 
 SPLITS = 8  # of the tokens, in the sums that make dA and dB
 
-_GROUPS = {
+GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -168,16 +166,8 @@ def prepare(
     cfg, dtype = compute.model, compute.dtype
     device = trainable.buffer.device
     grads = torch.zeros_like(trainable.buffer)
-    shadow_buffer = torch.empty_like(trainable.buffer, dtype=dtype)
-    slices, start = {}, 0
-    for name, view in trainable.views.items():
-        slices[name] = slice(start, start + view.numel())
-        start += view.numel()
-    shadow = Flat(
-        shadow_buffer,
-        {n: shadow_buffer[slices[n]].view(v.shape) for n, v in trainable.views.items()},
-    )
-    spans = [_layer_span(slices, i) for i in range(cfg.num_hidden_layers)]
+    shadow = viewed(torch.empty_like(trainable.buffer, dtype=dtype), trainable.shapes)
+    spans = [_layer_span(shadow, i) for i in range(cfg.num_hidden_layers)]
     most = max(stop - start for start, stop in spans)
     partials = torch.empty((SPLITS, most), dtype=torch.float32, device=device)
     layers, largest = [], 0
@@ -185,13 +175,12 @@ def prepare(
         mine = partials[:, : stop - start]
         prefix = f"model.layers.{i}."
         groups = {
-            key: _group([prefix + n for n in names], frozen, shadow, slices, mine, start)
-            for key, names in _GROUPS.items()
+            key: _group([prefix + n for n in names], frozen, shadow, mine, start)
+            for key, names in GROUPS.items()
         }
         for group in groups.values():
             O, I = group.weight.shape
-            R = 0 if group.A is None else group.A.shape[0]
-            largest = max(largest, (O + R) * I, O * (I + R))
+            largest = max(largest, (O + group.rank) * I, O * (I + group.rank))
         layers.append(
             FastLayer(
                 norm1=_tensor(frozen, prefix + "input_layernorm.weight"),
@@ -229,16 +218,19 @@ def _tensor(frozen: Weights, name: str) -> Tensor:
     return weight
 
 
-def _layer_span(slices: dict[str, slice], i: int) -> tuple[int, int]:
-    mine = [s for name, s in slices.items() if name.startswith(f"model.layers.{i}.")]
-    return (mine[0].start, mine[-1].stop) if mine else (0, 0)
+def _layer_span(shadow: Flat, i: int) -> tuple[int, int]:
+    mine = [v for name, v in shadow.views.items() if name.startswith(f"model.layers.{i}.")]
+    return (int(mine[0].storage_offset()), _end(mine[-1])) if mine else (0, 0)
+
+
+def _end(view: Tensor) -> int:
+    return int(view.storage_offset()) + view.numel()
 
 
 def _group(
     paths: list[str],
     frozen: dict[str, Tensor | NF4Weight],
     shadow: Flat,
-    slices: dict[str, slice],
     partials: Tensor,
     first: int,
 ) -> Group:
@@ -251,32 +243,28 @@ def _group(
         weight, views = joined
         frozen.update(zip(names, views, strict=True))
     else:
-        weight = _dense_side_by_side(weights, shadow.buffer.dtype)
+        weight = _dense_side_by_side(weights, shadow.buffer)
         if not any(isinstance(w, NF4Weight) for w in weights):
             frozen.update(zip(names, weight.split(sizes), strict=True))
 
-    def place(name: str) -> Tensor:
-        shape = shadow.views[name].shape
-        start = slices[name].start - first
-        return partials[:, start : start + math.prod(shape)].unflatten(1, shape)
+    def sums(view: Tensor) -> Tensor:
+        """Where the sums over tokens of a tensor's gradient go, [S, *its shape]."""
+        return partials[:, view.storage_offset() - first : _end(view) - first].unflatten(
+            1, view.shape
+        )
 
-    A = [f"{p}.lora_A.weight" for p in paths if f"{p}.lora_A.weight" in shadow.views]
-    B = [f"{p}.lora_B.weight" for p in paths]
-    rank = sum(shadow.views[n].shape[0] for n in A)
-    columns = weight.shape[1]
-    stacked = dA = None
-    if A:  # neighbours in the buffer: one matrix, one below the other
-        start = slices[A[0]].start
-        stacked = shadow.buffer[start : start + rank * columns].view(rank, columns)
-        place_A = partials[:, start - first : start - first + rank * columns]
-        dA = place_A.unflatten(1, (rank, columns))
+    As = [shadow.views[n] for p in paths if (n := f"{p}.lora_A.weight") in shadow.views]
+    Bs = tuple(shadow.views.get(f"{p}.lora_B.weight") for p in paths)
+    A = None
+    if As:  # neighbours in the buffer: one matrix, one below the other
+        A = shadow.buffer[As[0].storage_offset() : _end(As[-1])].view(-1, weight.shape[1])
     return Group(
         weight=weight,
         sizes=sizes,
-        A=stacked,
-        B=tuple(shadow.views.get(n) for n in B),
-        dA=dA,
-        dB=tuple(place(n) if n in shadow.views else None for n in B),
+        A=A,
+        B=Bs,
+        dA=None if A is None else sums(A),
+        dB=tuple(None if B is None else sums(B) for B in Bs),
     )
 
 
@@ -287,18 +275,11 @@ def _four_bit_side_by_side(
     return side_by_side(four_bit) if len(four_bit) == len(weights) else None
 
 
-def _dense_side_by_side(weights: list, dtype: torch.dtype) -> Tensor:
-    rows = sum(w.shape[0] for w in weights)
-    device = weights[0].packed.device if isinstance(weights[0], NF4Weight) else weights[0].device
-    out = torch.empty((rows, weights[0].shape[1]), dtype=dtype, device=device)
-    row = 0
-    for w in weights:
-        part = out[row : row + w.shape[0]]
-        if isinstance(w, NF4Weight):
-            dequantize_into(w, part)
-        else:
-            part.copy_(w)
-        row += w.shape[0]
+def _dense_side_by_side(weights: list[Tensor | NF4Weight], like: Tensor) -> Tensor:
+    rows = [w.shape[0] for w in weights]
+    out = like.new_empty((sum(rows), weights[0].shape[1]))
+    for weight, part in zip(weights, out.split(rows), strict=True):
+        place_weight(weight, part)
     return out
 
 

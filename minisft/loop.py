@@ -37,7 +37,7 @@ def steps_(
 ) -> Iterator[StepResult]:
     """Train from state.step to total_steps, yielding after each step; logs every logging_steps."""
     plan = plan_of(choice, state, model)
-    slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()}, config)
+    slices = groups(state.trainable.shapes, config)
     ahead = Ahead(batches, state.step, total_steps)
     while state.step < total_steps:
         started = time.perf_counter()

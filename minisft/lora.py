@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class Flat(NamedTuple):
 
     buffer: Tensor  # float32 [n]
     views: dict[str, Tensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the buffer's order."""
+        return {name: tuple(view.shape) for name, view in self.views.items()}
 
 
 class Group(NamedTuple):
@@ -71,10 +77,14 @@ def is_decayed(name: str) -> bool:
 
 def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Flat:
     """A zeroed fp32 buffer with one view per shape, in order."""
-    sizes = [math.prod(s) for s in shapes.values()]
-    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-    parts = buffer.split(sizes)
-    return Flat(buffer, {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
+    total = sum(math.prod(s) for s in shapes.values())
+    return viewed(torch.zeros(total, dtype=torch.float32, device=device), shapes)
+
+
+def viewed(buffer: Tensor, shapes: Mapping[str, Sequence[int]]) -> Flat:
+    """The 1-D buffer with one view per shape, in order: the layout that `allocate` gives."""
+    parts = buffer.split([math.prod(s) for s in shapes.values()])
+    return Flat(buffer, {n: p.view(*s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
 
 
 def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Group]:

@@ -49,8 +49,8 @@ __all__ = [
     "dequantize_with_A_below", "dequantize_with_B_beside", "dropout", "frozen_linear",
     "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "normalise", "outer_sum",
     "packed_attention", "place_block_diagonal", "quantize", "reduce_partials", "rms_norm",
-    "rms_norm_backward", "rope_", "rope_backward", "rope_inverse_frequencies", "rope_table", "side_by_side", "swiglu",
-    "swiglu_backward_", "swiglu_kernel",
+    "rms_norm_backward", "rope_", "rope_backward", "rope_inverse_frequencies", "rope_table",
+    "side_by_side", "swiglu", "swiglu_backward_", "swiglu_kernel",
 ]  # fmt: skip
 
 

@@ -59,11 +59,10 @@ class Host:
     def fetch(self, i: int, kept: Saved | None) -> Saved:
         """What layer i kept, on the GPU again; layer i - 1 is asked for."""
         assert kept is not None
-        if i not in self.coming:
-            self._ask(i - 1)
-            return kept
-        event, parts = self.coming.pop(i)
+        event, parts = self.coming.pop(i, (None, {}))
         self._ask(i - 1)
+        if event is None:
+            return kept
         torch.cuda.current_stream().wait_event(event)
         names = {"x": "x_TD", "mid": "mid_TD", "qkv": "qkv", "gate_up": "gate_up"}
         kept = kept._replace(**{names[k]: v for k, v in parts.items() if k in names})

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from minisft.config import ModelConfig, TrainConfig, UserError
-from minisft.fast import SPLITS, bucket_tokens, why_not
+from minisft.fast import GROUPS, SPLITS, bucket_tokens, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
@@ -158,33 +158,28 @@ def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
 
 def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
     """Columns of u = x A^T beside each group of linears, the most of any layer."""
-    groups = {
-        "qkv": ("q_proj", "k_proj", "v_proj"),
-        "o": ("o_proj",),
-        "gate_up": ("gate_proj", "up_proj"),
-        "down": ("down_proj",),
-    }
-    ranks = dict.fromkeys(groups, 0)
-    for i in range(cfg.num_hidden_layers):
-        for group, names in groups.items():
-            found = [
-                view.shape[0]
-                for name, view in trainable.views.items()
-                if name.startswith(f"model.layers.{i}.")
-                and name.endswith(tuple(f"{n}.lora_A.weight" for n in names))
-            ]
-            ranks[group] = max(ranks[group], sum(found))
-    return ranks
+
+    def rank(i: int, paths: tuple[str, ...]) -> int:
+        names = (f"model.layers.{i}.{path}.lora_A.weight" for path in paths)
+        return sum(trainable.views[n].shape[0] for n in names if n in trainable.views)
+
+    layers = range(cfg.num_hidden_layers)
+    return {group: max(rank(i, paths) for i in layers) for group, paths in GROUPS.items()}
+
+
+def group_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[O, I] of each group of linears, their rows side by side."""
+    D, F = cfg.hidden_size, cfg.intermediate_size
+    q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
+    return {"qkv": (q + 2 * kv, D), "o": (D, q), "gate_up": (2 * F, D), "down": (D, F)}
 
 
 def buffer_bytes(trainable: Flat, cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> int:
     """Gradient, adapters in the compute dtype, partial sums of a layer, decoded weights."""
-    n, D, F = trainable.buffer.numel(), cfg.hidden_size, cfg.intermediate_size
-    q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
-    shapes = {
-        "qkv": (q + 2 * kv, D), "o": (D, q), "gate_up": (2 * F, D), "down": (D, F)
-    }  # fmt: skip
-    scratch = max(max((O + ranks[g]) * I, O * (I + ranks[g])) for g, (O, I) in shapes.items())
+    n = trainable.buffer.numel()
+    scratch = max(
+        max((O + ranks[g]) * I, O * (I + ranks[g])) for g, (O, I) in group_shapes(cfg).items()
+    )
     partials = SPLITS * (n // cfg.num_hidden_layers)
     workspace = 36 << 20  # cuBLAS
     return n * (4 + itemsize) + 4 * partials + scratch * itemsize + workspace
@@ -216,11 +211,10 @@ def peak_bytes(
         gate_up = parts["gate_up"] / mlp_chunks(tokens, policy, mlp)
         rest = whole - parts["gate_up"]
         a = F / mlp_chunks(tokens, policy, mlp)
-        forward = below + rest + gate_up + host + 3 * D + a  # norm, product and sum beside a
-        backward = below + rest + gate_up + host + 3 * D + a
+        mlp_pass = below + rest + gate_up + host + 3 * D + a  # forward as backward
         attention = below + rest + host + 2 * D + grads
         below += mine
-        most = max(most, forward * tokens, backward * tokens, attention * tokens)
+        most = max(most, mlp_pass * tokens, attention * tokens)
     return int(most + angles * tokens)
 
 
@@ -234,10 +228,9 @@ def token_seconds(
     ranks: dict[str, int],
 ) -> float:
     """Rough seconds a token: products, decoding, and what the host link adds."""
-    D, F = cfg.hidden_size, cfg.intermediate_size
-    q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
+    q = cfg.num_attention_heads * cfg.head_dim
     kept = policy.gpu | policy.host
-    weights = {"qkv": D * (q + 2 * kv), "o": q * D, "gate_up": 2 * D * F, "down": D * F}
+    weights = {group: O * I for group, (O, I) in group_shapes(cfg).items()}
     again = {"qkv": "qkv" not in kept, "gate_up": "gate_up" not in kept, "o": "mid" not in kept}
     redone = sum(weights[g] for g, yes in again.items() if yes)
     attended = 0 if "attended" in kept else 2 * q * length

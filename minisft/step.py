@@ -14,7 +14,7 @@ from minisft.batches import StepBatch
 from minisft.config import TrainConfig
 from minisft.fast import Fast, loss_and_grads_by_hand
 from minisft.llama import Compute, Weights
-from minisft.lora import Flat, Group
+from minisft.lora import Flat, Group, viewed
 from minisft.loss import loss_sum
 from minisft.optim import Moments, clip_, grad_norm, update_
 
@@ -67,12 +67,11 @@ def loss_and_grads(
     """
     if plan.fast is not None:
         return loss_and_grads_by_hand(plan.fast, trainable, batch, plan.loss_scale)
-    grads = Flat(torch.zeros_like(trainable.buffer), {})
-    leaves, start = {}, 0
+    grads = viewed(torch.zeros_like(trainable.buffer), trainable.shapes)
+    leaves = {}
     for name, view in trainable.views.items():
-        leaf = view.detach().requires_grad_()
-        leaf.grad = grads.buffer[start : start + view.numel()].view(view.shape)
-        leaves[name], start = leaf, start + view.numel()
+        leaves[name] = view.detach().requires_grad_()
+        leaves[name].grad = grads.views[name]
     total = torch.zeros((), dtype=torch.float32, device=trainable.buffer.device)
     weight = plan.loss_scale / max(1, batch.num_loss_tokens)
     for micro in batch.micro_batches:

@@ -154,7 +154,7 @@ def step(config: StepConfig) -> dict:
     )
     seconds, tokens = [], []
     plan = plan_of(choice, state, model)
-    slices = groups({n: tuple(v.shape) for n, v in state.trainable.views.items()}, settings)
+    slices = groups(state.trainable.shapes, settings)
     ahead = Ahead(batches, 0, config.steps + 3)
     for i in range(config.steps + 3):
         started = time.perf_counter()

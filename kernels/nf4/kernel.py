@@ -1,5 +1,7 @@
 """Triton: decode a 4-bit matrix in one launch, nested scales and codebook included."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl
@@ -154,13 +156,13 @@ def launch_dequantize(weight, out) -> None:
         dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](
             weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
             WORDS_PER_BLOCK=weight.blocksize // 8, **flags, BLOCK_W=BLOCK_WORDS,
-            num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return
     dequantize_any_kernel[(triton.cdiv(O * I, 1024),)](
         weight.packed, *pointers, out, O * I, I, out.stride(0),
         BLOCKSIZE=weight.blocksize, **flags, BLOCK=1024,
-        enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank) ->
         weight.packed.view(torch.int32), *pointers, out, num_words, lora, scale, ends[0], ends[1],
         O, decoders, in_features=I, out_stride=out.stride(0),
         WORDS_PER_BLOCK=weight.blocksize // 8, **flags, BELOW=below, R=rank, LINEARS=linears,
-        BLOCK_W=BLOCK_WORDS, num_warps=4, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        BLOCK_W=BLOCK_WORDS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
