@@ -94,9 +94,9 @@ MUTANTS = [
     Mutant(
         14,
         "minisft/step.py",
-        "        leaves[name], start = leaf, start + view.numel()",
-        '        leaves[name], start = leaf, start + view.numel()\n'
-        '        leaves[name] = leaf.detach() if "v_proj" in name else leaf',
+        "        leaves[name].grad = grads.views[name]",
+        "        leaves[name].grad = grads.views[name]\n"
+        '        leaves[name] = view.detach() if "v_proj" in name else leaves[name]',
     ),
     Mutant(
         15, "minisft/step.py",
