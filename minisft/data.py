@@ -28,6 +28,7 @@ from minisft import chat, formats, masks
 from minisft.config import UserError
 from minisft.formats import Example
 from minisft.packing import GROUP_ROWS, check_packing, pack_group
+from minisft.parts import join_unread
 from minisft.reading import Rows
 from minisft.tokenizer import (
     TEXT_OPEN,
@@ -273,6 +274,11 @@ def _warnings(seen: Counter[str]) -> list[str]:
             f"{n} of {kept} chats hold special-token strings in their messages; they are "
             "encoded as plain text"
         )
+    if n := seen["joined_parts"]:
+        warnings.append(
+            f"{n} of {kept} chats hold contents in parts that the chat template does not read; "
+            "the texts of the parts are joined"
+        )
     if n := seen["no_answer"]:
         warnings.append(
             f"{n} of {kept} chats hold no assistant message, and every token of them is trained, "
@@ -398,7 +404,7 @@ def _tokenize_range(job: _Job, begin: int, stop: int) -> _Group:
 def _note(document: _Document, job: _Job, counts: _Counts) -> None:
     ids, bos = document.ids, job.tokenizer.bos_token_id
     counts.seen["two_bos"] += len(ids) > 1 and ids[0] == bos == ids[1]
-    for name in ("lost_prompt_tokens", "special_text", "no_answer", "no_end"):
+    for name in ("lost_prompt_tokens", "special_text", "joined_parts", "no_answer", "no_end"):
         counts.seen[name] += getattr(document, name)
 
 
@@ -484,6 +490,7 @@ class _Document(NamedTuple):
     labels: np.ndarray  # int32 [n]
     lost_prompt_tokens: bool = False  # the prompt alone ends in other tokens
     special_text: bool = False  # a message holds a special token's string
+    joined_parts: bool = False  # the template does not read the parts of a content
     no_answer: bool = False  # a chat that is trained whole has no assistant message
     no_end: bool = False  # the last trained token of a chat is no special token
 
@@ -593,6 +600,7 @@ class _Prepared(NamedTuple):
     whole: _Text
     prompt: _Text | None
     spans: list[tuple[int, int]] | None  # characters of `whole` that are trained; None: all
+    joined_parts: bool = False
     no_answer: bool = False
 
 
@@ -610,7 +618,9 @@ def _prepare(example: Example, job: _Job) -> _Prepared:
         asked = None if prompt is None else _Text(prompt, False)
         return _Prepared(whole, asked, _marked_spans(whole.text, settings))
     prompt = example.prompt if isinstance(example.prompt, list) else None
-    messages = [*(prompt or []), *example.completion]
+    given = [*(prompt or []), *example.completion]
+    messages = join_unread(given, lambda m: _render(example, m, tokenizer, generate=False))
+    joined = messages != given
     if settings.assistant_only_loss:
         text, spans = _assistant_spans(example, messages, tokenizer)
     else:
@@ -618,9 +628,9 @@ def _prepare(example: Example, job: _Job) -> _Prepared:
         spans = _marked_spans(text, settings)
     no_answer = spans is None and not any(m["role"] in masks.ASSISTANT for m in messages)
     if prompt is None:
-        return _Prepared(_Text(text, True), None, spans, no_answer)
-    rendered_prompt = _render(example, prompt, tokenizer, generate=True)
-    return _Prepared(_Text(text, True), _Text(rendered_prompt, True), spans, no_answer)
+        return _Prepared(_Text(text, True), None, spans, joined, no_answer)
+    rendered_prompt = _render(example, messages[: len(prompt)], tokenizer, generate=True)
+    return _Prepared(_Text(text, True), _Text(rendered_prompt, True), spans, joined, no_answer)
 
 
 def _marked_spans(text: str, settings: Settings) -> list[tuple[int, int]] | None:
@@ -792,6 +802,7 @@ def _label(
         labels,
         lost,
         TEXT_OPEN in prepared.whole.text,
+        prepared.joined_parts,
         prepared.no_answer and prompt is None,
         is_chat and not prepared.no_answer and not _ends_in_special(whole, labels, job.tokenizer),
     )

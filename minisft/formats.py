@@ -48,6 +48,7 @@ ROLES = (
     "ipython",
     "observation",
 )
+MEDIA = ("image", "audio", "video")  # in the types and keys of a content's parts
 # The ShareGPT spelling (`from`/`value`) comes with role names that no chat template knows.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 # Column names that often stand for ours, for the remedy in an error.
@@ -200,7 +201,8 @@ def is_empty(example: Example) -> bool:
         return not example.completion.strip()
     last = example.completion[-1]
     content = last.get("content")
-    blank = not content or (isinstance(content, str) and not content.strip())
+    parts = content if isinstance(content, list) else [content or ""]
+    blank = all((text := part_text(part)) is not None and not text.strip() for part in parts)
     others = set(k for k, v in last.items() if v) - {"role", "content"}
     return last["role"] in ("assistant", "model") and blank and not others
 
@@ -249,9 +251,38 @@ def _message(value: Any, name: str) -> dict:
     if isinstance(content, list):
         if not all(isinstance(part, (dict, str)) for part in content):
             raise UserError(f"{name}.content holds a part that is neither an object nor a string")
+        for i, part in enumerate(content):
+            if isinstance(part, dict):
+                _check_part(part, f"{name}.content[{i}]")
     elif not isinstance(content, str) and not (content is None and len(_filled(message)) > 1):
         raise UserError(f"{name}.content is {_kind(content)}; expected a string")
     return message
+
+
+def _check_part(part: dict, name: str) -> None:
+    """Refuse an image, a sound or a video among a content's parts, and a text part without text."""
+    kind = part_type(part)
+    if not isinstance(kind, str):
+        raise UserError(f"{name}.type is {_kind(kind)}; expected a string, such as 'text'")
+    if found := [word for word in MEDIA if word in kind or part.get(word) is not None]:
+        raise UserError(
+            f"{name} is of type {kind!r} and holds {found[0]}; the models here read text only: "
+            "leave such rows out, or give the text alone"
+        )
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise UserError(f"{name}.text is {_kind(part.get('text'))}; expected a string")
+
+
+def part_type(part: dict) -> Any:
+    """What an object among a content's parts says it is; one that says nothing is text."""
+    return "text" if part.get("type") is None else part["type"]
+
+
+def part_text(part: str | dict) -> str | None:
+    """The text of a content's part, None where it is of another type."""
+    if isinstance(part, str):
+        return part
+    return part["text"] if part_type(part) == "text" else None
 
 
 def _filled(message: dict) -> list[str]:

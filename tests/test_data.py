@@ -293,6 +293,53 @@ def test_template_arguments_of_a_row(tokenizer: Tokenizer) -> None:
         _tokenize(rows, tokenizer)
 
 
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}<|eot|>{% endfor %}"
+_JOINED = "<user>look here<|eot|><assistant>seen<|eot|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("m.content", _JOINED),  # would print Python
+        ("m.content | tojson if m.content is not string else m.content", _JOINED),  # or JSON
+        ("m.content if m.content is string", _JOINED),  # would leave it out
+        ("'' + m.content", _JOINED),  # would fail
+        (
+            "m.content if m.role == 'assistant' else m.content | map(attribute='text') | join('|')",
+            "<user>look |here<|eot|><assistant>seen<|eot|>",  # reads the user's
+        ),
+        (
+            "m.content | map(attribute='text') | join('|') if m.content is not string",
+            "<user>look |here<|eot|><assistant>seen<|eot|>",
+        ),
+    ],
+)
+def test_parts_are_read_by_the_template_or_joined(
+    content: str, expected: str, tokenizer: Tokenizer
+) -> None:
+    def part(text: str) -> dict:
+        return {"type": "text", "text": text}
+
+    chat = [
+        {"role": "user", "content": [part("look "), part("here")]},
+        {"role": "assistant", "content": [part("seen")]},
+    ]
+    template = {"chat_template_kwargs": {"chat_template": CHATML.replace("CONTENT", content)}}
+    for row in ({"messages": chat}, {"prompt": chat[:1], "completion": chat[1:]}):
+        dataset = _tokenize([row | template], tokenizer)
+        assert _texts(dataset, tokenizer)[0][0] == expected
+        reads_all = "is not string" in content and "tojson" not in content
+        said = ["in parts" in w for w in dataset.stats["warnings"]]
+        assert any(said) != reads_all
+
+
+def test_a_part_that_the_template_does_not_read_is_refused(tokenizer: Tokenizer) -> None:
+    thought = {"type": "thinking", "thinking": "hm"}
+    rows = [{"messages": [{"role": "assistant", "content": [thought, "seen"]}]}]
+    with pytest.raises(UserError, match=r"row 0.*message 0: part 0 .* type 'thinking'"):
+        _tokenize(rows, tokenizer)
+
+
 def test_alpaca_and_sharegpt_rows(tokenizer: Tokenizer) -> None:
     rows = [
         {"instruction": "What is it?", "input": "the fox", "output": "a dog"},

@@ -11,6 +11,7 @@ from minisft import formats
 from minisft.config import UserError
 from minisft.formats import Example, detect_format
 
+TEXT = {"type": "text", "text": "x"}
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
@@ -162,6 +163,18 @@ def test_tool_calls_need_no_content() -> None:
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"content is null"),
         ("messages", {"messages": [{"role": "user"}]}, r"content is null"),
         ("messages", {"messages": [{"role": "user", "content": [5]}]}, r"content holds a part"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [TEXT, {"type": "image_url"}]}]},
+            r"messages\[0\].content\[1\] is of type 'image_url' and holds image",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": None, "audio": "a.wav"}]}]},
+            r"content\[0\] is of type 'text' and holds audio",
+        ),
+        ("messages", {"messages": [{"role": "user", "content": [{"text": None}]}]}, "text is null"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": 5}]}]}, "type is a num"),
         ("messages", {"messages": CHAT, "tools": "{"}, "tools is a string but not JSON"),
         ("messages", {"messages": CHAT, "tools": {"a": 1}}, "tools is an object"),
         ("messages", {"messages": CHAT, "chat_template_kwargs": 1}, "chat_template_kwargs"),
@@ -182,7 +195,9 @@ def test_rows_of_another_shape_name_the_culprit(read: str, row: dict, culprit: s
         ([{"role": "assistant", "content": " "}], True),
         ([{"role": "assistant", "content": "", "tool_calls": []}], True),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], False),
-        ([{"role": "assistant", "content": [{"type": "text", "text": "x"}]}], False),
+        ([{"role": "assistant", "content": [TEXT | {"image": None}]}], False),
+        ([{"role": "assistant", "content": [TEXT | {"text": " "}, ""]}], True),
+        ([{"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}], False),
         ([{"role": "user", "content": ""}], False),
     ],
 )

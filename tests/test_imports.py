@@ -19,7 +19,7 @@ FLOORS = [
         *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "tokens"),
         *("cli", "demo", "preempt"),
     ],
-    ["tokenizer", "reading", "packing", "quant_state", "attention", "policy"],
+    ["tokenizer", "reading", "packing", "parts", "quant_state", "attention", "policy"],
     ["masks"],
     ["weights", "lora", "adapter", "llama", "data", "block"],
     ["batches", "optim", "schedules", "generate", "sources", "preview", "offload"],
