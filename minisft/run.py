@@ -663,7 +663,10 @@ def finish(
     )
     say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
     adapter = None if config.full_finetuning else read_adapter_config(out)
-    for line in commands(out, config.base_name, adapter):
+    dtype = str(model.compute.dtype).removeprefix("torch.")
+    stored_so = "quantization_config" in load_json(model.directory / "config.json")
+    quantized = config.load_in_4bit and not stored_so
+    for line in commands(out, config.base_name, adapter, dtype if quantized else None):
         say(line)
     return TrainOutput(state.step, loss, metrics)
 

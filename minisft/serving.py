@@ -54,26 +54,35 @@ def vllm_rank(r: int) -> int:
     return min((rank for rank in VLLM_RANKS if rank >= r), default=VLLM_RANKS[-1])
 
 
-def commands(out: Path, base: str, adapter: dict[str, Any] | None) -> list[str]:
+def commands(
+    out: Path, base: str, adapter: dict[str, Any] | None, four_bit: str | None = None
+) -> list[str]:
     """Lines to print after training: how to try, serve and merge what lies in `out`.
 
-    adapter: its adapter_config.json, None where `out` is a whole model.
+    adapter: its adapter_config.json, None where `out` is a whole model. four_bit: the compute dtype
+    of a run that quantised its base itself, so that others must do the same.
     """
     here = shlex.quote(str(out))
-    kind = "AutoModelForCausalLM" if adapter is None else "AutoPeftModelForCausalLM"
-    package = "transformers" if adapter is None else "peft"
-    load = f"from {package} import {kind}; model = {kind}.from_pretrained({str(out)!r})"
-    code = shlex.quote(load) if set(load) & set('"$`\\!') else f'"{load}"'
-    python = f"python -c {code}"
     if adapter is None:
+        load = _python("transformers", "AutoModelForCausalLM", repr(str(out)))
         return [
             f"try it:       python scripts/generate.py --model {here} --prompt '...'",
-            f"transformers: {python}",
+            f"transformers: {load}",
             f"vLLM:         vllm serve {here}",
         ]
+    arguments, quantized = repr(str(out)), ""
+    if four_bit:
+        arguments += (
+            ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+            "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
+            f"bnb_4bit_compute_dtype={four_bit!r})"
+        )
+        quantized = "--quantization bitsandbytes "  # as it loads: NF4, double quantisation
+    load = _python("peft", "AutoPeftModelForCausalLM", arguments)
     problems = vllm_problems(adapter)
     serve = (
-        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {vllm_rank(adapter['r'])} "
+        f"vllm serve {shlex.quote(base)} {quantized}--enable-lora "
+        f"--max-lora-rank {vllm_rank(adapter['r'])} "
         f"--lora-modules {shlex.quote(f'{out.name}={out}')}"
     )
     merged = shlex.quote(f"{out}-merged")
@@ -83,7 +92,15 @@ def commands(out: Path, base: str, adapter: dict[str, Any] | None) -> list[str]:
     return [
         f"try it:       python scripts/generate.py --adapter {here} --prompt '...'",
         f"chat:         python scripts/generate.py --adapter {here} --interactive",
-        f"transformers: {python}",
+        f"transformers: {load}",
         f"vLLM:         {serve}",
         f"merge:        {merge}",
     ]
+
+
+def _python(package: str, kind: str, arguments: str) -> str:
+    """A shell command that loads a model; `arguments` as Python spells them."""
+    also = "from transformers import BitsAndBytesConfig; " if "BitsAndBytes" in arguments else ""
+    load = f"from {package} import {kind}; {also}model = {kind}.from_pretrained({arguments})"
+    code = shlex.quote(load) if set(load) & set('"$`\\!') else f'"{load}"'
+    return f"python -c {code}"

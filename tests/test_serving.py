@@ -26,7 +26,11 @@ def keys(directory):
 def test_the_default_adapter_obeys_every_rule(inputs, tmp_path):
     outcome = train(**inputs, output_dir=tmp_path, use_rslora=True)
     assert vllm_problems(read(tmp_path / "adapter_config.json"), keys(tmp_path)) == []
-    assert "warning: vLLM" not in outcome.out and "vllm serve" in outcome.out
+    assert "warning: vLLM" not in outcome.out
+    assert f"vllm serve {inputs['model']} --quantization bitsandbytes --enable" in outcome.out
+    plain = train(**inputs, output_dir=tmp_path / "plain", load_in_4bit=False)
+    assert f"vllm serve {inputs['model']} --enable-lora" in plain.out
+    assert "quantization" not in plain.out
 
 
 def test_what_vllm_would_refuse_is_told_when_training_starts(inputs, tmp_path):

@@ -4,6 +4,8 @@ bitsandbytes is compared in training mode, for in eval mode it may repack weight
 in_features that are multiples of 64, where its CPU decode is right.
 """
 
+import shlex
+
 import bitsandbytes
 import pytest
 import torch
@@ -280,7 +282,8 @@ def test_an_adapter_of_a_run_in_peft_on_the_4_bit_copy(tmp_path):
     write_byte_level(tmp_path / "base")
     base = save_base(tmp_path / "base", vocab_size=384)
     rows = write_rows(tmp_path / "rows.jsonl", pairs(8))
-    train(model=base, dataset=rows, output_dir=tmp_path / "out", max_steps=3, learning_rate=1e-2)
+    settings = {"dataset": rows, "max_steps": 3, "learning_rate": 1e-2}
+    done = train(model=base, output_dir=tmp_path / "out", **settings)
     call("quantize", flags(model=base, output_dir=tmp_path / "q"))
     cfg, weights = load_ours(base, torch.float32)
     lora, tensors = load_adapter(tmp_path / "out", cfg)
@@ -295,9 +298,23 @@ def test_an_adapter_of_a_run_in_peft_on_the_4_bit_copy(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", "{}")
     assert "quantization_config" in code
-    given = {}
-    exec(code.replace("{}", str(tmp_path / "out")), given)
-    near = given["model"].train()(input_ids=ids, use_cache=False).logits
-    # Not always equal: bitsandbytes rounds the scales through a coarser table on a CPU.
-    assert (near - got).norm() < 0.02 * got.norm()
+    (printed,) = (line for line in done.out.splitlines() if line.startswith("transformers: "))
+    for code in (code.replace("{}", str(tmp_path / "out")), shlex.split(printed)[3]):
+        given = {}
+        exec(code, given)
+        near = given["model"].train()(input_ids=ids, use_cache=False).logits
+        # Not always equal: bitsandbytes rounds the scales through a coarser table on a CPU.
+        assert (near - got).norm() < 0.02 * got.norm()
+    full = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    away = full.train()(input_ids=ids, use_cache=False).logits
+    assert (away - got).norm() > 0.02 * got.norm()
     assert (plain - got).norm() > 0.02 * got.norm()
+
+
+def test_a_base_stored_in_4_bits_needs_no_config(tmp_path):
+    """The lines that a run prints load its adapter on the base as transformers reads it."""
+    base = save_theirs(tmp_path, changes={"vocab_size": 384}, bnb_4bit_use_double_quant=True)
+    write_byte_level(base)
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(8))
+    done = train(model=base, dataset=rows, output_dir=tmp_path / "out", max_steps=1)
+    assert "quantization" not in done.out.partition("transformers: ")[2]
