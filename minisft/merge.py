@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,22 @@ class Merged(NamedTuple):
     model: Path
     relative_difference: float
     largest_difference: float
+    from_trained: float | None = None  # relative, where the adapter was trained on the other base
+
+    def __str__(self) -> str:
+        how = {"16bit": "as it is stored", "dequant": "decoded from 4 bits"}
+        line = (
+            f"merged onto {self.model}, {how[self.base]}; logits differ from those of the adapter "
+            f"on that base by {self.relative_difference:.1e} of their size, "
+            f"{self.largest_difference:.1e} at most"
+        )
+        if self.from_trained is not None:
+            trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
+            line += (
+                f"; the adapter was trained on the base {trained}, and from the logits of that "
+                f"model they differ by {self.from_trained:.1e}"
+            )
+        return line
 
 
 def merge(
@@ -89,8 +105,9 @@ def merge(
     directory = resolve_model(name, revision or (None if model else raw.get("revision")))
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     lora, tensors = load_adapter(adapter, checkpoint.cfg)
+    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: not known
     if base == "auto":
-        base = "dequant" if checkpoint.four_bit or base_in_4bit(adapter) else "16bit"
+        base = "dequant" if trained_in_4bit else "16bit"
     if base == "16bit" and checkpoint.four_bit:
         raise UserError(
             f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
@@ -100,6 +117,7 @@ def merge(
     stored = checkpoint.cfg.dtype or "bfloat16"
     kind = resolve_dtype(stored if dtype == "auto" else dtype, where)
     four_bit = four_bit_names(checkpoint, base == "dequant")
+    trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.merging")
     try:
         temporary.mkdir(parents=True)
@@ -110,19 +128,24 @@ def merge(
         tied = checkpoint.cfg.tie_word_embeddings and not lora.lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
         write_model_files(temporary, directory, cfg, tokenizer, kind)
-        relative, largest = verify(temporary, checkpoint, four_bit, lora, tensors, kind, where)
+        ours = logits_of(open_checkpoint(temporary, load_model_config(temporary)), kind, where)
+        live = logits_of(checkpoint, kind, where, lora, tensors, four_bit)
+        relative, largest = difference(ours, live), (ours - live).abs().max().item()
         if not relative <= TOLERANCE[kind]:
             raise UserError(
                 f"{out}: the merged model's logits differ from the live model's by {relative:.2e} "
                 f"of their size (expected at most {TOLERANCE[kind]:g}); nothing was written"
             )
+        away = None
+        if trained != four_bit:
+            away = difference(ours, logits_of(checkpoint, kind, where, lora, tensors, trained))
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, out)
     except OSError as e:
         raise UserError(f"{out}: cannot be written ({e.strerror}); check path and space") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Merged(base, directory, relative, largest)
+    return Merged(base, directory, relative, largest, away)
 
 
 def merged_weights(
@@ -164,38 +187,37 @@ def merged_weights(
         yield name, merged
 
 
-def verify(
-    written: Path,
-    checkpoint: Checkpoint,
-    four_bit: set[str],
-    lora: LoraConfig,
-    tensors: dict[str, Tensor],
+def logits_of(
+    source: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[float, float]:
-    """(relative, largest) difference of the logits of what was written and of the live model.
+    lora: LoraConfig | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    four_bit: Set[str] = frozenset(),
+) -> Tensor:
+    """float64 [48, V]: a checkpoint's logits on 48 tokens, computed in `dtype`.
 
-    Both are computed in `dtype` on 48 tokens; one of the two is in memory at a time.
+    With lora and its tensors: under the adapter. four_bit: names of the weights kept in 4 bits.
     """
-    cfg = checkpoint.cfg
+    cfg, trained = source.cfg, tensors or {}
     ids = [(7919 * i + 1) % cfg.vocab_size for i in range(48)]
-    tokens = make_tokens([ids[:16], ids[16:]], device)
-
-    def logits_of(source: Checkpoint, trained: dict[str, Tensor], packed: set[str]) -> Tensor:
-        frozen = {
-            name: place(name, weight, device, dtype, name in packed)
-            for name, weight in stream_weights(source)
-            if name not in trained
-        }
+    frozen = {
+        name: place(name, weight, device, dtype, name in four_bit)
+        for name, weight in stream_weights(source)
+        if name not in trained
+    }
+    compute = Compute(cfg, dtype)
+    if lora is not None:
+        ratios = scaling_ratios(lora, cfg)
+        compute = Compute(cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
         if TOKEN_ROWS in trained:
             frozen[TOKEN_IDS] = token_ids(lora, device)
-        trained = {name: tensor.to(device) for name, tensor in trained.items()}
-        ratios = scaling_ratios(lora, cfg)
-        compute = Compute(source.cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
-        with torch.no_grad():
-            return logits(trained, frozen, tokens, compute).double().cpu()
+    trained = {name: tensor.to(device) for name, tensor in trained.items()}
+    with torch.no_grad():
+        tokens = make_tokens([ids[:16], ids[16:]], device)
+        return logits(trained, frozen, tokens, compute).double().cpu()
 
-    live = logits_of(checkpoint, tensors, four_bit)
-    ours = logits_of(open_checkpoint(written, load_model_config(written)), {}, set())
-    difference = ours - live
-    return (difference.norm() / live.norm()).item(), difference.abs().max().item()
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|."""
+    return ((ours - theirs).norm() / theirs.norm()).item()

@@ -617,12 +617,7 @@ def export(
 def save_merged(out: Path, device: torch.device) -> None:
     """The adapter of `out` merged into its base, in out/merged."""
     shutil.rmtree(out / "merged", ignore_errors=True)
-    done = merge(out, out / "merged", device=str(device))
-    how = {"16bit": "as it is stored", "dequant": "decoded from 4 bits"}[done.base]
-    say(
-        f"merged onto {done.model}, {how}: {out / 'merged'}; logits differ from the live model's "
-        f"by {done.relative_difference:.1e} of their size"
-    )
+    say(f"{out / 'merged'}: {merge(out, out / 'merged', device=str(device))}")
 
 
 def finish(

@@ -2,7 +2,8 @@
 
     python scripts/merge.py --adapter outputs --output-dir merged
 
-Says which base it merged onto, and how far the logits of what it wrote are from the live model's.
+Says which base it merged onto, and how far the logits of what it wrote are from those of the
+adapter on that base; where the adapter was trained on another (4 bits, or not), from those too.
 """
 
 import sys
@@ -53,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=config.dtype,
             device=config.device,
         )
-        how = {"16bit": "as it is stored", "dequant": "decoded from 4 bits"}[done.base]
-        print(
-            f"merged onto {done.model}, {how}; logits differ from the live model's by "
-            f"{done.relative_difference:.1e} of their size, {done.largest_difference:.1e} at most"
-        )
+        print(done)
         print(f"saved to {config.output_dir}")
 
     return run_main(run, {})
