@@ -108,14 +108,9 @@ def test_the_script_says_which_base_and_how_close(places, tmp_path):
     settings = {"adapter": adapter, "output_dir": tmp_path / "other", "base": "16bit"}
     outcome = call("merge", flags(**settings))
     assert f"merged onto {model}, as it is stored" in outcome.out
-    assert "live model" not in outcome.out and "trained on the base in 4 bits" in outcome.out
+    assert "the adapter was trained on the base in 4 bits" in outcome.out
     done = merge(adapter, tmp_path / "third", base="16bit", dtype="float32")
     assert done.relative_difference < 1e-5 < 1e-3 < done.from_trained < 0.5
-    live = {
-        base: in_transformers(tmp_path / d) for base, d in (("dequant", "m"), ("16bit", "third"))
-    }
-    away = merge_module.difference(live["16bit"], live["dequant"])
-    assert done.from_trained == pytest.approx(away, rel=0.5)  # of other tokens
     answer = call("generate", flags(model=tmp_path / "m", prompt="What is 3 + 0?"))
     with_adapter = call("generate", flags(adapter=adapter, prompt="What is 3 + 0?"))
     assert answer.code == 0 and answer.out == with_adapter.out

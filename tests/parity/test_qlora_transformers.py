@@ -299,9 +299,9 @@ def test_an_adapter_of_a_run_in_peft_on_the_4_bit_copy(tmp_path):
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", "{}")
     assert "quantization_config" in code
     (printed,) = (line for line in done.out.splitlines() if line.startswith("transformers: "))
-    for code in (code.replace("{}", str(tmp_path / "out")), shlex.split(printed)[3]):
+    for lines in (code.replace("{}", str(tmp_path / "out")), shlex.split(printed)[3]):
         given = {}
-        exec(code, given)
+        exec(lines, given)
         near = given["model"].train()(input_ids=ids, use_cache=False).logits
         # Not always equal: bitsandbytes rounds the scales through a coarser table on a CPU.
         assert (near - got).norm() < 0.02 * got.norm()
