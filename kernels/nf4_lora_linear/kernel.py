@@ -3,10 +3,11 @@
 Such a product is bound by the bytes of the weight, half a byte each. It is cut along the sum too,
 so that small matrices fill the chip; a second launch adds the parts in order, with LoRA and bias.
 The rows of A (forward), or the columns of B (backward), are further programs of the first launch,
-so that u = x A^T, or t = dy B, comes along.
+so that u = x A^T, or t = dy B, comes along; dA and dB are made in the second.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -136,44 +137,79 @@ def backward_parts_kernel(
 
 
 @triton.jit
-def add_parts_kernel(
+def finish_kernel(
     parts_ptr, lora_ptr, lora_stride_n, lora_stride_r, bias_ptr, out_ptr, low_ptr, M, N, scaling,
+    x_ptr, x_stride, dy_ptr, dy_stride, u_ptr, u_stride, da_ptr, db_ptr, O,
     SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of parts + scaling * low @ lora^T + bias; low (u or t) [M, R] is written."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """out[m, n] = sum of parts + scaling * low @ lora^T + bias, where low is u or t [M, R].
+
+    Forward, low is written too. Backward (GRADS), it makes dA = scaling * t^T x on the way, and
+    dB = scaling * dy^T u is made by further programs.
+    """
     m = tl.arange(0, BLOCK_M)
-    ok = (n < N)[:, None] & (m < M)[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for split in range(SPLITS):
-        at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
-        total += tl.load(parts_ptr + at, mask=ok, other=0.0)
+    r = tl.arange(0, RP)
+    m_ok = m < M
+    r_ok = r < R
     dtype = out_ptr.dtype.element_ty
-    if R > 0:
-        r = tl.arange(0, RP)
-        low_ok = (r < R)[:, None] & (m < M)[None, :]
-        low = tl.zeros((RP, BLOCK_M), tl.float32)
-        for split in range(SPLITS):
-            at = (split * (N + R) + N + r)[:, None].to(tl.int64) * M + m[None, :]
-            low += tl.load(parts_ptr + at, mask=low_ok, other=0.0)
-        low = low.to(dtype)
-        if tl.program_id(0) == 0:
-            tl.store(low_ptr + m[None, :] * R + r[:, None], low, mask=low_ok)
-        lora = tl.load(
-            lora_ptr + n[:, None] * lora_stride_n + r[None, :] * lora_stride_r,
-            mask=(n < N)[:, None] & (r < R)[None, :],
+    blocks = tl.cdiv(N, BLOCK_N)
+    if tl.program_id(0) < blocks:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_ok = n < N
+        ok = n_ok[:, None] & m_ok[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
+            total += tl.load(parts_ptr + at, mask=ok, other=0.0)
+        if R > 0:
+            low_ok = r_ok[:, None] & m_ok[None, :]
+            low = tl.zeros((RP, BLOCK_M), tl.float32)
+            for split in tl.static_range(SPLITS):
+                at = (split * (N + R) + N + r)[:, None].to(tl.int64) * M + m[None, :]
+                low += tl.load(parts_ptr + at, mask=low_ok, other=0.0)
+            low = low.to(dtype)
+            lora = tl.load(
+                lora_ptr + n[:, None] * lora_stride_n + r[None, :] * lora_stride_r,
+                mask=n_ok[:, None] & r_ok[None, :],
+                other=0.0,
+            )
+            total += scaling * tl.dot(lora, low, input_precision="ieee")
+            if GRADS:
+                x = tl.load(
+                    x_ptr + m[:, None] * x_stride + n[None, :],
+                    mask=m_ok[:, None] & n_ok[None, :],
+                    other=0.0,
+                )
+                da = scaling * tl.dot(low, x, input_precision="ieee")
+                tl.store(
+                    da_ptr + r[:, None] * N + n[None, :],
+                    da.to(dtype),
+                    mask=r_ok[:, None] & n_ok[None, :],
+                )
+            elif tl.program_id(0) == 0:
+                tl.store(low_ptr + m[None, :] * R + r[:, None], low, mask=low_ok)
+        if BIAS:
+            total += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + m[None, :] * N + n[:, None], total.to(dtype), mask=ok)
+    elif GRADS:
+        o = (tl.program_id(0) - blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        dy = tl.load(
+            dy_ptr + m[None, :] * dy_stride + o[:, None],
+            mask=(o < O)[:, None] & m_ok[None, :],
             other=0.0,
         )
-        total += scaling * tl.dot(lora, low, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + m[None, :] * N + n[:, None], total.to(dtype), mask=ok)
-
-
-def fits(weight, rows: int) -> bool:
-    """Whether the fused product covers it: whole blocks of 64 in a row, at most 64 rows."""
-    return weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < rows <= 64
+        u = tl.load(
+            u_ptr + m[:, None] * u_stride + r[None, :],
+            mask=m_ok[:, None] & r_ok[None, :],
+            other=0.0,
+        )
+        db = scaling * tl.dot(dy, u, input_precision="ieee")
+        tl.store(
+            db_ptr + o[:, None] * R + r[None, :],
+            db.to(dtype),
+            mask=(o < O)[:, None] & r_ok[None, :],
+        )
 
 
 def _splits(programs: int, steps: int, rows: int) -> int:
@@ -195,11 +231,20 @@ def fused_forward(x, weight, bias, A, B, scaling):
         x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
         I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return _add_parts(parts, B, (1, 1) if B is None else B.stride(), bias, x, M, O, R, scaling)
+    y = torch.empty((M, O), dtype=x.dtype, device=x.device)
+    u = None if A is None else torch.empty((M, R), dtype=x.dtype, device=x.device)
+    lora, strides = (y, (1, 1)) if B is None else (B, B.stride())
+    finish_kernel[(triton.cdiv(O, 32),)](
+        parts, lora, *strides, y if bias is None else bias, y, y if u is None else u, M, O, scaling,
+        y, 1, y, 1, y, 1, y, y, 1,
+        SPLITS=splits, R=R, RP=padded_rank(R), BIAS=bias is not None, GRADS=False,
+        BLOCK_M=block_m, BLOCK_N=32, num_warps=4,
+    )  # fmt: skip
+    return y, u
 
 
-def fused_backward(dy, weight, A, B, scaling):
-    """(dx, t = dy B or None) for at most 64 rows."""
+def fused_backward(dy, x, u, weight, A, B, scaling):
+    """(dx, dA or None, dB or None) for at most 64 rows."""
     M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
     # At most 32 rows a program: with 64 the compiler takes another tensor-core instruction, which
     # wants the decoded weight in shared memory, and fails (Triton 3.6).
@@ -214,18 +259,14 @@ def fused_backward(dy, weight, A, B, scaling):
         dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
         I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip
-    strides = (1, 1) if A is None else (A.stride(1), A.stride(0))
-    return _add_parts(parts, A, strides, None, dy, M, I, R, scaling)
-
-
-def _add_parts(parts, lora, strides, bias, like, M, N, R, scaling):
-    out = torch.empty((M, N), dtype=like.dtype, device=like.device)
-    low = torch.empty((M, R), dtype=like.dtype, device=like.device) if R else None
-    block_m = max(16, triton.next_power_of_2(M))
-    add_parts_kernel[(triton.cdiv(N, 32),)](
-        parts, out if lora is None else lora, *strides, out if bias is None else bias, out,
-        out if low is None else low, M, N, scaling,
-        SPLITS=parts.shape[0], R=R, RP=padded_rank(R),
-        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=32, num_warps=4,
+    dx = torch.empty((M, I), dtype=dy.dtype, device=dy.device)
+    dA, dB = (None, None) if A is None else (torch.empty_like(A), torch.empty_like(B))
+    lora, strides = (dx, (1, 1)) if A is None else (A, (A.stride(1), A.stride(0)))
+    grads = (dx, 1, dx, dx) if A is None else (u, u.stride(0), dA, dB)
+    finish_kernel[(triton.cdiv(I, 32) + (0 if A is None else triton.cdiv(O, 32)),)](
+        parts, lora, *strides, dx, dx, dx, M, I, scaling,
+        x, x.stride(0), dy, dy.stride(0), *grads, O,
+        SPLITS=splits, R=R, RP=padded_rank(R), BIAS=False, GRADS=A is not None,
+        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=32, num_warps=4,
     )  # fmt: skip
-    return out, low
+    return dx, dA, dB

@@ -71,12 +71,12 @@ def backward(
     impl = _impl(impl, dy_MO, weight)
     if impl == "reference":
         return backward_reference(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling, need_dx)
-    dx_MI = t_MR = None
     if impl == "fused" and need_dx:
         from kernels.nf4_lora_linear.kernel import fused_backward
 
-        dx_MI, t_MR = fused_backward(dy_MO, weight, A_RI, B_OR, scaling)
-    elif B_OR is not None and A_RI is not None:
+        return fused_backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
+    dx_MI = t_MR = None
+    if B_OR is not None and A_RI is not None:
         t_MR = dy_MO @ B_OR
         if need_dx:
             dx_MI = t_MR @ (A_RI * scaling)
