@@ -344,13 +344,13 @@ def nf4_lora_linear() -> None:
 
     from kernels.nf4 import quantize
     from kernels.nf4_lora_linear import backward, forward
+    from kernels.nf4_lora_linear.cases import BENCH_ROWS, BENCH_SHAPES
 
-    shapes = [(2048, 2048), (16384, 2048), (2048, 8192), (4096, 4096), (14336, 4096), (4096, 14336)]
     print(
         "\n| O x I | rows | pass | ours | (a) bnb + PEFT | (b) decode + 3 products | (c) product "
         "alone | a / ours | b / ours | ours / (c + bytes) |\n" + "|---" * 10 + "|"
     )
-    for O, I in shapes:
+    for O, I in BENCH_SHAPES:
         weight = quantize(rand(O, I, scale=0.02))
         dense = rand(O, I, scale=0.02)
         A, B = rand(16, I), rand(O, 16)
@@ -366,7 +366,7 @@ def nf4_lora_linear() -> None:
         peft.inject_adapter_in_model(lora, module)
         adapted = module["proj"].to(torch.bfloat16)
         packed, state = linear.weight.data, linear.weight.quant_state
-        for rows in (1, 16, 64, 256, 1024, 4096, 16384):
+        for rows in BENCH_ROWS:
             x, dy = rand(rows, I), rand(rows, O)
             u = x @ A.T
 

@@ -9,15 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.nf4 import NF4Weight, dequantize, quantize
 from kernels.nf4_lora_linear import backward, forward, nf4_lora_linear
+from kernels.nf4_lora_linear.cases import DECODED_ONLY, RAGGED_RANK, SMALL
 
 IMPLS = ("fused", "decode")
-# rows, inputs, outputs, rank: few and many rows, ragged tiles, large ranks, no adapter
-CASES = [(1, 64, 1, 1), (16, 128, 70, 16), (37, 192, 130, 3), (64, 256, 65, 256), (5, 64, 64, 0)]
-ODD = [
-    (3, 33, 7, 2),
-    (130, 64, 40, 4),
-    (9, 64, 256, 5),
-]  # blocks across rows; more rows than the fused product has
 
 
 def make(M, I, O, R, dtype, double_quant=True, bias=False):
@@ -40,7 +34,9 @@ def exact(x, weight, bias, A, B, s):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize(
-    "case, impl", [(c, i) for c in CASES for i in IMPLS] + [(c, "decode") for c in ODD], ids=str
+    "case, impl",
+    [(c, i) for c in SMALL for i in IMPLS] + [(c, "decode") for c in (*DECODED_ONLY, RAGGED_RANK)],
+    ids=str,
 )
 def test_forward_and_backward(case, impl, double_quant, dtype):
     x, weight, bias, A, B = make(*case, dtype, double_quant, bias=case[0] % 2 == 1)
