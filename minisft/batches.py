@@ -25,7 +25,8 @@ from minisft.nn import Documents, mix64
 from minisft.tokens import TokenizedDataset
 
 # A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
-# same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: nowhere). It
+# same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: nowhere), as
+# transformers' DataCollatorForSeq2Seq and DataCollatorForLanguageModeling(mlm=False) make them. It
 # must be a function of its input alone, or a resumed run is another one.
 BatchFn = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
 IGNORED = -100  # Hugging Face's label of a token that is not trained
@@ -243,7 +244,7 @@ def collate(
             examples.append(
                 {"input_ids": ids.tolist(), "labels": labels.tolist(), "attention_mask": mask}
             )
-        made = collator.batch_fn(examples)
+        made = _made(collator.batch_fn, examples)
         try:
             ids = torch.as_tensor(made["input_ids"])
             labels = torch.as_tensor(made["labels"])
@@ -278,6 +279,26 @@ def collate(
         row_offsets=torch.arange(len(rows) + 1),
         stats=dataset.stats,
     )
+
+
+def _made(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[str, Any]:
+    """What a batch_fn makes of rows. Some cannot pad labels, for they make their own: where every
+    token of the rows is trained, such a one gets rows without."""
+    try:
+        try:
+            return batch_fn(examples)
+        except ValueError:
+            if any(row["labels"] != row["input_ids"] for row in examples):
+                raise
+            return batch_fn([{k: v for k, v in row.items() if k != "labels"} for row in examples])
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise UserError(
+            f"batch_fn failed ({type(e).__name__}: {reason}); it takes a list of rows, dicts of "
+            "the lists input_ids, labels and attention_mask, and returns the three as [rows, "
+            "length], padded where the mask is 0. One that makes its own labels takes only rows "
+            "whose every token is trained (DataCollatorForSeq2Seq keeps those of the rows)"
+        ) from e
 
 
 class Ahead:

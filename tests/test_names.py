@@ -228,6 +228,31 @@ def test_transformers_own_collator_is_one(inputs, tmp_path):
     assert run(inputs, tmp_path / "theirs", collator) == run(inputs, tmp_path / "plain")
 
 
+def test_a_collator_that_makes_its_own_labels(inputs, tmp_path):
+    """It fails on rows with labels: it gets rows without where they say nothing, else is told."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs["model"])
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    assert run(inputs, tmp_path / "theirs", collator) == run(inputs, tmp_path / "plain")
+    masked = {**inputs, "dataset": str(write_rows(tmp_path / "rows.jsonl", pairs(8)))}
+    with pytest.raises(UserError, match=r"batch_fn failed \(ValueError: .*returns the three as"):
+        run(masked, tmp_path / "masked", collator, eval_dataset="")
+
+
+def test_the_collator_of_the_documents(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    text = (ROOT / "docs" / "arguments.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("path/to/model", inputs["model"])
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", pairs(8))
+    exec(code, {})
+    trained = [m["num_loss_tokens"] for m in metrics(tmp_path / "outputs")]
+    settings = {"eval_dataset": "", "dataset": "rows.jsonl"}
+    plain = run({**inputs, **settings}, tmp_path / "plain", max_steps=1)
+    assert trained == [line[3] for line in plain] and len(trained) == 1
+
+
 def test_what_a_collator_masks_is_not_trained(inputs, tmp_path):
     seen = []
 
@@ -247,6 +272,11 @@ def test_what_a_collator_masks_is_not_trained(inputs, tmp_path):
     path = str(tmp_path / "saved" / "checkpoint-2")
     again = run(inputs, resumed, last_three, **settings, resume_from_checkpoint=path)
     assert again[0] == lines[3]
+
+
+def test_a_collator_that_fails_is_told(inputs, tmp_path):
+    with pytest.raises(UserError, match=r"batch_fn failed \(KeyError: 'text'\); it takes a list"):
+        run(inputs, tmp_path, lambda examples: examples[0]["text"])
 
 
 @pytest.mark.parametrize(
