@@ -13,11 +13,12 @@ import io
 import itertools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisft.config import UserError, flag
+from minisft.config import WHOLE_NUMBERS, UserError, describe_type, flag
 from minisft.names import translate, translate_flags
 
 Config = TypeVar("Config")
@@ -58,7 +59,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
-    """Call `main` and turn how it ended into an exit code; user errors are one line on stderr.
+    """Call `main` and turn how it ended into an exit code; user errors and warnings are one line
+    on stderr.
 
     stopped: exception type -> exit code for endings that are neither success nor the user's error.
     """
@@ -69,7 +71,9 @@ def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -
             print(line, file=sys.stderr, flush=True)
 
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: tell(f"warning: {message}")
+            main()
         return 0
     except UserError as e:
         tell(f"error: {e}")
@@ -125,7 +129,7 @@ def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
         raise UserError(f"{word}: a switch takes no value; give {on} or --no-{on[2:]}")
     if name in fields or name == "help" or switch:
         return
-    guess = _nearest(name, [*fields, "config"])
+    guess = _nearest(positive, [*fields, "config"])
     hint = f"did you mean {flag(guess)}?" if guess else "see --help for the list"
     raise UserError(f"unknown flag {word.split('=', 1)[0]}; {hint}")
 
@@ -140,6 +144,7 @@ _OTHER_NAMES = {
     "data": "dataset", "train_file": "dataset", "model_name_or_path": "model",
     "model_name": "model", "output": "output_dir", "out": "output_dir", "resume":
     "resume_from_checkpoint", "scheduler": "lr_scheduler_type", "warmup": "warmup_steps",
+    "optimizer": "optim", "steps": "max_steps", "eval_file": "eval_dataset",
     "warmup_ratio": "warmup_steps", "keep": "save_total_limit", "bf16": "dtype", "fp16": "dtype",
 }  # fmt: skip
 
@@ -148,7 +153,7 @@ def _nearest(name: str, known: list[str]) -> str | None:
     """The setting that a name most likely means: by what others call it, else by its letters."""
     if (ours := _OTHER_NAMES.get(name)) in known:
         return ours
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.72)), None)
 
 
 def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
@@ -186,12 +191,22 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
             guess = _nearest(name, list(fields))
             hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"--config {file}: unknown key {key!r}{hint}")
-        values[name] = _coerce(value, str(fields[name].type), f"--config {file}: {key}")
+        kind = str(fields[name].type)
+        wanted = describe_type(name, kind)
+        if name in WHOLE_NUMBERS:
+            items = value if isinstance(value, list) else [value]
+            value = [str(item) if type(item) is int else item for item in items]
+        values[name] = _coerce(
+            value, kind, f"--config {file}: {key} is {value!r}; expected {wanted}"
+        )
     return dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]
 
 
-def _coerce(value: Any, kind: str, what: str) -> Any:
-    """A YAML value as the field's type; YAML 1.1 reads 2e-4 as a string, which it is not here."""
+def _coerce(value: Any, kind: str, problem: str) -> Any:
+    """A YAML value as the field's type; YAML 1.1 reads 2e-4 as a string, which it is not here.
+
+    problem: what the UserError says for a value of another type.
+    """
     try:
         if kind in ("bool", "bool | None") and isinstance(value, bool):
             return value
@@ -210,14 +225,14 @@ def _coerce(value: Any, kind: str, what: str) -> Any:
         if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         if kind == "float | None" and isinstance(value, (int, float, str, type(None))):
-            return None if value is None else _coerce(value, "float", what)
+            return None if value is None else _coerce(value, "float", problem)
         if kind == "bool | None" and isinstance(value, bool | None):
             return value
         if kind == "str | None" and (value is None or isinstance(value, str)):
             return value
     except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f"{what} is {value!r}; expected {kind.removesuffix(' | None')}")
+    raise UserError(problem)
 
 
 def _one_line(box: str) -> str:

@@ -38,6 +38,7 @@ _SAME_OPTIMIZER = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
 }
+WHOLE_NUMBERS = ("layers_to_transform", "trainable_token_indices")  # lists of them
 LOGGERS = ("tensorboard", "wandb", "trackio")
 EVAL_METRICS = ("loss", "mean_token_accuracy", "entropy")
 _WAVES = ("linear", "cosine", "1-sqrt")
@@ -613,11 +614,11 @@ class TrainConfig:
             "report_to",
             "exclude_modules",
         ):
-            object.__setattr__(self, name, split_list(getattr(self, name)))
+            object.__setattr__(self, name, split_list(getattr(self, name), flag(name)))
         for name in ("rank_pattern", "alpha_pattern"):  # a comma may be part of an expression
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("layers_to_transform", "trainable_token_indices"):
+        for name in WHOLE_NUMBERS:
             value = getattr(self, name)
             items = split_list(value if isinstance(value, str) else [str(i) for i in value])
             object.__setattr__(self, name, items)
@@ -792,10 +793,8 @@ class TrainConfig:
             }[kind]  # fmt: skip
             number = kind in ("int", "float", "float | None")
             if not isinstance(value, expected) or (number and isinstance(value, bool)):
-                raise UserError(
-                    f"{flag(field.name)} is {value!r}, a {type(value).__name__}; expected "
-                    f"{kind.replace('tuple[str, ...]', 'a list of names')}"
-                )
+                wanted = describe_type(field.name, kind)
+                raise UserError(f"{flag(field.name)} is {value!r}; expected {wanted}")
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -900,7 +899,9 @@ class TrainConfig:
                 raise UserError(
                     f"--columns is {item!r}; expected NAME=COLUMN, such as prompt=question"
                 )
-        return {ours: theirs for ours, theirs in pairs}
+        if len({ours for ours, _ in pairs}) < len(pairs):
+            raise UserError(f"--columns is {' '.join(self.columns)}; expected each NAME once")
+        return {ours: theirs for ours, theirs in pairs if ours != theirs}
 
     @property
     def scheduler_options(self) -> dict[str, Any]:
@@ -958,11 +959,32 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a `re:` pattern keeps its commas."""
+# What the items of a list are, where they are no names.
+_ITEMS = {
+    "trainable_token_indices": "token ids",
+    "layers_to_transform": "numbers of layers",
+    "columns": "NAME=COLUMN",
+    "lr_scheduler_kwargs": "NAME=VALUE",
+    "rank_pattern": "MODULE=RANK",
+    "alpha_pattern": "MODULE=ALPHA",
+    "report_to": f"{', '.join(LOGGERS)}, or none",
+}
+
+
+def describe_type(name: str, kind: str) -> str:
+    """The type of a setting for a message: ("report_to", "tuple[str, ...]") -> "a list of ..."."""
+    items = _ITEMS.get(name, "names")
+    return kind.replace("tuple[str, ...]", f"a list of {items}").replace(" | None", " or None")
+
+
+def split_list(value: str | tuple[str, ...] | list[str], name: str = "") -> tuple[str, ...]:
+    """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a `re:` pattern keeps its commas.
+
+    name: the flag, for UserError about an item that is no string.
+    """
     items = [value] if isinstance(value, str) else list(value)
     if wrong := [item for item in items if not isinstance(item, str)]:
-        raise UserError(f"{wrong[0]!r} stands in a list of names; expected a string")
+        raise UserError(f"{name} holds {wrong[0]!r}; expected a list of strings")
     if any(item.startswith("re:") for item in items):
         return tuple(items)
     return tuple(part for item in items for part in item.split(",") if part)

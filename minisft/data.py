@@ -457,10 +457,10 @@ def _resolve(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> Settings:
         )
     elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
         close = formats.nearest(missing[0], rows.columns)
-        hint = f"; did you mean {close!r}?" if close else ""
+        hint = f"did you mean {close!r}? " if close else ""
         raise UserError(
             f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
-            f"{', '.join(rows.columns)}{hint} Use --columns or --dataset-text-field"
+            f"{', '.join(rows.columns)}; {hint}name yours with --columns or --dataset-text-field"
         )
     completion_only = settings.completion_only_loss
     if completion_only is None:

@@ -102,7 +102,7 @@ def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "t
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name that is spelt most like this one, or None if none is close."""
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.72)
     return found[0] if found else None
 
 

@@ -264,7 +264,7 @@ def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str
 
 def _unknown_target(item: str, paths: list[str]) -> str:
     known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
-    near = difflib.get_close_matches(item, known + paths, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(item, known + paths, n=1, cutoff=0.72)
     guess = f" Perhaps you meant {near[0]!r}." if near else ""
     return (
         f"target_modules item {item!r} matches no linear of this model.{guess} Known names: "

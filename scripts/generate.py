@@ -3,7 +3,9 @@
 python scripts/generate.py --model BASE --adapter outputs --prompt "What is the capital of Peru?"
 """
 
+import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     interactive: bool = False
-    """Chat: each line of stdin is a message; /reset forgets the messages so far, /exit ends."""
+    """Chat: each line of stdin is a message; /reset forgets the messages so far, /exit (or the end
+    of the input) ends."""
     system: str = ""
     """A system message before the prompt."""
     chat: bool = True
@@ -195,6 +198,8 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
         raise UserError("--interactive needs a model with a chat template; use --prompt")
     messages: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is for check_text to tell
     while True:
         try:
             text = input(prompt).strip()
@@ -204,12 +209,23 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
             return
         if text == "/reset":
             messages = []
+        elif re.match(r"/[a-z]+(\s|$)", text):
+            tell(f"{text.split()[0]} is no command; /reset forgets the messages so far, /exit ends")
         elif text:
-            check_text(text, "the message")
+            try:
+                check_text(text, "the message")
+            except UserError as e:
+                tell(f"{e}; it is left out")
+                continue
             messages.append({"role": "user", "content": text})
             (reply,) = answers(config, loaded, [prompt_ids(loaded.tokenizer, config, messages)])
             messages.append({"role": "assistant", "content": reply})
             print(reply, flush=True)
+
+
+def tell(line: str) -> None:
+    """A line that is no answer."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def prompt_ids(

@@ -128,7 +128,11 @@ def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
     try:
         figure.savefig(config.output, dpi=120)
     except (OSError, ValueError) as e:
-        raise UserError(f"--output {config.output}: cannot be written ({e})") from None
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"--output {config.output}: cannot be written ({reason}); name a .png in a directory "
+            "that exists"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ def test_yaml_values_take_the_type_of_their_field(yaml):
         ("packing: 1\n", "packing is 1; expected bool"),
         ("packing: 'yes'\n", "packing is 'yes'; expected bool"),
         ("learning_rate: fast\n", "learning_rate is 'fast'; expected float"),
-        ("target_modules: [1]\n", "target_modules is [1]"),
+        ("target_modules: [1]\n", "target_modules is [1]; expected a list of names"),
+        ("trainable_token_indices: {a: 1}\n", "is [{'a': 1}]; expected a list of token ids"),
+        ("report_to:\n", "report_to is None; expected a list of tensorboard, wandb, trackio, or n"),
         ("- lora_r\n", "expected `name: value` lines, found list"),
         ("lora_r: [\n", "malformed YAML"),
         ("seed: 1\nlora_r: 0\n", "--lora-r is 0; expected at least 1"),
@@ -162,6 +164,11 @@ def test_yaml_values_take_the_type_of_their_field(yaml):
 )
 def test_a_wrong_file_is_told_in_one_line(yaml, text, message):
     assert message in refusal(yaml(text))
+
+
+def test_lists_of_numbers_in_a_file(yaml):
+    config = parse(yaml("trainable_token_indices: [5, 6]\nlayers_to_transform: 1\n"))
+    assert (config.trainable_token_indices, config.layers_to_transform) == (("5", "6"), ("1",))
 
 
 def test_an_empty_file_changes_nothing(yaml):
@@ -187,6 +194,11 @@ def test_help_lists_every_field_and_exits_0(capsys):
         ]
         assert missing == []
         assert out.count("--packing, --no-packing") == (name == "train")
+
+
+@pytest.mark.parametrize("word", ["--lr-decay", "--temperature", "--save-every", "--wandb"])
+def test_no_guess_is_better_than_a_wild_one(word):
+    assert refusal(word) == f"unknown flag {word}; see --help for the list"
 
 
 @pytest.mark.parametrize(

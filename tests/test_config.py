@@ -94,6 +94,10 @@ def test_what_is_not_implemented_is_named(change, culprit):
         ({"modules_to_save": ("norm",)}, "--modules-to-save"),
         ({"modules_to_save": ("lm_head",), "full_finetuning": True}, "--modules-to-save"),
         ({"columns": ("prompt",)}, "--columns"),
+        ({"columns": ("text=a", "text=b")}, "--columns is text=a text=b; expected each NAME once"),
+        ({"report_to": None}, "--report-to is None; expected a list of tensorboard, wandb, tra"),
+        ({"target_modules": [1]}, "--target-modules holds 1; expected a list of strings"),
+        ({"trainable_token_indices": 5}, "--trainable-token-indices is 5; expected a list of tok"),
         ({"eval_generate": 3}, "--eval-generate"),
         ({"eval_strategy": "steps"}, "--eval-strategy"),
         ({"seed": -1}, "--seed"),
@@ -102,6 +106,10 @@ def test_what_is_not_implemented_is_named(change, culprit):
 def test_contradictory_settings_name_their_flag(settings, flag):
     with pytest.raises(UserError, match=flag):
         TrainConfig(**settings)
+
+
+def test_a_rename_to_itself_is_none():
+    assert TrainConfig(columns=("a=a", "text=body")).column_map == {"text": "body"}
 
 
 def test_lists_take_commas_and_blanks():

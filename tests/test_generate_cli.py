@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -304,6 +305,30 @@ def test_interactive_keeps_the_conversation(base, trained, rows, monkeypatch, tm
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))  # it ends with its input
     again = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
     assert again.out.splitlines() == replies[:1]
+
+
+def test_interactive_goes_on_after_what_is_no_message(base, monkeypatch):
+    """A command that does not exist, and bytes that are no UTF-8; a path is a message."""
+    lines = io.TextIOWrapper(io.BytesIO(b"/foo\nf\xffirst\n/usr/bin\n/exit\nnever\n"), "utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    outcome = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
+    assert outcome.code == 0 and len(outcome.out.splitlines()) == 1
+    no_command, no_text = outcome.err.splitlines()
+    assert no_command.startswith("/foo is no command; /reset forgets")
+    assert "the message: character 1 is no Unicode character" in no_text
+
+
+def test_a_warning_is_one_line_without_our_source(base, peft_adapter, tmp_path):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    shutil.copytree(peft_adapter, path.parent)
+    save_file({**load_file(path), "vision.weight": torch.ones(1)}, path, {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        outcome = call("generate", flags(model=base, adapter=path.parent, prompt="a"))
+    assert outcome.code == 0
+    (line,) = (line for line in outcome.err.splitlines() if "vision" in line)
+    assert line == f"warning: {path}: tensor 'vision.weight' has no known meaning; ignored"
+    assert "adapter.py" not in outcome.err
 
 
 def test_interactive_needs_a_chat_template(base):

@@ -54,7 +54,8 @@ def test_runs_are_drawn_into_one_png(tmp_path, monkeypatch):
         (["nowhere"], "nowhere: cannot be read"),
         (["empty"], "holds no step yet"),
         (["a", "--smooth", "0"], "--smooth is 0; expected 1 or more"),
-        (["a", "--output", "no/where.png"], "--output no/where.png: cannot be written"),
+        (["a", "--output", "no/where.png"], "--output no/where.png: cannot be written (No su"),
+        (["a", "--output", "a.jpgg"], "a.jpgg: cannot be written (Format 'jpgg' is not supported"),
         (["a", "--outptu", "x"], "did you mean --output?"),
     ],
 )
