@@ -148,8 +148,8 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N directories, oldest first."""
-    found = [p for p in output_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    """checkpoint-N directories, oldest first; none where there is no such output directory."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_number)
 
 

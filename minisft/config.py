@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -335,6 +336,20 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: malformed JSON ({reason}); copy or download it again") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def check_writable(directory: Path) -> None:
+    """OSError unless a file can be made there, or above where it does not exist yet.
+
+    The file that is made has no name, and nothing of it is left.
+    """
+    with TemporaryFile(dir=existing(directory)):
+        pass
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the closest one above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 # --------------------------------------------------------------------------------------- the run

@@ -84,17 +84,28 @@ def evaluate_before(
     """Metrics and answers of the untrained model; a resumed run reads what it then kept."""
     if dataset is None:
         return {}
-    kept = out / STEP0
     if state.step > 0:
-        before = load_json(kept) if kept.exists() else {}
-        if not isinstance(before, dict):
-            raise UserError(
-                f"{kept}: expected a JSON object, found {type(before).__name__}; remove it"
-            )
-        return before
+        return _read_before(out / STEP0)
     before = evaluate_now(config, model, dataset, state, 0.0, report)
-    write_json(kept, before)
+    write_json(out / STEP0, before)
     return before
+
+
+def _read_before(kept: Path) -> dict[str, Any]:
+    before = load_json(kept) if kept.exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{kept}: expected a JSON object, found {type(before).__name__}; remove it")
+    return before
+
+
+def check_evaluation(
+    config: TrainConfig, dataset: TokenizedDataset | None, state: State, out: Path
+) -> None:
+    """UserError for what would stop the first evaluation: before anything is written."""
+    if dataset is not None and config.eval_generate:
+        eval_prompts(dataset, config.eval_generate)
+    if dataset is not None and state.step > 0:
+        _read_before(out / STEP0)
 
 
 def evaluate_during(
@@ -159,22 +170,8 @@ def evaluate_after(
 def answer(
     model: Model, state: State, dataset: TokenizedDataset, count: int
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the first `count` eval prompts, beside what was expected.
-
-    The prompt of a row is its tokens up to the first trained label, the expected answer the rest.
-    """
-    prompts, expected = [], []
-    for row in range(min(count, len(dataset))):
-        start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
-        ids = dataset.input_ids[start:stop].tolist()
-        first = int((dataset.labels[start:stop] != IGNORED).nonzero()[0])
-        if first == 0:
-            raise UserError(
-                "--eval-generate needs eval rows with a prompt and a completion; these rows are "
-                "trained from their first token"
-            )
-        prompts.append(ids[:first])
-        expected.append(ids[first:])
+    """Greedy answers to the first `count` eval prompts, beside what was expected."""
+    prompts, expected = eval_prompts(dataset, count)
     stops = stop_ids(model.tokenizer, model.cfg)
     texts = generate(
         state.trainable.views,
@@ -200,6 +197,27 @@ def answer(
         }
         for p, e, a in zip(prompts, expected, texts, strict=True)
     ]
+
+
+def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, expected answers) of the first `count` rows, as token ids.
+
+    The prompt of a row is its tokens up to the first trained label, the expected answer the rest.
+    UserError for a row without a prompt.
+    """
+    prompts, expected = [], []
+    for row in range(min(count, len(dataset))):
+        start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+        ids = dataset.input_ids[start:stop].tolist()
+        first = int((dataset.labels[start:stop] != IGNORED).nonzero()[0])
+        if first == 0:
+            raise UserError(
+                "--eval-generate needs eval rows with a prompt and a completion; these rows are "
+                "trained from their first token"
+            )
+        prompts.append(ids[:first])
+        expected.append(ids[first:])
+    return prompts, expected
 
 
 def question(ids: list[int], tokenizer: Tokenizer) -> str:

@@ -119,8 +119,14 @@ class StaticBatch:
 _PLAIN_LORA = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight")
 
 
-def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
-    """Why the hand-written pass does not cover this run ("" where it does)."""
+def why_not(
+    trainable: Flat, frozen: Weights, compute: Compute, device: torch.device | None = None
+) -> str:
+    """Why the hand-written pass does not cover this run ("" where it does).
+
+    device: where it computes, if not where the trained tensors lie (a dry run's lie nowhere).
+    """
+    on_gpu = (device or trainable.buffer.device).type == "cuda"
     if compute.lora_dropout:
         return "LoRA dropout"
     if compute.loss_type != "nll" or compute.label_smoothing:
@@ -135,9 +141,9 @@ def why_not(trainable: Flat, frozen: Weights, compute: Compute) -> str:
     if compute.lora_ratios or len(ranks) > 1:
         return "ranks or scales of single modules"
     head_dim = compute.model.head_dim
-    if trainable.buffer.is_cuda and (head_dim < 32 or head_dim & (head_dim - 1)):
+    if on_gpu and (head_dim < 32 or head_dim & (head_dim - 1)):
         return f"head_dim {head_dim}, which is no power of two from 32 up"
-    if trainable.buffer.is_cuda and compute.dtype == torch.float32:
+    if on_gpu and compute.dtype == torch.float32:
         return "float32"
     if not all(_PLAIN_LORA.fullmatch(name) for name in trainable.views):
         return "trained tensors beside plain LoRA on the linears"

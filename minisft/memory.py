@@ -1,45 +1,55 @@
-"""Out of memory, said in one line: what the run needs by estimate, and what would make it less."""
+"""What a run needs of memory, by estimate; out of memory, said in one line with what needs less."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from minisft.config import TrainConfig, UserError
-from minisft.lora import trainable_shapes
-from minisft.model import resolve_device, resolve_dtype
-from minisft.targets import split_targets
-from minisft.weights import load_model_config, resolve_model
+from minisft.model import Model, load_model
+from minisft.planning import Choice
+from minisft.step import State
 
-_NF4_BYTES = 0.516  # a weight: half a byte, and the share of its block's scale in 8 bits
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # a plain RuntimeError there
 
 
+Needs = dict[str, float]  # what for -> GiB
+
+
 @contextmanager
-def out_of_memory(config: TrainConfig) -> Iterator[None]:
-    """Turns running out of GPU or host memory into a UserError with the estimate and the levers."""
+def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
+    """Turns running out of GPU or host memory into a UserError with the estimate and the levers.
+
+    Yields where to put the estimate, once there is one; until then it is that of the weights.
+    """
+    needs: Needs = {}
     try:
-        yield
+        yield needs
     except (torch.OutOfMemoryError, MemoryError) as e:
-        raise UserError(_message(config, e)) from e
+        raise UserError(_message(config, e, needs)) from e
     except RuntimeError as e:
         if not any(text in str(e) for text in _CPU_ALLOCATOR):
             raise
-        raise UserError(_message(config, e)) from e
+        raise UserError(_message(config, e, needs)) from e
 
 
-def _message(config: TrainConfig, error: BaseException) -> str:
+def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    sizes = ", ".join(f"{what} {gib:.2f} GiB" for what, gib in estimate(config).items())
-    tokens = config.per_device_train_batch_size * config.max_length
+    needs = needs or kept(*load_model(dataclasses.replace(config, dry_run=True)))
     return (
-        f"out of memory ({reason}). This run needs, by estimate: {sizes} (up to {tokens} tokens at "
-        f"a time). {'; '.join(levers(config))}. Checkpoints are intact: resume with "
+        f"out of memory ({reason}). This run needs, by estimate: {in_words(needs)}. "
+        f"{'; '.join(levers(config))}. Checkpoints are intact: resume with "
         "--resume-from-checkpoint auto"
     )
+
+
+def in_words(needs: Needs) -> str:
+    """The parts of an estimate, in words."""
+    return ", ".join(f"{what} {gib:.2f} GiB" for what, gib in needs.items())
 
 
 def levers(config: TrainConfig) -> list[str]:
@@ -61,32 +71,31 @@ def levers(config: TrainConfig) -> list[str]:
     return found
 
 
-def estimate(config: TrainConfig) -> dict[str, float]:
-    """GiB of the weights, of the trained tensors with gradient and AdamW moments, of activations.
+def kept(model: Model, state: State) -> Needs:
+    """GiB of the weights, and of the trained tensors with the optimizer's state; exact."""
+    frozen = sum(w.nbytes if isinstance(w, Tensor) else w.nbytes() for w in model.frozen.values())
+    trained = state.trainable.buffer.nbytes + sum(m.nbytes for m in state.moments.values())
+    return {"frozen weights": frozen / 2**30, "trained tensors and optimizer": trained / 2**30}
 
-    Activations: what autograd keeps of a block, about 8 D + 2 K H + 4 I numbers a token, for every
-    layer; with checkpointed blocks one block's, and D numbers for each of the others.
+
+def estimate(model: Model, state: State, choice: Choice, tokens: int) -> Needs:
+    """GiB by what they are for. tokens: of the largest micro-batch.
+
+    The hand-written pass on a GPU: what its choice was made by. Autograd: a gradient as long as the
+    trained tensors, and the numbers that it keeps of a token, for every layer; with checkpointed
+    blocks one block's, and the inputs of the others.
     """
-    cfg = load_model_config(resolve_model(config.model, config.revision))
-    size = resolve_dtype(config.dtype, resolve_device(config.device)).itemsize
-    lora = config.lora and split_targets(config.lora)
-    trained = trainable_shapes(lora, cfg)
-    linears = {f"{path}.weight" for path in cfg.linear_paths()} if config.load_in_4bit else set()
-    frozen = sum(
-        math.prod(shape) * (_NF4_BYTES if name in linears else size)
-        for name, shape in cfg.weight_shapes().items()
-        if name not in trained
-    )
+    needs = kept(model, state)
+    if choice.peak_bytes:
+        rest = choice.peak_bytes / 2**30 - sum(needs.values())
+        return needs | {"gradient, buffers and activations": rest}
+    cfg = model.cfg
     kv = cfg.num_key_value_heads * cfg.head_dim
     block = 8 * cfg.hidden_size + 2 * kv + 4 * cfg.intermediate_size
     layers = cfg.num_hidden_layers * block
-    if config.gradient_checkpointing in ("block", "full"):
+    if model.compute.checkpoint_blocks:
         layers = block + cfg.num_hidden_layers * cfg.hidden_size
-    tokens = config.per_device_train_batch_size * config.max_length
-    return {
-        "frozen weights": frozen / 2**30,
-        "trained tensors, gradients and moments": 16
-        * sum(map(math.prod, trained.values()))
-        / 2**30,
-        "activations about": size * tokens * layers / 2**30,
+    return needs | {
+        "gradient": state.trainable.buffer.nbytes / 2**30,
+        f"activations of {tokens:,} tokens": model.compute.dtype.itemsize * tokens * layers / 2**30,
     }

@@ -17,7 +17,7 @@ from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute
 from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight, dequantize
-from minisft.optim import init_moments
+from minisft.optim import check_optimizer, init_moments
 from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import check_patterns, scaling_ratios, split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +26,7 @@ from minisft.weights import (
     four_bit_names,
     load_model_config,
     open_checkpoint,
+    outline,
     place,
     resolve_model,
     stream_weights,
@@ -54,12 +55,15 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     """Weights to the device one tensor at a time; the trained ones as views of a flat buffer.
 
     With config.load_in_4bit each linear is quantised as it comes. A trained copy of a weight that
-    is stored in 4 bits starts from its decoded values. UserError for full fine-tuning of a 4-bit
-    checkpoint.
+    is stored in 4 bits starts from its decoded values. With config.dry_run everything is checked
+    and nothing loaded: all tensors lie on torch's meta device, which keeps sizes alone.
+    UserError for full fine-tuning of a 4-bit checkpoint, and as `check_patterns`,
+    `check_optimizer` and the readers have it.
     """
     started = time.perf_counter()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_optimizer(config.optim, device)
     directory = resolve_model(config.model, config.revision)
     checkpoint = open_base(directory, config)
     tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
@@ -67,23 +71,20 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     if lora:
         check_patterns(lora, checkpoint.cfg)
     shapes = trainable_shapes(lora, checkpoint.cfg)
-    flat = allocate(shapes, device)
-    frozen: dict[str, Tensor | NF4Weight] = {}
+    flat = allocate(shapes, torch.device("meta") if config.dry_run else device)
     four_bit = four_bit_names(checkpoint, config.load_in_4bit)
-    for name, weight in stream_weights(checkpoint):
-        if name in flat.views:
-            flat.views[name].copy_(
-                dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
-            )
-        else:
-            frozen[name] = place(name, weight, device, dtype, name in four_bit)
-    init_lora_(flat, config.seed, config.init_lora_weights)
-    init_magnitudes_(flat, frozen)
-    if lora and lora.trainable_token_indices:
-        ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
-        assert isinstance(embedding, Tensor)
-        flat.views[TOKEN_ROWS].copy_(embedding[ids])
-        frozen[TOKEN_IDS] = ids
+    if config.dry_run:
+        weights = outline(checkpoint, dtype, four_bit)
+        frozen = {name: weight for name, weight in weights if name not in shapes}
+    else:
+        frozen = _load_(flat, checkpoint, device, dtype, four_bit)
+        init_lora_(flat, config.seed, config.init_lora_weights)
+        init_magnitudes_(flat, frozen)
+        if lora and lora.trainable_token_indices:
+            ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
+            assert isinstance(embedding, Tensor)
+            flat.views[TOKEN_ROWS].copy_(embedding[ids])
+            frozen[TOKEN_IDS] = ids
     compute = Compute(
         model=checkpoint.cfg,
         dtype=dtype,
@@ -100,11 +101,30 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         moments=init_moments(flat, groups(shapes, config), config.optim),
         loss_scale=INITIAL_LOSS_SCALE if dtype == torch.float16 else 1.0,
     )
-    if device.type == "cuda":
+    if device.type == "cuda" and not config.dry_run:
         torch.cuda.synchronize(device)
     peak = peak_memory_gib(device)
     seconds = time.perf_counter() - started
     return Model(directory, frozen, tokenizer, compute, device, lora, seconds, peak), state
+
+
+def _load_(
+    flat: Flat,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    four_bit: set[str],
+) -> dict[str, Tensor | NF4Weight]:
+    """Trained weights into their views; the frozen ones, as they are kept, by name."""
+    frozen: dict[str, Tensor | NF4Weight] = {}
+    for name, weight in stream_weights(checkpoint):
+        if name in flat.views:
+            flat.views[name].copy_(
+                dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
+            )
+        else:
+            frozen[name] = place(name, weight, device, dtype, name in four_bit)
+    return frozen
 
 
 def peak_memory_gib(device: torch.device) -> float:

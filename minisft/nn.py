@@ -36,7 +36,7 @@ from kernels.nf4 import (
     quantize,
     side_by_side,
 )
-from kernels.nf4.reference import CODES, NESTED_BLOCK
+from kernels.nf4.reference import BLOCK, CODES, NESTED_BLOCK
 from kernels.nf4_lora_linear import nf4_lora_linear
 from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from kernels.rope import rope_, rope_backward
@@ -44,8 +44,8 @@ from kernels.swiglu import swiglu as swiglu_kernel
 from kernels.swiglu import swiglu_backward_
 
 __all__ = [
-    "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "LowRank", "NF4Weight", "add_rms_norm",
-    "apply_rope", "cos_and_sin", "dequantize", "dequantize_into",
+    "BLOCK", "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "LowRank", "NF4Weight",
+    "add_rms_norm", "apply_rope", "cos_and_sin", "dequantize", "dequantize_into",
     "dequantize_with_A_below", "dequantize_with_B_beside", "dropout", "frozen_linear",
     "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "normalise", "outer_sum",
     "packed_attention", "place_block_diagonal", "quantize", "reduce_partials", "rms_norm",

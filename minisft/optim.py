@@ -37,13 +37,23 @@ def clip_(grads: Tensor, norm: Tensor, max_norm: float) -> None:
         grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
+def check_optimizer(optim: str, device: torch.device) -> None:
+    """UserError where the rule cannot run on this device, or its package is missing."""
+    if optim.startswith("paged_") and device.type != "cuda":
+        raise UserError(
+            f"--optim {optim} moves its state between a CUDA GPU and the host, but the device is "
+            f"{device}; use --optim {optim.removeprefix('paged_')}"
+        )
+    if optim.endswith("_8bit"):
+        _bitsandbytes()
+
+
 def init_moments(trainable: Flat, groups: list[Group], optim: str) -> Moments:
     """The state of an optimizer before its first step, on the device of the buffer.
 
     adamw: exp_avg and exp_avg_sq, float32 [n]. 8-bit rules: per group, named after its place in the
     list, codes uint8 and scales float32, or float32 moments where the group keeps them. adafactor:
     per tensor, means over its rows and columns. sgd: nothing.
-    Raises UserError where the rule cannot run on this device.
     """
     buffer = trainable.buffer
     if optim == "adamw":
@@ -52,16 +62,12 @@ def init_moments(trainable: Flat, groups: list[Group], optim: str) -> Moments:
         return {}
     if optim == "adafactor":
         return _adafactor_moments(trainable)
-    if optim.startswith("paged_") and buffer.device.type != "cuda":
-        raise UserError(
-            f"--optim {optim} moves its state between a CUDA GPU and the host, but the device is "
-            f"{buffer.device}; use --optim {optim.removeprefix('paged_')}"
-        )
+    paged = optim.startswith("paged_") and buffer.is_cuda
     moments: Moments = {}
     for i, group in enumerate(groups):
         kinds = ("exp_avg",) if optim == "lion_8bit" else ("exp_avg", "exp_avg_sq")
         for kind in kinds:
-            moments |= _group_moment(f"{kind}.{i}", group, buffer.device, optim.startswith("paged"))
+            moments |= _group_moment(f"{kind}.{i}", group, buffer.device, paged)
     return moments
 
 
@@ -135,14 +141,14 @@ def _group_moment(name: str, group: Group, device: torch.device, paged: bool) ->
         return {name: torch.zeros(n, device=device)}
     codes = torch.zeros(n, dtype=torch.uint8, device=device)
     if paged:
-        functional = _eight_bit(device)[0]
+        functional = _bitsandbytes()
         codes = functional.get_paged(n, dtype=torch.uint8, device=codes.device)
         functional.fill(codes, 0)
     return {name: codes, f"{name}.absmax": torch.zeros(-(-n // _BLOCK), device=device)}
 
 
-def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """bitsandbytes' functions, and its code tables for signed and for unsigned values."""
+def _bitsandbytes() -> Any:
+    """bitsandbytes' functions; UserError where they cannot be imported."""
     # On a CPU it looks for PyPI's package `kernels`, finds this project's, and warns of it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -152,6 +158,12 @@ def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
             f"--optim: the 8-bit optimizers need bitsandbytes, which cannot be imported ({e}); "
             "install it, or use --optim adamw"
         ) from None
+    return functional
+
+
+def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
+    """bitsandbytes' functions, and its code tables for signed and for unsigned values."""
+    functional = _bitsandbytes()
     signed = functional.create_dynamic_map(signed=True).to(device)
     unsigned = functional.create_dynamic_map(signed=False).to(device)
     return functional, signed, unsigned

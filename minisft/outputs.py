@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from minisft.checkpoint import clean_temporaries, file_digest, list_checkpoints, write_json, writing
-from minisft.config import TrainConfig, UserError
+from minisft.config import TrainConfig, UserError, check_writable, flag
 from minisft.model import Model
 
 RUN, OUTPUT = "run.json", "train_output.json"
@@ -42,17 +44,33 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
     """The output directory, created, writable, locked against a second run, free of leftovers.
 
     UserError if it holds the base model, somebody else's files, or a run and neither resuming nor
-    overwriting was asked for. Nothing of an earlier run is removed here (`start_over`).
+    overwriting was asked for. Nothing of an earlier run is removed here (`start_over`). With
+    config.dry_run the same is refused, and nothing created, locked or removed.
     """
     out = Path(config.output_dir)
-    try:
+    if config.dry_run:
+        with _refusals(out):
+            _check_place(out, config)
+            check_writable(out)
+            _check_unlocked(out)
+        _check_free(out, config)
+        yield out
+        return
+    with _refusals(out):
+        _check_place(out, config)
         out.mkdir(parents=True, exist_ok=True)
-        if Path(config.model).is_dir() and out.samefile(config.model):
-            raise UserError(
-                f"--output-dir {out} is the base model's own directory; choose another directory"
-            )
         lock = open(out / ".lock", "a")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock:
+        clean_temporaries(out)
+        _check_free(out, config)
+        yield out
+
+
+@contextmanager
+def _refusals(out: Path) -> Iterator[None]:
+    try:
+        yield
     except BlockingIOError:
         raise UserError(
             f"--output-dir {out}: another run is writing there; wait for it or choose another "
@@ -62,10 +80,23 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
         raise UserError(
             f"--output-dir {out}: not writable ({e.strerror}); choose another directory"
         ) from e
-    with lock:
-        clean_temporaries(out)
-        _check_free(out, config)
-        yield out
+
+
+def _check_place(out: Path, config: TrainConfig) -> None:
+    """Raises UserError for the base model's directory, OSError for a file."""
+    if out.is_dir() and Path(config.model).is_dir() and out.samefile(config.model):
+        raise UserError(
+            f"--output-dir {out} is the base model's own directory; choose another directory"
+        )
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def _check_unlocked(out: Path) -> None:
+    """Raises BlockingIOError where a run holds the lock."""
+    if (out / ".lock").exists():
+        with open(out / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
@@ -162,3 +193,18 @@ def plain(value: Any) -> Any:
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:
     return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def as_flags(config: TrainConfig) -> str:
+    """The settings that are not the defaults, as one would write them on the command line."""
+    words: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        name = flag(field.name)
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)

@@ -35,6 +35,24 @@ class Choice(NamedTuple):
     said: str  # one line for the reader
 
 
+class Memory(NamedTuple):
+    """Bytes of a GPU."""
+
+    used: float  # by weights and the state of training, once they are there
+    room: float  # what the run may use, those included
+
+
+class _Candidate(NamedTuple):
+    """A policy for all layers, with the numbers of `Choice`."""
+
+    kind: str
+    tokens: int
+    chunk: int
+    mlp_tokens: int
+    seconds: float
+    peak: float
+
+
 def choose(
     config: TrainConfig,
     trainable: Flat,
@@ -42,15 +60,18 @@ def choose(
     compute: Compute,
     longest: int,
     step_tokens: int,
+    device: torch.device | None = None,
+    to_load: int = 0,
 ) -> Choice:
     """The pass, policy and micro-batch of a run.
 
     longest: tokens of the longest row; step_tokens: of the largest step. `auto` takes the fastest
-    that fits the memory that is free, or config.max_memory_gib. UserError if what was asked for by
-    name cannot be had.
+    that fits the memory that is free, or config.max_memory_gib. device, to_load: of a dry run,
+    whose tensors lie nowhere: where it would compute, and the bytes it would first load there.
+    UserError if what was asked for by name cannot be had.
     """
-    device = trainable.buffer.device
-    reason = why_not(trainable, frozen, compute)
+    device = device or trainable.buffer.device
+    reason = why_not(trainable, frozen, compute, device)
     asked = config.step_impl
     if asked == "explicit" and reason:
         raise UserError(
@@ -75,26 +96,37 @@ def choose(
         tokens = config.per_device_train_batch_size * config.max_length
         policy = POLICIES["none" if name == "auto" else name]
         return Choice(True, (policy,) * layers, tokens, 1024, 8192, 0, f"explicit block, {name}")
-    return _choose_on_gpu(config, trainable, compute, name, longest, step_tokens)
+    memory = gpu_memory(device, config.max_memory_gib, to_load)
+    return choose_on_gpu(config, trainable, compute, name, longest, step_tokens, memory)
 
 
-def _choose_on_gpu(
+def gpu_memory(device: torch.device, limit_gib: float, to_load: int = 0) -> Memory:
+    """What is used and what may be, of a GPU that to_load bytes are still to come to.
+
+    limit_gib: of --max-memory-gib; 0 is 95 % of what is free.
+    """
+    allocated = torch.cuda.memory_allocated(device)
+    used = allocated + to_load
+    if limit_gib:
+        return Memory(used, limit_gib * 2**30)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    return Memory(used, used + 0.95 * (free + unused - to_load))
+
+
+def choose_on_gpu(
     config: TrainConfig,
     trainable: Flat,
     compute: Compute,
     name: str,
     longest: int,
     step_tokens: int,
+    memory: Memory,
 ) -> Choice:
-    cfg, device, itemsize = compute.model, trainable.buffer.device, compute.dtype.itemsize
-    ranks = group_ranks(trainable, cfg)
-    base = torch.cuda.memory_allocated(device) + buffer_bytes(trainable, cfg, itemsize, ranks)
-    if config.max_memory_gib:
-        room = config.max_memory_gib * 2**30
-    else:
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = torch.cuda.memory_allocated(device) + 0.95 * (free + unused)
+    """The fastest of all choices that fit, or the least; arithmetic alone, no GPU is asked."""
+    cfg, itemsize = compute.model, compute.dtype.itemsize
+    ranks, room = group_ranks(trainable, cfg), memory.room
+    base = memory.used + buffer_bytes(trainable, cfg, itemsize, ranks)
     names = list(POLICIES) if name == "auto" else [name]
     sizes = _micro_batches(config.micro_batch_tokens, longest, step_tokens)
     found = []
@@ -104,11 +136,16 @@ def _choose_on_gpu(
         policies = (POLICIES[kind],) * cfg.num_hidden_layers
         peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
         seconds = token_seconds(cfg, POLICIES[kind], tokens, mlp, longest, itemsize, ranks)
-        found.append((peak > room, seconds, -chunk, -mlp, kind, tokens, peak))
-    best = min(found)
-    if best[0]:
-        best = min(found, key=lambda f: f[6])
-    chunk, mlp, kind, tokens = -best[2], -best[3], best[4], best[5]
+        found.append(_Candidate(kind, tokens, chunk, mlp, seconds, peak))
+
+    def rank(c: _Candidate) -> tuple:
+        """Of equally fast ones the largest chunks."""
+        return c.peak > room, c.seconds, -c.chunk, -c.mlp_tokens, c.kind, c.tokens, c.peak
+
+    best = min(found, key=rank)
+    if best.peak > room:
+        best = min(found, key=lambda c: c.peak)
+    kind, tokens, chunk, mlp = best[:4]
     policies = _upgraded(kind, names, cfg, tokens, chunk, mlp, itemsize, ranks, room - base)
     peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
     kinds = [k for k, p in POLICIES.items() if p in policies]

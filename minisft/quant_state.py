@@ -181,6 +181,22 @@ def assemble(weight: str, state: QuantState, tensors: dict[str, Tensor], source:
         raise UserError(
             f"{source}: {weight}.quant_map is not the code of {state.quant_type}. {_DAMAGED}"
         )
+    return _matrix(state, packed, parts)
+
+
+def unfilled(state: QuantState) -> NF4Weight:
+    """A matrix of that state on torch's meta device: every tensor's size, and no numbers."""
+    packed = torch.empty(
+        math.ceil(state.shape[0] * state.shape[1] / 2), dtype=torch.uint8, device="meta"
+    )
+    parts = {
+        member: torch.empty(shape, dtype=dtypes[0], device="meta")
+        for member, (dtypes, shape) in state.members().items()
+    }
+    return _matrix(state, packed, parts)
+
+
+def _matrix(state: QuantState, packed: Tensor, parts: dict[str, Tensor]) -> NF4Weight:
     offset = state.nested_offset
     return NF4Weight(
         packed,

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from minisft.adapter import adapter_config_dict, read_adapter_config
-from minisft.batches import Batches, BatchFn, Collator, Schedule, collate, source_shares
+from minisft.batches import (
+    Batches,
+    BatchFn,
+    Collator,
+    Schedule,
+    collate,
+    cut_by_tokens,
+    source_shares,
+)
 from minisft.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -30,9 +38,15 @@ from minisft.checkpoint import (
     set_aside_newer,
     write_json,
 )
-from minisft.config import TrainConfig, UserError, flag, load_json
-from minisft.dry_run import dry_run
-from minisft.evaluate import evaluate_after, evaluate_before, evaluate_during, stops_early
+from minisft.config import TrainConfig, UserError, existing, flag, load_json
+from minisft.dry_run import estimated_rows, is_sample, load_sample
+from minisft.evaluate import (
+    check_evaluation,
+    evaluate_after,
+    evaluate_before,
+    evaluate_during,
+    stops_early,
+)
 from minisft.export import (
     describe_config,
     export_adapter,
@@ -42,13 +56,14 @@ from minisft.export import (
 )
 from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
-from minisft.memory import out_of_memory
+from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
 from minisft.merge import merge
 from minisft.model import Model, load_model, memory_gib, peak_memory_gib
 from minisft.nn import NF4Weight
 from minisft.outputs import (
     OUTPUT,
     RUN,
+    as_flags,
     base_digests,
     output_directory,
     plain,
@@ -77,6 +92,9 @@ _FIXED_ON_RESUME = (
 )  # fmt: skip
 
 
+_STEPS_LOOKED_AT = 200  # for the size of their micro-batches
+
+
 class TrainOutput(NamedTuple):
     """What `train` returns: steps done, mean loss over them, and the run's closing numbers."""
 
@@ -91,7 +109,7 @@ class Data:
 
     train: TokenizedDataset
     eval: TokenizedDataset | None
-    hash: str
+    hash: str  # "" of a sample
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -104,16 +122,15 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     batch_fn: a data collator (`minisft.batches.BatchFn`) for the rows of every micro-batch.
     Raises UserError for what the user can mend, TrainingStopped when a guard ends training,
     Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
-    changes nothing and returns its result. With dry_run nothing is trained: `minisft.dry_run`.
+    changes nothing and returns its result. With dry_run all goes as it would up to the first
+    write, but weights have sizes alone and the rows are a sample; the metrics are estimates.
     """
     check_required(config)
-    if config.dry_run:
-        return TrainOutput(0, math.nan, dry_run(config))
     where = "before its first step: the same command starts again"
     with (
         stop_signals(where) as stop,
         output_directory(config) as out,
-        out_of_memory(config),
+        out_of_memory(config) as needs,
         deterministic(config.deterministic),
     ):
         if (done := finished(out, config)) is not None:
@@ -124,12 +141,16 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         stop.raise_if_asked()
         choice = choose_pass(config, model, state, data)
         batches, total_steps = plan_steps(config, data, model.device, collator, choice)
+        needs.update(estimate(model, state, choice, most_tokens(data, batches)))
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         evaluated = resume_(state, out, config, model, facts, total_steps)
-        start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
+        check_evaluation(config, data.eval, state, out)
+        check_space(out, state.trainable.buffer.numel())
         describe(config, model, data, state, batches, total_steps)
         say(f"pass    {choice.said}")
-        check_space(out, state.trainable.buffer.numel())
+        if config.dry_run:
+            return end_of_dry_run(model, data, batches, total_steps, needs)
+        start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
         with reporting(config, out, total_steps, state.step, evaluated) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
             if state.step:  # an evaluation that was broken off is made up for
@@ -208,7 +229,7 @@ def deterministic(on: bool) -> Iterator[None]:
 def check_space(out: Path, trained: int) -> None:
     """UserError if the disk has no room for one checkpoint and the result."""
     need = trained * 4 * 4  # float32: the tensors, two moments, and the tensors once more
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(existing(out)).free
     if free < need:
         raise UserError(
             f"--output-dir {out} has {free / 2**30:.2f} GiB free; one checkpoint and the result "
@@ -284,8 +305,13 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
 def load_data(config: TrainConfig, model: Model, out: Path) -> Data:
     """Read, render, tokenise and (with --packing) pack the rows; UserError if none is trained."""
     given = (config, model.tokenizer, model.cfg.vocab_size)
-    train_set = load_train(*given, scratch=out, say=say)
-    eval_set = load_eval(*given, scratch=out, say=say)
+    if config.dry_run:
+        train_set, eval_set = load_sample(*given)
+        if is_sample(train_set):
+            return Data(train_set, eval_set, hash="")
+    else:
+        train_set = load_train(*given, scratch=out, say=say)
+        eval_set = load_eval(*given, scratch=out, say=say)
     weights = [weight for _, weight in config.sources]
     hash = data_hash(train_set)
     if any(weights):  # they decide the order of the rows
@@ -315,15 +341,14 @@ def plan_steps(
     choice: Choice,
 ) -> tuple[Batches, int]:
     """Which rows each step sees, and how many steps there are."""
+    rows = [told["rows"] for told in data.train.stats["sources"]]
+    rows = estimated_rows(data.train) if config.dry_run else rows
     schedule = Schedule(
-        num_rows=len(data.train),
+        num_rows=sum(rows),
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         seed=config.seed,
-        shares=source_shares(
-            [told["rows"] for told in data.train.stats["sources"]],
-            [weight for _, weight in config.sources],
-        ),
+        shares=source_shares(rows, [weight for _, weight in config.sources]),
     )
     batches = Batches(
         data.train,
@@ -338,9 +363,24 @@ def plan_steps(
     return batches, config.max_steps if config.max_steps > 0 else epochs
 
 
+def most_tokens(data: Data, batches: Batches) -> int:
+    """Tokens of the largest micro-batch of the first steps, of the rows at hand."""
+    schedule = dataclasses.replace(batches.schedule, num_rows=len(data.train), shares=())
+    lengths = data.train.document_offsets[data.train.row_offsets].diff()
+    most = 0
+    for step in range(min(schedule.steps_per_epoch, _STEPS_LOOKED_AT)):
+        rows = [row for batch in schedule.rows(step) for row in batch]
+        sizes = lengths[rows].tolist()
+        for cut in cut_by_tokens(list(range(len(rows))), sizes, batches.max_tokens):
+            most = max(most, sum(sizes[i] for i in cut))
+    return most
+
+
 def check_rows(config: TrainConfig, data: Data) -> None:
     """UserError where there are fewer rows, before packing, than one batch takes."""
     rows = data.train.stats.get("rows_kept", len(data.train))
+    if config.dry_run:
+        rows = sum(estimated_rows(data.train, "rows_kept"))
     if rows < config.per_device_train_batch_size:
         raise UserError(
             f"{', '.join(config.dataset)}: {rows} rows do not fill one batch of "
@@ -355,7 +395,11 @@ def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> 
     offsets = data.train.document_offsets[data.train.row_offsets]
     longest = int(offsets.diff().max())
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return choose(config, state.trainable, model.frozen, model.compute, longest, rows * longest)
+    to_load = sum(kept(model, state).values()) * 2**30 if config.dry_run else 0
+    return choose(
+        config, state.trainable, model.frozen, model.compute, longest, rows * longest,
+        model.device, int(to_load),
+    )  # fmt: skip
 
 
 def resume_(
@@ -394,6 +438,8 @@ def resume_(
             "--max-steps or --num-train-epochs, or resume from an older checkpoint"
         )
     say(f"resuming from {path} at step {state.step}")
+    if config.dry_run:
+        return True
     if names := set_aside_newer(out, state.step):
         say(f"{', '.join(names)}: beyond step {state.step}, renamed to abandoned-checkpoint-N")
     # A kill may have come between a save and its rotation.
@@ -417,7 +463,7 @@ def _resume_problems(
         was, now = settings[name], plain(getattr(config, name))
         if was != now and not (name == "target_modules" and _same_targets(was, config, model)):
             found.append(f"{flag(name)} was {was!r}, now {now!r}")
-    if then["data_hash"] != facts["data_hash"]:
+    if facts["data_hash"] and then["data_hash"] != facts["data_hash"]:
         found.append("the training rows differ (their hash has changed)")
     if then["base_digest"] != facts["base_digest"]:
         found.append("the base model's config.json differs")
@@ -461,7 +507,10 @@ def describe(
         )
     elif config.full_finetuning:
         say("        every weight is trained, in float32: --load-in-4bit is off")
-    say(f"        loaded in {model.load_seconds:.1f} s, peak {model.load_peak_gib:.2f} GiB")
+    if config.dry_run:
+        say(f"        {model.directory}: every tensor's header agrees with config.json; not loaded")
+    else:
+        say(f"        loaded in {model.load_seconds:.1f} s, peak {model.load_peak_gib:.2f} GiB")
     for name in ("config.json", "tokenizer_config.json"):
         raw = load_json(path) if (path := model.directory / name).exists() else {}
         if isinstance(raw, dict) and raw.get("auto_map"):
@@ -474,6 +523,9 @@ def describe(
         if dataset is not None:
             for line in describe_data(what, dataset.stats):
                 say(line)
+            if config.dry_run and is_sample(dataset):
+                of_all = sum(told["rows_total"] for told in dataset.stats["sources"])
+                say(f"        (a sample of {of_all:,} rows)")
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
     for told, (size, drawn) in zip(
@@ -488,13 +540,34 @@ def describe(
         for problem in vllm_problems(described):
             say(f"warning: vLLM will not take this adapter as it is ({problem}); merge it first")
     schedule = batches.schedule
+    about = "about " if config.dry_run and is_sample(data.train) else ""
     say(
-        f"steps   {steps} ({schedule.steps_per_epoch} an epoch), {schedule.batch_size} x "
-        f"{schedule.accumulation} rows each, learning rate {config.learning_rate:g} "
-        f"{config.lr_scheduler_type}, output {config.output_dir}"
+        f"steps   {about}{steps} ({about}{schedule.steps_per_epoch} an epoch), "
+        f"{schedule.batch_size} x {schedule.accumulation} rows each, "
+        f"learning rate {config.learning_rate:g} {config.lr_scheduler_type}, "
+        f"output {config.output_dir}"
     )
-    if len(data.train) < schedule.batch_size * schedule.accumulation:
-        say(f"warning: {len(data.train)} rows do not fill one step; every step is shorter")
+    say(f"settings {as_flags(config)}")
+    if schedule.num_rows < schedule.batch_size * schedule.accumulation:
+        say(f"warning: {schedule.num_rows} rows do not fill one step; every step is shorter")
+
+
+def end_of_dry_run(
+    model: Model, data: Data, batches: Batches, steps: int, needs: Needs
+) -> TrainOutput:
+    """The last lines of a dry run, and its estimates: total_steps, num_rows, memory_gib."""
+    if model.device.type == "cpu":  # what the process takes as it is counts there
+        needs = {"this process as it is": memory_gib(model.device), **needs}
+    say(f"memory  about {sum(needs.values()):.2f} GiB: {in_words(needs)}")
+    say("dry run: nothing was trained and nothing written to the output directory")
+    metrics = {
+        "total_steps": steps,
+        "num_rows": batches.schedule.num_rows,
+        "memory_gib": needs,
+        "data": data.train.stats,
+        "model_directory": str(model.directory),
+    }
+    return TrainOutput(0, math.nan, metrics)
 
 
 def count(weight: Tensor | NF4Weight) -> int:

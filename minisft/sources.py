@@ -17,7 +17,7 @@ from minisft.config import TrainConfig, UserError
 from minisft.data import Settings, tokenize
 from minisft.reading import Rows, read_rows, source_digest
 from minisft.tokenizer import Tokenizer
-from minisft.tokens import TokenizedDataset, TokenWriter, load_tokens
+from minisft.tokens import TokenizedDataset, TokenWriter, check_cache, load_tokens
 
 # The modules whose code shapes the arrays: a cache made by other code is no longer right.
 _CODE = (
@@ -96,6 +96,8 @@ def _load(
     say: Callable[[str], None],
 ) -> TokenizedDataset:
     entry = None
+    if config.dataset_cache_dir:
+        check_cache(Path(config.dataset_cache_dir))
     if config.dataset_cache_dir and limit is None:
         entry = Path(config.dataset_cache_dir) / cache_key(names, config, tokenizer, settings)
         if (found := load_tokens(entry)) is not None:

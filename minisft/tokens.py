@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisft.config import UserError
+from minisft.config import UserError, check_writable
 
 IGNORED = -100  # label of a token that is not trained
 _ARRAYS = {  # in the order of TokenizedDataset's fields
@@ -205,6 +205,12 @@ class TokenWriter:
             file.close()
         if self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def check_cache(directory: Path) -> None:
+    """UserError where --dataset-cache-dir cannot be written: before rows are tokenised for it."""
+    with _writing(directory / "rows"):
+        check_writable(directory)
 
 
 class _writing:

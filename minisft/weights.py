@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minisft.config import ModelConfig, UserError, load_json, parse_model_config
-from minisft.nn import NF4Weight, dequantize, quantize
+from minisft.nn import BLOCK, NF4Weight, dequantize, quantize
 from minisft.quant_state import (
     QuantState,
     assemble,
@@ -25,6 +25,7 @@ from minisft.quant_state import (
     check_state_size,
     find_states,
     parse_state,
+    unfilled,
 )
 from minisft.safetensors_io import TensorInfo, iter_tensors, read_header
 
@@ -179,6 +180,18 @@ def place(
         return quantize(weight.to(device))
     except ValueError as e:
         raise UserError(f"{name} cannot be quantised: {e}") from None
+
+
+def outline(
+    checkpoint: Checkpoint, dtype: torch.dtype, four_bit: set[str]
+) -> Iterator[tuple[str, Tensor | NF4Weight]]:
+    """Yield (HF key, weight as `place` gives it but on torch's meta device): sizes, no numbers."""
+    for name, shape in checkpoint.cfg.weight_shapes().items():
+        if name not in four_bit:
+            yield name, torch.empty(shape, dtype=dtype, device="meta")
+            continue
+        ours = QuantState("nf4", BLOCK, (shape[0], shape[1]), 0.0)  # with double quantisation
+        yield name, unfilled(checkpoint.four_bit.get(name, ours))
 
 
 def _copied(value: Any, device: torch.device) -> Any:

@@ -139,6 +139,36 @@ def run_as_output(place):
     return place.argv()
 
 
+def resumed(steps=1, damage=False, **changes):
+    """Go on from the checkpoint of a run of so many steps, damaged, or under other settings."""
+
+    def make(place):
+        assert call("train", place.argv(max_steps=steps)).code == 0
+        if damage:
+            (place.out / "checkpoint-1" / "optimizer.safetensors").write_bytes(b"")
+        return place.argv(**{"max_steps": 2, "resume_from_checkpoint": "auto"} | changes)
+
+    return make
+
+
+def other_rows(place):
+    argv = resumed()(place)
+    write_rows(place.rows, pairs(6))
+    return argv
+
+
+def kept_evaluation_damaged(place):
+    given = {"eval_dataset": place.rows}
+    assert call("train", place.argv(**given)).code == 0
+    (place.out / "step0.json").write_text("[]")
+    return place.argv(**given, max_steps=2, resume_from_checkpoint="auto")
+
+
+def texts_to_answer(place):
+    rows = write_rows(place.directory / "texts.jsonl", [{"text": "a b c"}])
+    return place.argv(eval_dataset=rows, eval_generate=1)
+
+
 def train_at(place):
     assert call("train", place.argv()).code == 0
 
@@ -381,6 +411,72 @@ CASES = {
         ["--modules-to-save", "'norm'"],
         "embed_tokens and/or lm_head",
     ),
+    "pattern_of_ranks_without_a_match": (
+        lambda p: p.argv(rank_pattern="q_porj=4"),
+        ["rank_pattern", "'q_porj'"],
+        "matches no adapted module",
+    ),
+    "pattern_of_alphas_without_a_match": (
+        lambda p: p.argv(alpha_pattern="up_proj=4", target_modules="q_proj"),
+        ["alpha_pattern", "'up_proj'"],
+        "matches no adapted module",
+    ),
+    "layer_that_there_is_not": (
+        lambda p: p.argv(layers_to_transform="7"),
+        ["layers_to_transform", "layer 7"],
+        "the model has 2",
+    ),
+    "token_that_there_is_not": (
+        lambda p: p.argv(trainable_token_indices="9999"),
+        ["trainable_token_indices", "token 9999"],
+        "384 rows",
+    ),
+    # --- what does not go together
+    "explicit_pass_of_dora": (
+        lambda p: p.argv(step_impl="explicit", use_dora=True),
+        ["--step-impl explicit", "DoRA"],
+        "use --step-impl auto",
+    ),
+    "explicit_pass_of_dropout": (
+        lambda p: p.argv(step_impl="explicit", lora_dropout=0.1),
+        ["--step-impl explicit", "LoRA dropout"],
+        "use --step-impl auto",
+    ),
+    "explicit_pass_of_whole_models": (
+        lambda p: p.argv(step_impl="explicit", full_finetuning=True, lora_r=None),
+        ["--step-impl explicit", "trained tensors beside plain LoRA"],
+        "use --step-impl auto",
+    ),
+    "policy_of_the_explicit_pass": (
+        lambda p: p.argv(gradient_checkpointing="gate_up+offload", device="cpu"),
+        ["--gradient-checkpointing is 'gate_up+offload'", "--device cpu"],
+        "expected auto, none or full",
+    ),
+    "paged_state_on_a_cpu": (
+        lambda p: p.argv(optim="paged_adamw_8bit", device="cpu"),
+        ["--optim paged_adamw_8bit", "the device is cpu"],
+        "use --optim adamw_8bit",
+    ),
+    "too_few_rows": (
+        lambda p: p.argv(per_device_train_batch_size=5),
+        ["4 rows do not fill one batch", "--per-device-train-batch-size 5"],
+        "lower it",
+    ),
+    "weight_of_less_than_a_row": (
+        lambda p: p.argv(dataset=[f"{p.rows}:1", f"{p.rows}:0.01"]),
+        ["--dataset: weight 0.00990099 of 8 rows"],
+        "raise it",
+    ),
+    "nothing_to_answer": (
+        texts_to_answer,
+        ["--eval-generate", "trained from their first token"],
+        "a prompt and a completion",
+    ),
+    "cache_below_a_file": (
+        lambda p: p.argv(dataset_cache_dir=p.rows / "cache"),
+        ["rows.jsonl/cache", "Not a directory"],
+        "--dataset-cache-dir",
+    ),
     # --- flags
     "unknown_flag": (
         lambda p: [*p.argv(), "--learning-rte", "1"],
@@ -445,6 +541,11 @@ CASES = {
         ["--output-dir", "file/out", "Not a directory"],
         "choose another directory",
     ),
+    "output_is_a_file": (
+        lambda p: p.argv(output_dir=p.rows),
+        ["--output-dir", "rows.jsonl", "Not a directory"],
+        "choose another directory",
+    ),
     "output_in_proc": (
         lambda p: p.argv(output_dir="/proc/minisft"),
         ["--output-dir /proc/minisft"],
@@ -475,6 +576,32 @@ CASES = {
         ["--resume-from-checkpoint", "manifest.json"],
         "`auto`",
     ),
+    "damaged_checkpoint": (
+        resumed(damage=True),
+        ["all 1 checkpoints are damaged", "optimizer.safetensors"],
+        "--overwrite-output-dir",
+    ),
+    "checkpoint_of_another_rank": (
+        resumed(lora_r=3),
+        ["made with other settings", "--lora-r was 2, now 3"],
+        "a new --output-dir",
+    ),
+    "checkpoint_of_other_rows": (
+        other_rows,
+        ["made with other settings", "the training rows differ"],
+        "a new --output-dir",
+    ),
+    "checkpoint_of_an_adapter": (
+        resumed(full_finetuning=True, lora_r=None),
+        ["no model.safetensors"],
+        "made without --full-finetuning?",
+    ),
+    "checkpoint_beyond_the_end": (
+        resumed(steps=2, max_steps=1),
+        ["checkpoint-2 is beyond the end of this run, which has 1 steps"],
+        "raise --max-steps",
+    ),
+    "damaged_evaluation": (kept_evaluation_damaged, ["step0.json", "list"], "remove it"),
 }
 
 
@@ -483,9 +610,12 @@ def test_one_line_names_the_culprit_and_the_remedy(place, name):
     spoil, culprits, remedy = CASES[name]
     argv = spoil(place)
     before = {} if not place.out.exists() else tree(place.out)
-    model = tree(place.model)
+    model, names = tree(place.model), sorted(place.directory.parent.rglob("*"))
+    dry = call("train", [*argv, "--dry-run"])
+    assert sorted(place.directory.parent.rglob("*")) == names
     outcome = call("train", argv)
     assert outcome.code == 2, outcome
+    assert (dry.code, dry.err) == (outcome.code, outcome.err)
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     assert all(text in outcome.err for text in culprits), outcome.err
     assert remedy in outcome.err, outcome.err
@@ -501,8 +631,8 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_writes(pl
     place.out.mkdir()
     with open(place.out / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        outcome = call("train", place.argv())
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
+        outcome, dry = (call("train", place.argv(dry_run=d)) for d in (False, True))
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and outcome == dry
     assert "another run is writing there" in outcome.err and str(place.out) in outcome.err
     assert "wait for it or choose another directory" in outcome.err
     assert call("train", place.argv()).code == 0

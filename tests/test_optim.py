@@ -8,7 +8,7 @@ import torch
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.lora import Group, allocate, groups, is_decayed, trainable_shapes
-from minisft.optim import clip_, grad_norm, init_moments, update_
+from minisft.optim import check_optimizer, clip_, grad_norm, init_moments, update_
 
 BIASED = ModelConfig(
     vocab_size=50,
@@ -153,9 +153,8 @@ def test_embeddings_heads_norms_and_biases_keep_32_bit_moments():
 
 
 def test_paged_state_needs_a_gpu():
-    flat = allocate(SHAPES, torch.device("cpu"))
     with pytest.raises(UserError, match=r"paged_adamw_8bit .* CUDA .* --optim adamw_8bit"):
-        init_moments(flat, groups(SHAPES, config()), "paged_adamw_8bit")
+        check_optimizer("paged_adamw_8bit", torch.device("cpu"))
 
 
 def test_adamw_step_by_hand():

@@ -10,7 +10,7 @@ from minisft import planning
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.fast import bucket_tokens
 from minisft.llama import Compute
-from minisft.planning import choose, peak_bytes, token_seconds
+from minisft.planning import choose, choose_on_gpu, gpu_memory, peak_bytes, token_seconds
 from minisft.policy import POLICIES, mlp_chunks
 
 # Llama 3.2 1B: the shape that the numbers below are of.
@@ -85,20 +85,33 @@ def test_chunks_of_the_mlp():
     assert less < peak_bytes(ONE_B, (full,) * 16, 8192, 256, 8192, 2, RANKS)
 
 
-def fake_gpu(monkeypatch, free_gib):
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: 2**30)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: 2**30)
+def fake_gpu(monkeypatch, free_gib, allocated=2**30):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: allocated)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(free_gib * 2**30), 0))
     monkeypatch.setattr(planning, "group_ranks", lambda *a: RANKS)
     monkeypatch.setattr(planning, "buffer_bytes", lambda *a: 2**27)
 
 
+def on_gpu(config, name, to_load=0):
+    memory = gpu_memory(torch.device("cuda"), config.max_memory_gib, to_load)
+    compute = Compute(ONE_B, torch.bfloat16)
+    return choose_on_gpu(config, random_adapter(), compute, name, 2048, 16384, memory)
+
+
+@pytest.mark.parametrize("free", [100, 3, 0.45])
+def test_a_dry_run_chooses_what_the_run_would(monkeypatch, free):
+    """Before the weights are there, as with them."""
+    fake_gpu(monkeypatch, free)
+    loaded = on_gpu(settings(), "auto")
+    fake_gpu(monkeypatch, free + 1, allocated=0)
+    assert on_gpu(settings(), "auto", to_load=2**30) == loaded
+
+
 @pytest.mark.parametrize("free, keeps_all", [(100, True), (3, True), (0.45, False)])
 def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
     fake_gpu(monkeypatch, free)
-    compute = Compute(ONE_B, torch.bfloat16)
-    pick = planning._choose_on_gpu
-    choice = pick(settings(), random_adapter(), compute, "auto", 2048, 16384)
+    choice = on_gpu(settings(), "auto")
     assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
     assert (choice.policies == (POLICIES["none"],) * 16) == keeps_all
     assert (choice.tokens == 16384) == (free == 100)
@@ -106,12 +119,11 @@ def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
 
 def test_a_limit_of_the_user_s_is_kept_and_a_name_is_obeyed(monkeypatch):
     fake_gpu(monkeypatch, 100)
-    compute, pick = Compute(ONE_B, torch.bfloat16), planning._choose_on_gpu
     config = settings(max_memory_gib=2.0)
-    choice = pick(config, random_adapter(), compute, "auto", 2048, 16384)
+    choice = on_gpu(config, "auto")
     assert choice.peak_bytes <= 2 * 2**30 and "of 2.00 GiB" in choice.said
     config = dataclasses.replace(config, micro_batch_tokens=4096)
-    choice = pick(config, random_adapter(), compute, "full", 2048, 16384)
+    choice = on_gpu(config, "full")
     assert set(choice.policies) == {POLICIES["full"]} and choice.tokens == 4096
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -418,7 +417,7 @@ def test_preview_json_holds_every_row_in_dataset_order(model: Path, tmp_path: Pa
 def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     evil = "\x1b[31mred"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": evil + " What", "completion": " fox\n"}])
-    given = {"model": model, "dataset": rows, "dry_run": True}
+    given = {"model": model, "dataset": rows, "dry_run": True, "per_device_train_batch_size": 1}
     lines = train(**given, preview=1).out.splitlines()
     at = lines.index("<|bos|>\\x1b[31mred What[[ fox")
     assert lines[at - 1].startswith("=== row 0: ") and lines[at + 1] == "<|eot|>]]"
@@ -452,8 +451,9 @@ def test_a_dry_run_tells_what_would_be_and_writes_nothing(model: Path, tmp_path:
     given = {"model": model, "dataset": rows, "dry_run": True, "output_dir": tmp_path / "out"}
     before = sorted(tmp_path.rglob("*"))
     out = train(**given, eval_dataset=rows, num_train_epochs=3).out
-    settings = json.loads(next(li for li in out.splitlines() if li.startswith("settings "))[9:])
-    assert settings["num_train_epochs"] == 3 and settings["dataset"] == [str(rows)]
+    settings = next(li for li in out.splitlines() if li.startswith("settings "))
+    assert f"--dataset {rows} " in settings and "--num-train-epochs 3" in settings
+    assert "lora" not in settings  # the default's
     assert "20 rows" in out and "format prompt-completion" in out and "memory  about" in out
     assert "steps   9 (3 an epoch)" in out and sorted(tmp_path.rglob("*")) == before
     small = write_model(tmp_path / "small", vocab_size=300)
