@@ -25,6 +25,7 @@ Runs = dict[str, Callable[[], object]]
 def measure(name: str, device: torch.device, skip_test: bool) -> None:
     """Run the op's test, then print its table in Markdown."""
     benches = {
+        "adamw": adamw,
         "linear_cross_entropy": cross_entropy,
         "low_rank": low_rank,
         "nf4": nf4,
@@ -38,6 +39,7 @@ def measure(name: str, device: torch.device, skip_test: bool) -> None:
     if device.type != "cuda":
         raise UserError(f"bench.py kernel: --device is {device}; kernels are timed on a GPU")
     test = ROOT / "tests" / "kernels" / f"test_{name}.py"
+    test = ROOT / "tests" / "test_optim.py" if name == "adamw" else test
     if not skip_test:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT)
         if done.returncode:
@@ -411,3 +413,63 @@ def nf4_lora_linear() -> None:
                     f"{t['b'] / t['ours']:.2f} | {t['ours'] / bound:.2f} |",
                     flush=True,
                 )
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def adamw() -> None:
+    """Norm, clip and AdamW over one flat buffer, against tensors one by one (r = 16)."""
+    from minisft.config import TrainConfig
+    from minisft.lora import allocate, groups
+    from minisft.optim import clip_, grad_norm, init_moments, update_
+
+    def flat_rule(p, g, m, v):
+        g = g * (1.0 / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1.0)
+        m.lerp_(g, 0.1)
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        p.mul_(1 - 1e-6).addcdiv_(m, v.sqrt().add_(1e-8), value=-1e-4)
+
+    config = TrainConfig(model="", dataset=(), weight_decay=0.01, learning_rate=1e-4)
+    for shape, (D, ffn, N, K, H) in SHAPES.items():
+        sizes = ((D, N * H), (D, K * H), (D, K * H), (N * H, D), (D, ffn), (D, ffn), (ffn, D))
+        layers = {"1b": 16, "8b": 32}[shape]
+        shapes = {
+            f"model.layers.{i}.linear{j}.lora_{ab}.weight": (16, I) if ab == "A" else (O, 16)
+            for i in range(layers)
+            for j, (I, O) in enumerate(sizes)
+            for ab in "AB"
+        }
+        trainable = allocate(shapes, torch.device("cuda"))
+        n = trainable.buffer.numel()
+        grads = torch.randn(n, device="cuda")
+        slices = groups(shapes, config)
+        moments = init_moments(trainable, slices, "adamw")
+        params = [torch.nn.Parameter(view.clone()) for view in trainable.views.values()]
+        for p in params:
+            p.grad = torch.randn_like(p)
+
+        def ours(trainable=trainable, grads=grads, moments=moments, slices=slices):
+            clip_(grads, grad_norm(grads), 1.0)
+            update_(trainable, grads, moments, slices, step=2, factor=1.0, config=config)
+
+        def one_by_one(optimizer, params=params):
+            def run():
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+                optimizer.step()
+
+            return run
+
+        compiled = torch.compile(flat_rule)
+        given = [torch.rand(n, device="cuda") for _ in range(4)]
+        runs: Runs = {
+            "ours": ours,
+            "eager (foreach)": one_by_one(torch.optim.AdamW(params, lr=1e-4, capturable=True)),
+            "eager (fused)": one_by_one(
+                torch.optim.AdamW(params, lr=1e-4, fused=True, capturable=True)
+            ),
+            "torch.compile of the flat rule": lambda given=given, f=compiled: f(*given),
+        }
+        # norm: g; clip: g twice; AdamW: p, m, v twice and g
+        title = f"Clip and AdamW, {shape}, {n:,} parameters in {len(shapes)} tensors"
+        table(title, runs, "ours", 40.0 * n)
