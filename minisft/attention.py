@@ -5,11 +5,16 @@ T tokens (documents side by side)  N query heads  K key/value heads  H head_dim
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
+from minisft.config import UserError
 from minisft.nn import Documents, packed_attention
 
 aten = torch.ops.aten
@@ -33,6 +38,39 @@ class Layout(NamedTuple):
     cu_seqlens: Tensor  # int32 [documents + 1]
     longest: int
     dense: int = 0
+
+
+_PACKAGES = {
+    "flash_attention_3": ("FA3", "flash_attn_interface"),
+    "flash_attention_4": ("FA4", "flash_attn.cute.interface"),
+}
+
+
+@contextmanager
+def flash_attention(implementation: str, device: torch.device) -> Iterator[None]:
+    """Inside, torch's flash attention is that package's: `auto` is torch's own.
+
+    UserError where the package cannot be imported, or the device is not a GPU.
+    """
+    if implementation == "auto":
+        yield
+        return
+    name, module = _PACKAGES[implementation]
+    what = f"--attn-implementation {implementation}"
+    if device.type != "cuda":
+        raise UserError(f"{what} needs a CUDA GPU, but the device is {device}; leave it out")
+    try:
+        importlib.import_module(module)
+        activate_flash_attention_impl(name)
+    except (ImportError, OSError, RuntimeError) as e:
+        raise UserError(
+            f"{what}: its package {module} cannot be used ({type(e).__name__}: {e}); install a "
+            "build for this torch, or leave the flag out"
+        ) from None
+    try:
+        yield
+    finally:
+        restore_flash_attention_impl()
 
 
 def backend_of(q_TNH: Tensor, layout: Layout) -> str:

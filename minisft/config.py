@@ -562,6 +562,10 @@ class TrainConfig:
     step_impl: str = "auto"
     """Which pass computes gradients: explicit (written by hand, captured in CUDA graphs), autograd,
     or auto: explicit on a GPU wherever it covers the run."""
+    attn_implementation: str = "auto"
+    """Attention over rows of several documents on a GPU. auto: the flash attention inside torch.
+    flash_attention_3, flash_attention_4: that package, where you have installed it. Rows of one
+    document each go through cuDNN."""
     max_memory_gib: float = 0.0
     """GPU memory that auto may plan with; 0 is all that is free."""
     micro_batch_tokens: int = 0
@@ -673,6 +677,7 @@ class TrainConfig:
                 "full+offload",
             ),
             "step_impl": ("auto", "explicit", "autograd"),
+            "attn_implementation": ("auto", "flash_attention_3", "flash_attention_4"),
             "eval_strategy": ("no", "steps", "epoch"),
             "save_strategy": ("no", "steps", "epoch", "best"),
             "metric_for_best_model": EVAL_METRICS + tuple(f"eval_{m}" for m in EVAL_METRICS),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minisft.adapter import adapter_config_dict, read_adapter_config
+from minisft.attention import flash_attention
 from minisft.batches import (
     Batches,
     BatchFn,
@@ -58,7 +59,7 @@ from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
 from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
 from minisft.merge import merge
-from minisft.model import Model, load_model, memory_gib, peak_memory_gib
+from minisft.model import Model, load_model, memory_gib, peak_memory_gib, resolve_device
 from minisft.nn import NF4Weight
 from minisft.outputs import (
     OUTPUT,
@@ -132,6 +133,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         output_directory(config) as out,
         out_of_memory(config) as needs,
         deterministic(config.deterministic),
+        flash_attention(config.attn_implementation, resolve_device(config.device)),
     ):
         if (done := finished(out, config)) is not None:
             return done
