@@ -7,6 +7,7 @@ Norms, biases, embeddings and heads keep float32 moments under every rule.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from typing import Any
@@ -90,7 +91,6 @@ def update_(
     if optim == "adafactor":
         _adafactor_(trainable, grads, moments, groups, step, factor, config.weight_decay)
         return
-    eight_bit = None
     for i, group in enumerate(groups):
         part = slice(group.start, group.stop)
         lr = group.learning_rate * factor
@@ -107,8 +107,7 @@ def update_(
             m, v = moments[f"exp_avg.{i}"], moments[f"exp_avg_sq.{i}"]
             _adamw_(p, g, m, v, step, lr, decay, config)
         else:
-            eight_bit = eight_bit or _eight_bit(params.device)
-            _eight_bit_(eight_bit, optim, p, g, moments, i, step, lr, decay, config)
+            _eight_bit_(_eight_bit(params.device), optim, p, g, moments, i, step, lr, decay, config)
     if optim.startswith("paged_"):
         torch.cuda.synchronize(params.device)  # the driver moves paged state behind our back
 
@@ -161,6 +160,7 @@ def _bitsandbytes() -> Any:
     return functional
 
 
+@functools.cache
 def _eight_bit(device: torch.device) -> tuple[Any, Tensor, Tensor]:
     """bitsandbytes' functions, and its code tables for signed and for unsigned values."""
     functional = _bitsandbytes()
