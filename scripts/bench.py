@@ -33,6 +33,9 @@ from minisft.planning import choose
 from minisft.step import State, train_step_
 from minisft.targets import split_targets
 
+PEAK = 790e12  # floating-point operations a second of an H200's dense bf16 products
+MAX_CPU_SECONDS = 300  # of a step's measurement
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -124,6 +127,7 @@ def step(config: StepConfig) -> dict:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     cfg = parse_model_config(config_json(config.shape, config.vocab_size, config.layers))
+    announce(config, cfg, device)
     settings = TrainConfig(
         model="random",
         dataset=("random",),
@@ -197,6 +201,33 @@ def step(config: StepConfig) -> dict:
         print(f"  {name:18} {value}", file=sys.stderr)
     print(json.dumps(result))
     return result
+
+
+def announce(config: StepConfig, cfg: ModelConfig, device: torch.device) -> None:
+    """Say what will be measured; on a CPU how long it takes, and UserError where that is too long.
+
+    A step there runs at about half the rate of a matrix product.
+    """
+    count = config.batch_size * config.accumulation * config.length * (config.steps + 3)
+    line = (
+        f"{config.shape} on {device}: {cfg.num_hidden_layers} layers, vocabulary {cfg.vocab_size}; "
+        f"{config.steps + 3} steps of {config.batch_size} x {config.accumulation} rows of up to "
+        f"{config.length} tokens"
+    )
+    if device.type == "cpu":
+        matrix = torch.ones(1024, 1024)
+        started = time.perf_counter()
+        matrix @ matrix
+        rate = 2 * 1024**3 / (time.perf_counter() - started)
+        arithmetic, _ = floors(cfg, config.lora_r, config.length, config.length, device)
+        seconds = 2 * count * arithmetic * PEAK / rate
+        line += f", about {seconds:,.0f} s"
+        if seconds > MAX_CPU_SECONDS:
+            raise UserError(
+                f"{line}: too long; use a GPU, or less, such as --shape tiny --vocab-size 8192 "
+                "--length 256 --steps 3"
+            )
+    print(line, file=sys.stderr, flush=True)
 
 
 # The README's rows: the work, and the memory it may take.
@@ -305,7 +336,7 @@ def floors(
     moved = L * (36 * D + 8 * (q + kv) + 18 * F) + 6 * V
     moved += L * (4 * (2 * D + q + F) + 2 * sum(o for _, o in linears))
     moved += 2 * (0.5 + 1 / 64 + 2) * weights / tokens
-    return arithmetic / 790e12, arithmetic / 790e12 + moved / 4.3e12
+    return arithmetic / PEAK, arithmetic / PEAK + moved / 4.3e12
 
 
 def profiled(run) -> None:

@@ -26,6 +26,9 @@ def test_a_step_is_one_line_of_json(impl, rows, capsys):
     found = json.loads(line)
     assert found["tokens_per_second"] > 0 and found["device"] == "cpu"
     assert found["pass"].startswith("autograd" if impl == "autograd" else "explicit block")
+    assert err.startswith(
+        "tiny on cpu: 2 layers, vocabulary 300; 4 steps of 2 x 4 rows of up to 32"
+    )
     assert "tokens_per_second" in err
     if not rows:
         assert found["tokens_per_step"] == 2 * 4 * 32
@@ -41,6 +44,11 @@ def test_a_step_is_one_line_of_json(impl, rows, capsys):
         (["kernel", "nf4", "--device", "cpu"], "kernels are timed on a GPU"),
         (["kernel", "softmax"], "expected one of"),
         (["step", "--shape", "2b"], "expected one of tiny"),
+        (
+            ["step", "--device", "cpu"],
+            "1b on cpu: 16 layers, vocabulary 128256; 15 steps of 2 x 4 r",
+        ),
+        (["step", "--device", "cpu"], " s: too long; use a GPU, or less, such as --shape tiny"),
         (["step", *TINY, "--rows", "long"], "expected full or short"),
         (["step", *TINY, "--gradient-checkpointing", "offload"], "needs the explicit pass"),
     ],
