@@ -23,7 +23,8 @@ try:
 except ImportError:
     raise ImportError(
         "minisft needs its own package `kernels`, but another one is imported under that name "
-        "(PyPI's `kernels`?): uninstall that one, or install minisft in an environment of its own"
+        "(PyPI's `kernels`?): uninstall that one and install minisft again, or install minisft in "
+        "an environment of its own"
     ) from None
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
 from kernels.low_rank import LowRank, outer_sum, place_block_diagonal, reduce_partials

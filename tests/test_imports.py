@@ -316,3 +316,9 @@ def test_another_package_named_kernels_is_told_in_one_line(tmp_path):
         assert "PyPI's `kernels`" in last and "uninstall" in last
         assert "environment of its own" in last
         assert "During handling" not in text and "direct cause" not in text
+
+
+def test_transformers_does_not_take_our_kernels_for_those_of_pypi():
+    """It asks for the version of the distribution that holds `kernels`, which is minisft's."""
+    available = pytest.importorskip("transformers.utils.import_utils").is_kernels_available
+    assert not available(), "another version number of minisft, or PyPI's kernels away"
