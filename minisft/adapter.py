@@ -190,8 +190,8 @@ def save_adapter(
     """Write an adapter that PEFT, transformers and vLLM load: weights, config, optional README.
 
     tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, any float dtype and
-    device; written as float32. load_in_4bit: whether the base was, kept in the file's metadata for
-    `base_in_4bit`. With a tied base the one trained copy is written under both keys.
+    device; written as float32. load_in_4bit: whether it belongs on a base in 4 bits, kept in the
+    file's metadata for `base_in_4bit`. With a tied base the one trained copy has both keys.
     The config is written last, each file whole or not at all; `card`: text from `model_card`.
     Raises UserError if the directory cannot be written, ValueError if tensors do not fit.
     """
@@ -219,11 +219,12 @@ def save_adapter(
     _write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def model_card(facts: dict[str, Any]) -> str:
+def model_card(facts: dict[str, Any], load_in_4bit: bool = False) -> str:
     """README.md of an adapter: YAML front matter for the hub, then the facts as tables.
 
     facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
     table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
+    load_in_4bit: whether it belongs on a base in 4 bits.
     Raises UserError if base_model is missing.
     """
     base = facts.get("base_model")
@@ -241,7 +242,7 @@ def model_card(facts: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# LoRA adapter for {' '.join(str(base).split())}\n",
         "Trained by supervised fine-tuning with minisft.\n",
-        _FOUR_BIT_USE if facts.get("config", {}).get("load_in_4bit") else _USE,
+        _FOUR_BIT_USE if load_in_4bit else _USE,
     ]
     for title, rows in tables.items():
         if rows:
@@ -306,7 +307,7 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
 
 
 def base_in_4bit(directory: str | Path) -> bool | None:
-    """Whether the adapter was trained on a base in 4 bits; None if the file does not say (PEFT's).
+    """Whether the adapter belongs on a base in 4 bits; None if the file does not say (PEFT's).
 
     Raises UserError if the weights file is missing or malformed.
     """

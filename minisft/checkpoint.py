@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 
 from minisft.config import UserError, load_json
 from minisft.lora import viewed
+from minisft.residual import trained_half
 from minisft.safetensors_io import iter_tensors, save_file
 from minisft.step import State
 
@@ -92,25 +93,30 @@ def read_facts(path: Path) -> dict[str, Any]:
     return raw
 
 
-def load_checkpoint_(path: Path, state: State, model_file: str, prefix: str) -> None:
+def load_checkpoint_(
+    path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
+) -> None:
     """Fill `state` from a verified checkpoint.
 
-    model_file holds the trained tensors under prefix + name. UserError names what does not fit.
+    model_file holds the trained tensors under prefix + name, those of `halves` beside what they
+    started from. UserError names what does not fit.
     """
     facts = read_facts(path)
     for name in _COUNTERS:
         setattr(state, name, facts.get(name, getattr(state, name)))
-    _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
+    _fill_trained(path / model_file, state, prefix, halves)
     _fill(path / OPTIMIZER, _optimizer_tensors(state))
 
 
-def load_trained_(path: Path, state: State, model_file: str, prefix: str) -> None:
+def load_trained_(
+    path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
+) -> None:
     """Fill the trained tensors, and nothing else, from a checkpoint; UserError if it is damaged."""
     if problem := verify(path):
         raise UserError(
             f"{path}, the best checkpoint, cannot be loaded: {problem}. The last one is complete"
         )
-    _fill(path / model_file, {prefix + n: v for n, v in state.trainable.views.items()})
+    _fill_trained(path / model_file, state, prefix, halves)
 
 
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
@@ -267,11 +273,18 @@ def _optimizer_tensors(state: State) -> dict[str, Any]:
     return out
 
 
-def _fill(file: Path, targets: dict[str, Any]) -> None:
+def _fill_trained(file: Path, state: State, prefix: str, halves: Collection[str]) -> None:
+    targets = {prefix + name: view for name, view in state.trainable.views.items()}
+    _fill(file, targets, {prefix + name for name in halves})
+
+
+def _fill(file: Path, targets: dict[str, Any], halves: Collection[str] = ()) -> None:
     missing = set(targets)
     for name, tensor in iter_tensors(file):
         if name not in targets:
             continue
+        if name in halves:
+            tensor = trained_half(name, tensor)
         if targets[name].shape != tensor.shape:
             raise UserError(
                 f"{file}: {name} is {tuple(tensor.shape)}, this run's is "

@@ -366,13 +366,18 @@ class LoraConfig:
     target_modules: tuple[str, ...] = LINEAR_NAMES  # suffixes, "all-linear", or one "re:PATTERN"
     modules_to_save: tuple[str, ...] = ()  # of embed_tokens, lm_head: trained copies
     use_dora: bool = False
-    init_lora_weights: str = "default"  # or "gaussian"
+    init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora
     rank_pattern: tuple[tuple[str, int], ...] = ()  # name or regular expression -> rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () means all
     exclude_modules: tuple[str, ...] = ()  # names and suffixes, or one "re:PATTERN"
     trainable_token_indices: tuple[int, ...] = ()  # rows of the embedding, trained in full
     lora_embeddings: bool = False  # an adapter on embed_tokens
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether A and B start as a part of the weight, which the frozen one then lacks."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def scaling(self) -> float:
@@ -453,7 +458,10 @@ class TrainConfig:
     trainable_token_indices: tuple[str, ...] = ()
     """Ids of single tokens whose rows of the embedding (and of a tied head) are trained in full."""
     init_lora_weights: str = "default"
-    """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r). B is zero."""
+    """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r), with B zero. Of
+    both: pissa (the largest singular values of the weight; slow on large models), pissa_niter_4
+    (the same, nearly, and fast) or olora (a QR decomposition). These train beside what is left of
+    the weight; the file written is a plain adapter of twice the rank."""
     full_finetuning: bool = False
     """Train every weight instead of an adapter."""
 
@@ -648,18 +656,17 @@ class TrainConfig:
             which = "auto" if self.resume_from_checkpoint.lower() == "true" else ""
             object.__setattr__(self, "resume_from_checkpoint", which)
         object.__setattr__(self, "optim", _SAME_OPTIMIZER.get(self.optim, self.optim))
-        start = self.init_lora_weights.lower()
-        if start.startswith(("pissa", "olora", "corda", "eva", "loftq", "lora_ga")):
+        start = self.init_lora_weights
+        if not re.fullmatch(r"default|gaussian|olora|pissa(_niter_\d{1,3})?", start):
             raise UserError(
-                f"--init-lora-weights is {start!r}, which trains beside a changed base; not "
-                "implemented: take default or gaussian"
+                f"--init-lora-weights is {start!r}; expected one of default, gaussian, pissa, "
+                "pissa_niter_N (such as pissa_niter_4), olora"
             )
         choices = {
             "dtype": ("auto", "bfloat16", "float16", "float32"),
             "packing_strategy": ("bfd", "bfd_split", "wrapped"),
             "optim": OPTIMIZERS,
             "loss_type": ("nll", "dft"),
-            "init_lora_weights": ("default", "gaussian"),
             "dataset_format": DATASET_FORMATS,
             "overlong": (None, "truncate", "drop", "split", "error"),
             "lr_scheduler_type": tuple(SCHEDULES),
@@ -888,6 +895,12 @@ class TrainConfig:
         """What an adapter says of its base: the hub id, or the directory as an absolute path."""
         path = Path(self.model).expanduser()
         return str(path.resolve()) if path.is_dir() else self.model
+
+    @property
+    def serves_in_4bit(self) -> bool:
+        """Whether the adapter belongs on a base in 4 bits: that it was trained through, unless this
+        one is quantised without the part that the adapter started as."""
+        return self.load_in_4bit and not (self.lora and self.lora.splits_weights)
 
     @property
     def eval_batch_size(self) -> int:

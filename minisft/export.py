@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from minisft.checkpoint import write_json, writing
 from minisft.config import LoraConfig, ModelConfig, load_json
 from minisft.lora import Flat
 from minisft.modelfile import modelfile
+from minisft.residual import plain_lora, plain_tensors
 from minisft.safetensors_io import save_file
 from minisft.tokenizer import Tokenizer, export_tokenizer_files
 
@@ -34,12 +35,16 @@ def write_trained(
     base: str,
     revision: str | None,
     load_in_4bit: bool,
+    start: Mapping[str, Tensor],
     card: str | None = None,
 ) -> None:
-    """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors."""
+    """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors.
+
+    start: as `minisft.residual.plain_tensors` takes it.
+    """
     if lora:
         save_adapter(
-            directory, trainable.views, lora, cfg, base,
+            directory, plain_tensors(trainable.views, start), plain_lora(lora), cfg, base,
             revision=revision, card=card, load_in_4bit=load_in_4bit,
         )  # fmt: skip
         return
@@ -56,14 +61,15 @@ def export_adapter(
     base: str,
     revision: str | None,
     load_in_4bit: bool,
+    start: Mapping[str, Tensor],
     facts: dict[str, Any],
 ) -> None:
     """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
     _write_files(directory, export_tokenizer_files(tokenizer))
     source = f"FROM {Path(base).as_posix()}\nADAPTER ."
     _write_files(directory, {"Modelfile": modelfile(source, tokenizer, cfg).encode()})
-    card = model_card({"base_model": base, **facts})
-    write_trained(directory, trainable, lora, cfg, base, revision, load_in_4bit, card)
+    card = model_card({"base_model": base, **facts}, load_in_4bit)
+    write_trained(directory, trainable, lora, cfg, base, revision, load_in_4bit, start, card)
 
 
 def export_model(

@@ -18,6 +18,7 @@ from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute
 from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight, dequantize
 from minisft.optim import check_optimizer, init_moments
+from minisft.residual import split
 from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import check_patterns, scaling_ratios, split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
@@ -43,6 +44,7 @@ class Model:
     compute: Compute
     device: torch.device
     lora: LoraConfig | None
+    start: dict[str, Tensor]  # A0 and B0 (`minisft.residual`) by the names of A and B, on CPU
     load_seconds: float = 0.0
     load_peak_gib: float = 0.0  # on the device, or of the process on CPU
 
@@ -51,13 +53,14 @@ class Model:
         return self.compute.model
 
 
-def load_model(config: TrainConfig) -> tuple[Model, State]:
+def load_model(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[Model, State]:
     """Weights to the device one tensor at a time; the trained ones as views of a flat buffer.
 
     With config.load_in_4bit each linear is quantised as it comes. A trained copy of a weight that
-    is stored in 4 bits starts from its decoded values. With config.dry_run everything is checked
-    and nothing loaded: all tensors lie on torch's meta device, which keeps sizes alone.
-    UserError for full fine-tuning of a 4-bit checkpoint, and as `check_patterns`,
+    is stored in 4 bits starts from its decoded values. start: Model.start of the run that is
+    resumed; without it, what PiSSA and OLoRA start from is computed. With config.dry_run everything
+    is checked and nothing loaded: all tensors lie on torch's meta device, which keeps sizes alone.
+    UserError for a 4-bit checkpoint whose weights are to change, and as `check_patterns`,
     `check_optimizer` and the readers have it.
     """
     started = time.perf_counter()
@@ -73,13 +76,25 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, torch.device("meta") if config.dry_run else device)
     four_bit = four_bit_names(checkpoint, config.load_in_4bit)
+    first = {n: t for n, t in start.items() if n in shapes and tuple(t.shape) == shapes[n]}
     if config.dry_run:
         weights = outline(checkpoint, dtype, four_bit)
         frozen = {name: weight for name, weight in weights if name not in shapes}
     else:
-        frozen = _load_(flat, checkpoint, device, dtype, four_bit)
         init_lora_(flat, config.seed, config.init_lora_weights)
-        init_magnitudes_(flat, frozen)
+        frozen = {}
+        for name, weight in stream_weights(checkpoint):
+            if name in flat.views:
+                flat.views[name].copy_(
+                    dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
+                )
+                continue
+            path = name.removesuffix(".weight")
+            if lora and lora.splits_weights and f"{path}.lora_A.weight" in flat.views:
+                weight = take_part_(path, weight, lora, flat, first, config.seed)
+            frozen[name] = place(name, weight, device, dtype, name in four_bit)
+        if lora and lora.use_dora:
+            init_magnitudes_(flat, frozen, lora)
         if lora and lora.trainable_token_indices:
             ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
             assert isinstance(embedding, Tensor)
@@ -105,26 +120,32 @@ def load_model(config: TrainConfig) -> tuple[Model, State]:
         torch.cuda.synchronize(device)
     peak = peak_memory_gib(device)
     seconds = time.perf_counter() - started
-    return Model(directory, frozen, tokenizer, compute, device, lora, seconds, peak), state
+    return Model(directory, frozen, tokenizer, compute, device, lora, first, seconds, peak), state
 
 
-def _load_(
-    flat: Flat,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    four_bit: set[str],
-) -> dict[str, Tensor | NF4Weight]:
-    """Trained weights into their views; the frozen ones, as they are kept, by name."""
-    frozen: dict[str, Tensor | NF4Weight] = {}
-    for name, weight in stream_weights(checkpoint):
-        if name in flat.views:
-            flat.views[name].copy_(
-                dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
-            )
-        else:
-            frozen[name] = place(name, weight, device, dtype, name in four_bit)
-    return frozen
+def take_part_(
+    path: str,
+    weight: Tensor | NF4Weight,
+    lora: LoraConfig,
+    trainable: Flat,
+    start: dict[str, Tensor],
+    seed: int,
+) -> Tensor:
+    """Start A and B of a linear as a part of its weight; the rest of it, float32 on their device.
+
+    A part that `start` does not hold is computed and put there.
+    """
+    A_name, B_name = (f"{path}.lora_{x}.weight" for x in "AB")
+    A_RI, B_OR = trainable.views[A_name], trainable.views[B_name]
+    if isinstance(weight, NF4Weight):
+        weight = dequantize(weight, torch.float32)
+    W_OI = weight.to(A_RI.device, torch.float32)
+    if not {A_name, B_name} <= start.keys():
+        A0_RI, B0_OR = split(path, W_OI, lora, seed)
+        start |= {A_name: A0_RI.cpu().contiguous(), B_name: B0_OR.cpu().contiguous()}
+    A_RI.copy_(start[A_name])
+    B_OR.copy_(start[B_name])
+    return W_OI - lora.scaling_of(path) * (B_OR @ A_RI)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -147,12 +168,18 @@ def memory_gib(device: torch.device) -> float:
 
 
 def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
-    """The checked headers of a run's base; UserError too for full fine-tuning of a 4-bit one."""
+    """The checked headers of a run's base; UserError for a 4-bit one that is to change."""
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     if config.full_finetuning and checkpoint.four_bit:
         raise UserError(
             f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
             "the unquantised base, or drop --full-finetuning to train an adapter"
+        )
+    if config.lora and config.lora.splits_weights and config.load_in_4bit and checkpoint.four_bit:
+        raise UserError(
+            f"{directory} is quantised to 4 bits, and --init-lora-weights "
+            f"{config.init_lora_weights} would quantise what is left of it a second time: use the "
+            "unquantised base, or --no-load-in-4bit, which decodes this one"
         )
     return checkpoint
 
@@ -162,15 +189,18 @@ def token_ids(lora: LoraConfig, device: torch.device) -> Tensor:
     return torch.tensor(lora.trainable_token_indices, dtype=torch.int64, device=device)
 
 
-def init_magnitudes_(trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight]) -> None:
-    """DoRA's magnitudes start as the lengths of the rows of the frozen weights."""
+def init_magnitudes_(
+    trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight], lora: LoraConfig
+) -> None:
+    """DoRA's magnitudes start as the lengths of the rows of the frozen weights and their update."""
     for name, view in trainable.views.items():
         path, found, _ = name.partition(".lora_magnitude_vector")
         if found:
             weight = frozen[f"{path}.weight"]
             if isinstance(weight, NF4Weight):
                 weight = dequantize(weight, torch.float32)
-            view.copy_(weight.float().norm(dim=1))
+            A_RI, B_OR = (trainable.views[f"{path}.lora_{x}.weight"] for x in "AB")
+            view.copy_((weight.float() + lora.scaling_of(path) * (B_OR @ A_RI)).norm(dim=1))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -39,7 +39,7 @@ from minisft.checkpoint import (
     set_aside_newer,
     write_json,
 )
-from minisft.config import TrainConfig, UserError, existing, flag, load_json
+from minisft.config import LoraConfig, TrainConfig, UserError, existing, flag, load_json
 from minisft.dry_run import estimated_rows, is_sample, load_sample
 from minisft.evaluate import (
     check_evaluation,
@@ -57,6 +57,7 @@ from minisft.export import (
 )
 from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
+from minisft.lora import Flat
 from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
 from minisft.merge import merge
 from minisft.model import Model, load_model, memory_gib, peak_memory_gib, resolve_device
@@ -76,6 +77,7 @@ from minisft.planning import Choice, choose
 from minisft.preempt import Preempted, stop_signals
 from minisft.preview import describe_data, show_preview
 from minisft.report import Reporter, reporting, say
+from minisft.residual import is_pair, plain_lora, read_start
 from minisft.serving import commands, vllm_problems
 from minisft.sources import load_eval, load_train, num_shared
 from minisft.step import State
@@ -137,7 +139,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     ):
         if (done := finished(out, config)) is not None:
             return done
-        model, state = load_model(config)
+        model, state = load_model(config, kept_start(out, config))
         collator = None if batch_fn is None else Collator(batch_fn, model.cfg.vocab_size)
         data = collated(load_data(config, model, out), config, collator)
         stop.raise_if_asked()
@@ -147,7 +149,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         evaluated = resume_(state, out, config, model, facts, total_steps)
         check_evaluation(config, data.eval, state, out)
-        check_space(out, state.trainable.buffer.numel())
+        check_space(out, state.trainable, model.lora)
         describe(config, model, data, state, batches, total_steps)
         say(f"pass    {choice.said}")
         if config.dry_run:
@@ -228,9 +230,13 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def check_space(out: Path, trained: int) -> None:
+def check_space(out: Path, trained: Flat, lora: LoraConfig | None) -> None:
     """UserError if the disk has no room for one checkpoint and the result."""
-    need = trained * 4 * 4  # float32: the tensors, two moments, and the tensors once more
+    need = (
+        trained.buffer.numel() * 4 * 4
+    )  # float32: the tensors, two moments, and the tensors once more
+    if lora and lora.splits_weights:  # and twice what the adapter's pairs started from
+        need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
     free = shutil.disk_usage(existing(out)).free
     if free < need:
         raise UserError(
@@ -404,6 +410,23 @@ def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> 
     )  # fmt: skip
 
 
+def kept_start(out: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """What the adapter of the run that is resumed started from, if it is a part of the base.
+
+    Kept, not computed again: another machine's decomposition differs in its last bits.
+    """
+    if not (config.lora and config.lora.splits_weights):
+        return {}
+    file, prefix = trained_file(config.lora)
+    which = config.resume_from_checkpoint
+    path = find_checkpoint(out, which, lambda line: None) if which else None
+    if path and (path / file).exists():
+        return read_start(path / file, prefix)
+    if config.init_lora_weights == "pissa":
+        say("start   by all singular values of every adapted weight; pissa_niter_4 is far quicker")
+    return {}
+
+
 def resume_(
     state: State,
     out: Path,
@@ -433,7 +456,7 @@ def resume_(
             f"{path} was made with other settings: {'; '.join(problems)}. "
             "Use the same, or a new --output-dir"
         )
-    load_checkpoint_(path, state, file, prefix)
+    load_checkpoint_(path, state, file, prefix, model.start)
     if state.step > total_steps:
         raise UserError(
             f"{path} is beyond the end of this run, which has {total_steps} steps; raise "
@@ -537,8 +560,9 @@ def describe(
     show_preview(data.train, model.tokenizer, config.preview, config.preview_json, say)
     if model.lora:
         described = adapter_config_dict(
-            model.lora, cfg, config.base_name, tied=cfg.tie_word_embeddings, revision=None
-        )
+            plain_lora(model.lora), cfg, config.base_name, tied=cfg.tie_word_embeddings,
+            revision=None,
+        )  # fmt: skip
         for problem in vllm_problems(described):
             say(f"warning: vLLM will not take this adapter as it is ({problem}); merge it first")
     schedule = batches.schedule
@@ -591,7 +615,7 @@ def save(
     def write_model(directory: Path) -> None:
         write_trained(
             directory, state.trainable, model.lora, model.cfg, config.base_name, config.revision,
-            config.load_in_4bit,
+            config.serves_in_4bit, model.start,
         )  # fmt: skip
 
     then = {"config": plain_config(config), "evaluated": report.has_evaluation(state.step)}
@@ -622,7 +646,8 @@ def take_best_(
             f"in a row were no better than step {state.best_step}'s {name} {value:.4f}"
         )
     if config.load_best_model_at_end and state.best_step not in (0, state.step):
-        load_trained_(out / f"checkpoint-{state.best_step}", state, *trained_file(model.lora))
+        best = out / f"checkpoint-{state.best_step}"
+        load_trained_(best, state, *trained_file(model.lora), model.start)
         report.say(f"best: step {state.best_step}, {name} {value:.4f}; its weights are the result")
 
 
@@ -684,7 +709,8 @@ def export(
         model.tokenizer,
         config.base_name,
         config.revision,
-        config.load_in_4bit,
+        config.serves_in_4bit,
+        model.start,
         facts,
     )
 
@@ -732,6 +758,12 @@ def finish(
         f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
     )
     say(f"done: {state.step} steps, mean loss {loss:.4f}; saved to {out}")
+    if config.lora and config.lora.splits_weights:
+        where = " in 4 bits; load it on the base in 16 bits, which is nearest"
+        say(
+            f"the adapter holds the change from the base, in {2 * config.lora_r} ranks; it was "
+            f"trained beside a rest of the base{where if config.load_in_4bit else ''}"
+        )
     adapter = None if config.full_finetuning else read_adapter_config(out)
     dtype = str(model.compute.dtype).removeprefix("torch.")
     stored_so = "quantization_config" in load_json(model.directory / "config.json")

@@ -177,6 +177,11 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
     for path in match_targets(lora, cfg):
         out_features, in_features = linears[path]
         r = lora.rank_of(path)
+        if lora.splits_weights and r > min(out_features, in_features):
+            raise UserError(
+                f"{path} has rank {r}, but init_lora_weights {lora.init_lora_weights} takes its "
+                f"start from a weight of [{out_features}, {in_features}]; lower the rank"
+            )
         shapes[f"{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
         if lora.use_dora:
@@ -200,6 +205,7 @@ def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
         or (bool(saved) and cfg.tie_word_embeddings),
         "trainable_token_indices": bool(lora.trainable_token_indices),
         "use_dora": lora.use_dora,
+        f"init_lora_weights {lora.init_lora_weights}": lora.splits_weights,
         "a target_modules pattern": lora.target_modules[:1] != ()
         and lora.target_modules[0].startswith(PATTERN_PREFIX),
     }

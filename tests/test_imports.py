@@ -19,7 +19,10 @@ FLOORS = [
         *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "tokens"),
         *("cli", "demo", "preempt"),
     ],
-    ["tokenizer", "reading", "packing", "parts", "quant_state", "attention", "policy"],
+    [
+        *("tokenizer", "reading", "packing", "parts", "quant_state", "attention", "policy"),
+        "residual",
+    ],
     ["masks"],
     ["weights", "lora", "adapter", "llama", "data", "block"],
     ["batches", "optim", "schedules", "generate", "sources", "preview", "offload"],

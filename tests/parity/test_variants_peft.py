@@ -327,7 +327,7 @@ def test_gaussian_draws_have_the_deviation_that_peft_s_have(place, tied):
         ({"layers_to_transform": "one"}, "expected numbers of layers"),
         ({"trainable_token_indices": "3 x"}, "expected token ids, from 0"),
         ({"trainable_token_indices": [3, 3]}, "expected each once"),
-        ({"init_lora_weights": "pissa_niter_4"}, "which trains beside a changed base; not impl"),
+        ({"init_lora_weights": "pissa_niter_x"}, "expected one of default, gaussian, pissa"),
         ({"init_lora_weights": "zeros"}, "expected one of default, gaussian"),
         ({"use_dora": True, "full_finetuning": True}, "--use-dora has no effect with --full"),
     ],
