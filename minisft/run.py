@@ -762,12 +762,12 @@ def finish(
         where = " in 4 bits; load it on the base in 16 bits, which is nearest"
         say(
             f"the adapter holds the change from the base, in {2 * config.lora_r} ranks; it was "
-            f"trained beside a rest of the base{where if config.load_in_4bit else ''}"
+            f"trained beside the rest of each weight{where if config.load_in_4bit else ''}"
         )
     adapter = None if config.full_finetuning else read_adapter_config(out)
     dtype = str(model.compute.dtype).removeprefix("torch.")
     stored_so = "quantization_config" in load_json(model.directory / "config.json")
-    quantized = config.load_in_4bit and not stored_so
+    quantized = config.serves_in_4bit and not stored_so
     for line in commands(out, config.base_name, adapter, dtype if quantized else None):
         say(line)
     return TrainOutput(state.step, loss, metrics)

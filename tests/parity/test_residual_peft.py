@@ -195,6 +195,7 @@ def test_in_4_bits_it_is_the_rest_that_is_quantised(place, tmp_path, kind):
     settings = {"model": place / "model", "dataset": place / "rows.jsonl", "max_steps": 2}
     done = train(**settings, **COMMON, init_lora_weights=kind, output_dir=tmp_path / "out")
     assert "load it on the base in 16 bits" in done.out
+    assert "BitsAndBytes" not in done.out
     assert "quantization_config" not in (tmp_path / "out" / "README.md").read_text()
     answer = call("generate", flags(adapter=tmp_path / "out", prompt="a", max_new_tokens=3))
     plain = call(
