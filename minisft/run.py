@@ -232,10 +232,9 @@ def deterministic(on: bool) -> Iterator[None]:
 
 def check_space(out: Path, trained: Flat, lora: LoraConfig | None) -> None:
     """UserError if the disk has no room for one checkpoint and the result."""
-    need = (
-        trained.buffer.numel() * 4 * 4
-    )  # float32: the tensors, two moments, and the tensors once more
-    if lora and lora.splits_weights:  # and twice what the adapter's pairs started from
+    # float32: the tensors, two moments, and the tensors once more
+    need = 4 * 4 * trained.buffer.numel()
+    if lora and lora.splits_weights:  # and, twice, what A and B started from
         need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
     free = shutil.disk_usage(existing(out)).free
     if free < need:

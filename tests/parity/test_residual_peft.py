@@ -169,6 +169,7 @@ def test_resuming_takes_the_start_from_the_checkpoint(place, tmp_path, monkeypat
     for name in ("checkpoint-1", "checkpoint-2"):
         shutil.copytree(tmp_path / "whole" / name, tmp_path / "out" / name)
     resumed = settings | {"output_dir": tmp_path / "out", "resume_from_checkpoint": "auto"}
+    assert call("train", flags(**resumed, dry_run=True)).code == 0
     refused = call("train", flags(**resumed | {"lora_r": 2}))
     assert refused.code == 2 and "--lora-r was 4, now 2" in refused.err
     monkeypatch.setattr("minisft.model.split", None)
