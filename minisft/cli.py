@@ -180,7 +180,7 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
         )
     values = {}
     for key, value in raw.items():
-        name, text = translate(str(key), None if value is None else str(value), fields)
+        name, text = translate(str(key), str(value), fields)
         if not name:  # a switch that is off
             continue
         value = text if text is not None and text != str(value) else value

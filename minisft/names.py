@@ -23,6 +23,7 @@ ALIASES = {
     "model_name": "model",
     "model_name_or_path": "model",
     "r": "lora_r",
+    "random_state": "seed",
     "train_dataset": "dataset",
     "warmup_ratio": "warmup_steps",
 }
@@ -33,23 +34,30 @@ SWITCHES = {
     "fp16": ("dtype", "float16"),
     "use_cpu": ("device", "cpu"),
 }
-_LATER = "not implemented yet"
+_FIRST = "no such start is implemented: see --init-lora-weights for those that are"
+_VARIANT = "no such variant is implemented: plain LoRA, --use-rslora and --use-dora are"
+_SERVING = "it configures an inference engine, which training does not start"
 _ONE_GPU = "training runs on one device; multi-GPU training is not implemented yet"
 _HUB = "nothing is uploaded; use the `hf upload` command on the output directory"
 _KERNELS = "the kernels here are used instead"
 _MEANS = "no logits are kept: means over tokens are reported"
 _ALWAYS_TOKENS = "the loss is always the mean over the tokens of the whole step"
-# What Trainer's arguments configure and this loop does not have, and why; a name that ends in *
-# stands for all that begin so.
+# What the arguments of Trainer, PEFT and Unsloth configure and this loop does not have, and why; a
+# name that ends in * stands for all that begin so.
 REFUSED = {
     "accelerator_config": "accelerate is not used",
     "activation_checkpointing_kwargs": "--gradient-checkpointing alone decides",
-    "activation_offloading": _LATER,
+    "activation_offloading": "use --gradient-checkpointing offload",
+    "alora_invocation_tokens": _VARIANT,
+    "arrow_config": _VARIANT,
     "auto_find_batch_size": "micro-batches are cut by tokens; lower --per-device-train-batch-size",
+    "auto_mapping": "the adapter names its base's class by task_type alone",
     "average_tokens_across_devices": _ALWAYS_TOKENS,
+    "base_model_name_or_path": "the adapter names what --model gives",
     "batch_eval_metrics": _MEANS,
     "bf16_full_eval": "evaluation computes in --dtype, as training does",
     "bias": "biases of the base stay frozen, as with PEFT's default",
+    "corda_config": _FIRST,
     "data_collator": "from Python: minisft.train(config, batch_fn=collator)",
     "data_seed": "--seed decides the order of the rows",
     "dataloader_drop_last": "the last, shorter step of an epoch is trained, as Trainer does",
@@ -58,29 +66,41 @@ REFUSED = {
     "ddp_*": _ONE_GPU,
     "debug": "use --deterministic, or a debugger",
     "deepspeed": _ONE_GPU,
+    "device_map": "give the one device by --device",
+    "disable_log_stats": _SERVING,
     "disable_tqdm": "the progress bar appears on a terminal only",
     "do_eval": "give --eval-dataset to evaluate",
     "do_predict": "use scripts/generate.py",
     "do_train": "scripts/train.py always trains",
     "enable_jit_checkpoint": "a checkpoint is always written on SIGTERM",
+    "ensure_weight_tying": "a tied base stays tied: embedding and head are one trained copy",
     "eos_token": "the tokenizer's own is used; edit tokenizer_config.json to change it",
+    "eva_config": _FIRST,
     "eval_accumulation_steps": "no logits are kept, so nothing accumulates",
     "eval_delay": "give --eval-steps",
     "eval_do_concat_batches": _MEANS,
     "eval_on_start": "evaluation before the first step is always made",
     "eval_packing": "evaluation rows are laid side by side without packing; the loss is the same",
     "eval_use_gather_object": _MEANS,
+    "fan_in_fan_out": "the linears here are stored as [out, in]",
+    "fast_inference": _SERVING,
+    "fix_tokenizer": "the tokenizer is taken as it is",
+    "float8_kv_cache": _SERVING,
     "fp16_full_eval": "evaluation computes in --dtype, as training does",
     "fsdp*": _ONE_GPU,
+    "gpu_memory_utilization": "use --max-memory-gib",
     "gradient_checkpointing_kwargs": "--gradient-checkpointing alone decides",
     "group_by_length": "rows are laid side by side without padding; their order is Trainer's",
     "hub_*": _HUB,
     "ignore_data_skip": "resuming needs no skipping: rows are a function of the step",
     "include_for_metrics": _MEANS,
     "include_num_input_tokens_seen": "num_tokens is always counted",
+    "inference_mode": "training trains; scripts/generate.py answers",
+    "kasa_config": _VARIANT,
     "label_names": "labels are made from the rows",
     "length_column_name": "lengths are counted",
     "liger_kernel_config": _KERNELS,
+    "load_in_16bit": "use --no-load-in-4bit",
     "load_in_8bit": "the base is kept in 4 bits (--load-in-4bit) or in full",
     "local_rank": _ONE_GPU,
     "log_level*": "lines are printed as they come; metrics.jsonl has the numbers",
@@ -88,11 +108,17 @@ REFUSED = {
     "logging_first_step": "use --logging-steps 1",
     "logging_nan_inf_filter": "a loss that is not finite ends the run and is never averaged away",
     "logging_strategy": "use --logging-steps",
-    "layer_replication": _LATER,
+    "layer_replication": "no layer is used twice: write the longer model out first",
     "layers_pattern": "the models here have one list of layers",
-    "loftq_config": _LATER,
-    "lora_bias": _LATER,
+    "loftq_config": "of such starts there is --init-lora-weights pissa_niter_4, which too leaves "
+    "less to quantise",
+    "lora_bias": "B has no bias, as with PEFT's default",
+    "lora_ga_config": _FIRST,
+    "max_lora_rank": _SERVING,
+    "megatron_*": _ONE_GPU,
     "model_init_kwargs": "give --dtype, --revision and --load-in-4bit by their own flags",
+    "monteclora_config": _VARIANT,
+    "offload_embedding": "the embedding stays on the device; see --max-memory-gib",
     "optim_args": "use --adam-beta1, --adam-beta2, --adam-epsilon and --weight-decay",
     "optim_target_modules": "it belongs to optimizers that are not implemented",
     "pad_to_multiple_of": "rows are laid side by side without padding",
@@ -100,26 +126,52 @@ REFUSED = {
     "padding_free": "rows are always laid side by side without padding",
     "parallelism_config": _ONE_GPU,
     "peft_config": "give its fields by their flags: --lora-r, --lora-alpha, --target-modules, ...",
+    "peft_type": "an adapter is LORA, or none with --full-finetuning",
+    "peft_version": "it is a mark in the files that are written",
     "prediction_loss_only": _MEANS,
     "project": "set WANDB_PROJECT or TRACKIO_PROJECT",
     "push_to_hub": _HUB,
+    "qalora_group_size": _VARIANT,
+    "qat_scheme": "the base is quantised and frozen; nothing trains through rounding",
     "remove_unused_columns": "columns that are not used are never read",
+    "resize_model_vocab": "the embedding keeps its rows: write the larger model out first",
     "restore_callback_states_from_checkpoint": "everything that resuming needs is restored",
+    "rope_scaling": "config.json of the model says it: edit rope_parameters there",
     "router_aux_loss_coef": "the models here have no router",
+    "runtime_config": "nothing of an adapter is moved while it runs",
     "save_on_each_node": _ONE_GPU,
     "save_only_model": "every checkpoint can be resumed from",
     "shuffle_dataset": "the rows of every epoch are shuffled, in Trainer's order",
     "skip_memory_metrics": "peak memory is always reported",
+    "target_parameters": "the models here have linears alone: use --target-modules",
+    "task_type": "the models here are CAUSAL_LM",
     "tf32": "set torch.backends.cuda.matmul.allow_tf32 from Python",
+    "token": "the hub's own is used: `hf auth login`, or HF_TOKEN",
     "torch_compile*": _KERNELS,
     "torch_empty_cache_steps": "nothing is left in the cache that another step would not use",
     "trackio_*": "Trackio writes locally; share a project with its own command",
     "train_sampling_strategy": "the order of the rows is Trainer's random one",
     "truncation_mode": "rows keep their start",
     "trust_remote_code": "no code of a model is ever run",
+    "use_bdlora": _VARIANT,
     "use_cache": "training keeps no key/value cache, generation always does",
+    "use_exact_model_name": "--model is always taken as it is given",
     "use_gradient_checkpointing": "use --gradient-checkpointing",
     "use_liger_kernel": _KERNELS,
+    "use_qalora": _VARIANT,
+    "velora_config": _VARIANT,
+}
+# Off or none, any of them asks for what is done anyway, but for these; and so do these values.
+_OFF_IS_ANOTHER = (
+    *("do_eval", "do_train", "ensure_weight_tying", "eval_on_start", "logging_strategy"),
+    "use_gradient_checkpointing",
+)
+_DONE_ANYWAY = {
+    "logging_strategy": "steps",
+    "peft_type": "lora",
+    "task_type": "causal_lm",
+    "train_sampling_strategy": "random",
+    "truncation_mode": "keep_start",
 }
 
 
@@ -137,7 +189,7 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
 
     value: its text, None where none was given. known: the settings that there are. A name that is
     one of them, or that nothing here knows, comes back as it is. Raises UserError with the reason
-    for a name that is refused.
+    for a name that is refused, unless the value asks for what is done anyway ("", None).
     """
     plain = name.replace("-", "_")
     if plain in known:
@@ -151,7 +203,12 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
         if text not in _ON + _OFF:
             raise UserError(f"{flag(plain)} is {value!r}; expected true or false")
         return ("", None) if off or text in _OFF else switch
-    if "lora_r" in known and (why := refusal(plain)):
+    key = plain if refusal(plain) else plain.removeprefix("no_")
+    if "lora_r" in known and (why := refusal(key)):
+        text = (value or "on").lower() if key == plain else "no"
+        off = text in ("false", "no", "off", "none") and key not in _OFF_IS_ANOTHER
+        if off or text == _DONE_ANYWAY.get(key):
+            return "", None
         raise UserError(f"{flag(plain)} is not a setting here: {why}")
     return name, value
 
@@ -166,10 +223,16 @@ def translate_flags(argv: list[str], known: Mapping[str, object]) -> list[str]:
             out.append(word)
             continue
         name, equals, value = word.removeprefix("--").partition("=")
-        is_switch = name.replace("-", "_").removeprefix("no_") in SWITCHES
-        if is_switch and not equals and rest and rest[0].lower() in _ON[:-1] + _OFF:
+        plain = name.replace("-", "_")
+        refused = "lora_r" in known and bool(refusal(plain))
+        is_switch = plain.removeprefix("no_") in SWITCHES
+        following = "--" if equals or not rest else rest[0]
+        if (is_switch and following.lower() in _ON[:-1] + _OFF) or (
+            refused and not following.startswith("--")
+        ):
             value = rest.pop(0)
-        new, new_value = translate(name, value if equals or is_switch else None, known)
+        given_value = equals or is_switch or refused
+        new, new_value = translate(name, value if given_value else None, known)
         if new == name:
             out.append(word)
         elif new:

@@ -26,6 +26,18 @@ NAMED_BY_USERS = {
     *("eval_dataset", "data_collator"),
 }
 
+KNOWN = FIELDS | set(SWITCHES) | {a for a, ours in ALIASES.items() if ours in FIELDS}
+# FastLanguageModel.from_pretrained and get_peft_model.
+UNSLOTH = {
+    *("model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit"),
+    *("full_finetuning", "token", "device_map", "rope_scaling", "fix_tokenizer", "revision"),
+    *("trust_remote_code", "use_gradient_checkpointing", "resize_model_vocab", "random_state"),
+    *("use_exact_model_name", "fast_inference", "gpu_memory_utilization", "float8_kv_cache"),
+    *("max_lora_rank", "disable_log_stats", "qat_scheme", "offload_embedding", "r", "bias"),
+    *("target_modules", "lora_alpha", "lora_dropout", "layers_to_transform", "layers_pattern"),
+    *("use_rslora", "modules_to_save", "init_lora_weights", "loftq_config"),
+}
+
 
 def table():
     """Argument -> what the table gives for it."""
@@ -60,8 +72,26 @@ def test_every_argument_of_sft_config_is_taken_or_refused():
     trl = pytest.importorskip("trl")
     names = {f.name for f in dataclasses.fields(trl.SFTConfig)}
     names |= {"embedding_learning_rate", "data_collator", "peft_config", "max_seq_length"}
-    known = FIELDS | set(SWITCHES) | {a for a, ours in ALIASES.items() if ours in FIELDS}
-    assert {n for n in names if n not in known and not refusal(n)} == set()
+    assert {n for n in names if n not in KNOWN and not refusal(n)} == set()
+
+
+def test_every_argument_of_lora_config_and_unsloth_is_taken_or_refused():
+    peft = pytest.importorskip("peft")
+    names = {f.name for f in dataclasses.fields(peft.LoraConfig)} | UNSLOTH
+    assert {n for n in names if n not in KNOWN and not refusal(n)} == set()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--bias", "none", "--task_type", "CAUSAL_LM", "--lora_bias=False", "--r", "16"],
+        ["--remove_unused_columns", "False", "--push_to_hub", "false", "--seed", "3407"],
+        ["--no-push-to-hub", "--load_in_8bit", "False", "--use_cache=False"],
+        ["--truncation_mode", "keep_start", "--random_state", "3407"],
+    ],
+)
+def test_a_value_that_asks_for_what_is_done_anyway_is_taken(argv):
+    assert parse(*argv) == TrainConfig()
 
 
 def test_nothing_that_works_is_refused():
@@ -106,6 +136,9 @@ def test_a_name_of_the_peers_sets_ours(argv, name, value):
         (["--hub-token=1"], "--hub-token is not a setting here"),
         (["--bf16", "--fp16"], "--bf16 and --fp16 both give --dtype; drop one"),
         (["--data-collator", "x"], "from Python: minisft.train"),
+        (["--bias", "all"], "--bias is not a setting here: biases of the base stay frozen"),
+        (["--do_eval", "False"], "--do-eval is not a setting here"),
+        (["--no-do-train"], "--no-do-train is not a setting here: scripts/train.py always"),
         (["--bf16=maybe"], "--bf16 is 'maybe'; expected true or false"),
     ],
 )
@@ -121,6 +154,8 @@ def test_yaml_takes_the_same_names(tmp_path):
     config = parse("--config", str(file))
     assert (config.lora_r, config.max_length, config.dtype) == (8, 64, "bfloat16")
     assert config.warmup_steps == 0.25
+    file.write_text("r: 8\nbias: none\nhub_token: null\npush_to_hub: false\nbf16: null\n")
+    assert parse("--config", str(file)) == TrainConfig(lora_r=8)
     file.write_text("r: 8\nlora_r: 9\n")
     with pytest.raises(UserError, match="'lora_r' gives lora_r a second time"):
         parse("--config", str(file))
