@@ -367,9 +367,12 @@ def _parse_config(raw: dict[str, Any], source: str) -> LoraConfig:
         plain = (empty and key != "peft_type") or value in _PLAIN_VALUES.get(key, ())
         if not plain:
             wanted = " or ".join(repr(v) for v in _PLAIN_VALUES.get(key, (None,)))
+            remedy = f"Merge the adapter with the tool that wrote it, or train without {key}"
+            if key == "init_lora_weights":
+                remedy = "PEFT makes it plain: path_initial_model_for_weight_conversion on saving"
             raise UserError(
                 f"{source}: {key} is {_short(value)}; only plain LoRA is implemented (expected "
-                f"{wanted}). Merge the adapter with the tool that wrote it, or train without {key}"
+                f"{wanted}). {remedy}"
             )
     r, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout") or 0.0
     if type(r) is not int or r < 1:

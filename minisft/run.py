@@ -422,7 +422,7 @@ def kept_start(out: Path, config: TrainConfig) -> dict[str, Tensor]:
     if path and (path / file).exists():
         return read_start(path / file, prefix)
     if config.init_lora_weights == "pissa":
-        say("start   by all singular values of every adapted weight; pissa_niter_4 is far quicker")
+        say("start   all singular values of every adapted weight; pissa_niter_4 is far quicker")
     return {}
 
 
@@ -760,8 +760,8 @@ def finish(
     if config.lora and config.lora.splits_weights:
         where = " in 4 bits; load it on the base in 16 bits, which is nearest"
         say(
-            f"the adapter holds the change from the base, in {2 * config.lora_r} ranks; it was "
-            f"trained beside the rest of each weight{where if config.load_in_4bit else ''}"
+            "the adapter file holds the change from the base, at twice the rank; it was trained "
+            f"beside the rest of each weight{where if config.load_in_4bit else ''}"
         )
     adapter = None if config.full_finetuning else read_adapter_config(out)
     dtype = str(model.compute.dtype).removeprefix("torch.")

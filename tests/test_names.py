@@ -199,7 +199,7 @@ def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
     elsewhere |= {"eval_strategy", "warmup_ratio", "data_collator", "resume_from_checkpoint"}
     elsewhere |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"}
     elsewhere |= {"exclude_modules", "init_lora_weights", "trainable_token_indices"}
-    elsewhere |= {"loraplus_lr_ratio"}
+    elsewhere |= {"loraplus_lr_ratio", "random_state"}
     missing = set(table()) - set(settings) - elsewhere
     assert missing == set()
     argv = []
