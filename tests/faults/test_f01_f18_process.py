@@ -111,7 +111,7 @@ def test_f03_sigterm_in_every_phase_saves_and_exits_75(long_form):
 def test_f03_before_the_first_step_there_is_nothing_to_save(inputs, tmp_path, monkeypatch, name):
     from minisft import run
 
-    def load_model(config):
+    def load_model(config, start):
         os.kill(os.getpid(), getattr(signal, name))
         raise AssertionError("the signal was not raised")
 
