@@ -165,13 +165,11 @@ def test_the_printed_lines_tell_model_data_steps_and_losses(plain, inputs):
     assert call("generate", commands[0][2:]).code == 0
     exec(compile(commands[2][2], "printed", "exec"), space := {})  # the line for transformers
     assert space["model"].peft_config["default"].r == 4
-    assert commands[3][:5] == [
-        "vllm",
-        "serve",
-        str(inputs["model"]),
-        "--enable-lora",
-        ("--max-lora-rank"),
-    ] and commands[3][5:] == ["8", "--lora-modules", f"out={out}"]
+    assert space["model"].config.quantization_config.bnb_4bit_use_double_quant is True
+    assert commands[3] == [
+        *("vllm", "serve", str(inputs["model"]), "--quantization", "bitsandbytes"),
+        *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"out={out}"),
+    ]
     merged = out.parent / "m"
     assert call("merge", [*commands[4][2:-1], str(merged)]).code == 0
     assert commands[4][-1] == f"{out}-merged" and (merged / "Modelfile").exists()
