@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,9 +44,10 @@ class Model:
     compute: Compute
     device: torch.device
     lora: LoraConfig | None
-    start: dict[str, Tensor]  # A0 and B0 (`minisft.residual`) by the names of A and B, on CPU
     load_seconds: float = 0.0
     load_peak_gib: float = 0.0  # on the device, or of the process on CPU
+    # A0 and B0 (`minisft.residual`) by the names of A and B, on CPU.
+    start: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -120,7 +121,7 @@ def load_model(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[M
         torch.cuda.synchronize(device)
     peak = peak_memory_gib(device)
     seconds = time.perf_counter() - started
-    return Model(directory, frozen, tokenizer, compute, device, lora, first, seconds, peak), state
+    return Model(directory, frozen, tokenizer, compute, device, lora, seconds, peak, first), state
 
 
 def take_part_(
