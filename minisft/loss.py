@@ -28,7 +28,7 @@ def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Co
     if compute.loss_type == "nll" and not compute.label_smoothing:
         return linear_cross_entropy(h_MD, head_VD, batch.targets_M)
     total = h_MD.new_zeros((), dtype=torch.float32)
-    chunk = rows_of_logits(head_VD)
+    chunk = rows_of_logits(head_VD.shape[0])
     for h_CD, targets_C in zip(h_MD.split(chunk), batch.targets_M.split(chunk), strict=True):
         total = total + checkpoint(  # a chunk's logits are made again in the backward pass
             variant_sum, h_CD, head_VD, targets_C, compute.loss_type, compute.label_smoothing,
@@ -52,9 +52,9 @@ def variant_sum(
     return -((1 - smoothing) * log_p_C + smoothing * log_p_CV.mean(1)).sum()
 
 
-def rows_of_logits(head_VD: Tensor) -> int:
+def rows_of_logits(V: int) -> int:
     """How many rows of float32 logits are about 256 MiB."""
-    return max(64, min(4096, 2**26 // head_VD.shape[0]))
+    return max(64, min(4096, 2**26 // V))
 
 
 class Evaluation(NamedTuple):
@@ -76,7 +76,7 @@ def evaluation(
     """
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    chunk = rows_of_logits(head_VD)
+    chunk = rows_of_logits(head_VD.shape[0])
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from minisft.config import TrainConfig, UserError
+from minisft.llama import Compute
+from minisft.lora import Flat
+from minisft.loss import rows_of_logits
 from minisft.model import Model, load_model
 from minisft.planning import Choice
 from minisft.step import State
@@ -82,20 +85,39 @@ def estimate(model: Model, state: State, choice: Choice, tokens: int) -> Needs:
     """GiB by what they are for. tokens: of the largest micro-batch.
 
     The hand-written pass on a GPU: what its choice was made by. Autograd: a gradient as long as the
-    trained tensors, and the numbers that it keeps of a token, for every layer; with checkpointed
-    blocks one block's, and the inputs of the others.
+    trained tensors, what it keeps of each token, and two float32 blocks of logits.
     """
     needs = kept(model, state)
     if choice.peak_bytes:
         rest = choice.peak_bytes / 2**30 - sum(needs.values())
         return needs | {"gradient, buffers and activations": rest}
-    cfg = model.cfg
-    kv = cfg.num_key_value_heads * cfg.head_dim
-    block = 8 * cfg.hidden_size + 2 * kv + 4 * cfg.intermediate_size
-    layers = cfg.num_hidden_layers * block
-    if model.compute.checkpoint_blocks:
-        layers = block + cfg.num_hidden_layers * cfg.hidden_size
+    V = model.cfg.vocab_size
+    logits = 2 * 4 * min(tokens, rows_of_logits(V)) * V
+    activations = tokens * autograd_bytes(model.compute, state.trainable) + logits
     return needs | {
         "gradient": state.trainable.buffer.nbytes / 2**30,
-        f"activations of {tokens:,} tokens": model.compute.dtype.itemsize * tokens * layers / 2**30,
+        f"activations of {tokens:,} tokens": activations / 2**30,
     }
+
+
+def autograd_bytes(compute: Compute, trainable: Flat) -> float:
+    """What autograd keeps of a token in all layers.
+
+    Of a layer: the input of each norm in float32 and its result, and before the weight where that
+    is trained; q, k, v and the attended values; gate, silu(gate), up and their product. Of an
+    adapted linear x A^T, with dropout what is left of x, with DoRA the output before it is scaled.
+    With checkpointed blocks: that of one layer, and the inputs of all.
+    """
+    cfg = compute.model
+    D, F, L = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
+    heads = 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
+    numbers = L * (2 * D + heads + 4 * F)
+    for name, view in trainable.views.items():
+        if name.endswith(".lora_A.weight"):
+            r, in_features = view.shape
+            numbers += r + (in_features if compute.lora_dropout else 0)
+        elif name.endswith((".lora_magnitude_vector", "layernorm.weight")):
+            numbers += view.numel()
+    size = compute.dtype.itemsize
+    total = numbers * size + L * 2 * D * 4
+    return total / L + L * D * size if compute.checkpoint_blocks else total

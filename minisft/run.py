@@ -145,7 +145,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         stop.raise_if_asked()
         choice = choose_pass(config, model, state, data)
         batches, total_steps = plan_steps(config, data, model.device, collator, choice)
-        needs.update(estimate(model, state, choice, most_tokens(data, batches)))
+        needs.update(estimate(model, state, choice, most_tokens(data, batches, total_steps)))
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         evaluated = resume_(state, out, config, model, facts, total_steps)
         check_evaluation(config, data.eval, state, out)
@@ -370,12 +370,12 @@ def plan_steps(
     return batches, config.max_steps if config.max_steps > 0 else epochs
 
 
-def most_tokens(data: Data, batches: Batches) -> int:
+def most_tokens(data: Data, batches: Batches, steps: int) -> int:
     """Tokens of the largest micro-batch of the first steps, of the rows at hand."""
     schedule = dataclasses.replace(batches.schedule, num_rows=len(data.train), shares=())
     lengths = data.train.document_offsets[data.train.row_offsets].diff()
     most = 0
-    for step in range(min(schedule.steps_per_epoch, _STEPS_LOOKED_AT)):
+    for step in range(min(steps, schedule.steps_per_epoch, _STEPS_LOOKED_AT)):
         rows = [row for batch in schedule.rows(step) for row in batch]
         sizes = lengths[rows].tolist()
         for cut in cut_by_tokens(list(range(len(rows))), sizes, batches.max_tokens):

@@ -64,7 +64,7 @@ def test_the_cut_into_batches_changes_nothing(max_tokens):
 
 def test_chunks_of_rows_change_nothing(monkeypatch):
     whole = found(10**9)
-    monkeypatch.setattr(loss_module, "rows_of_logits", lambda head: 3)
+    monkeypatch.setattr(loss_module, "rows_of_logits", lambda V: 3)
     assert found(10**9) == pytest.approx(whole, abs=1e-6)
 
 

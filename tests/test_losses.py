@@ -38,7 +38,7 @@ def by_formula(kind, batch, views):
 @pytest.mark.parametrize("rows_at_a_time", [4096, 7])
 def test_loss_and_gradient_equal_the_formula(kind, rows_at_a_time, monkeypatch):
     """In one micro-batch and in several, a few rows of logits at a time."""
-    monkeypatch.setattr(loss_module, "rows_of_logits", lambda head: rows_at_a_time)
+    monkeypatch.setattr(loss_module, "rows_of_logits", lambda V: rows_at_a_time)
     settings = {"loss_type": "dft"} if kind == "dft" else {"label_smoothing": float(kind)}
     flat = random_adapter()
     leaves = {n: v.detach().clone().requires_grad_() for n, v in flat.views.items()}
@@ -75,7 +75,7 @@ def test_smoothing_does_not_touch_the_eval_loss():
 
 
 def test_logits_never_exist_as_a_whole(monkeypatch):
-    monkeypatch.setattr(loss_module, "rows_of_logits", lambda head: 5)
+    monkeypatch.setattr(loss_module, "rows_of_logits", lambda V: 5)
     seen = []
     original = loss_module.variant_sum
 
