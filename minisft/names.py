@@ -25,7 +25,13 @@ ALIASES = {
     "r": "lora_r",
     "random_state": "seed",
     "train_dataset": "dataset",
+    "use_gradient_checkpointing": "gradient_checkpointing",
     "warmup_ratio": "warmup_steps",
+}
+# Values of theirs, by the name here -> the value here.
+VALUES = {
+    "dtype": {"none": "auto"},
+    "gradient_checkpointing": {"true": "full", "false": "none", "unsloth": "full+offload"},
 }
 # Switches that choose one value of a setting here; off leaves the setting alone.
 SWITCHES = {
@@ -156,16 +162,14 @@ REFUSED = {
     "use_bdlora": _VARIANT,
     "use_cache": "training keeps no key/value cache, generation always does",
     "use_exact_model_name": "--model is always taken as it is given",
-    "use_gradient_checkpointing": "use --gradient-checkpointing",
     "use_liger_kernel": _KERNELS,
     "use_qalora": _VARIANT,
     "velora_config": _VARIANT,
 }
 # Off or none, any of them asks for what is done anyway, but for these; and so do these values.
 _OFF_IS_ANOTHER = (
-    *("do_eval", "do_train", "ensure_weight_tying", "eval_on_start", "logging_strategy"),
-    "use_gradient_checkpointing",
-)
+    "do_eval", "do_train", "ensure_weight_tying", "eval_on_start", "logging_strategy"
+)  # fmt: skip
 _DONE_ANYWAY = {
     "logging_strategy": "steps",
     "peft_type": "lora",
@@ -192,10 +196,11 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
     for a name that is refused, unless the value asks for what is done anyway ("", None).
     """
     plain = name.replace("-", "_")
-    if plain in known:
-        return name, value
-    if ALIASES.get(plain) in known:
-        return ALIASES[plain], value
+    ours = plain if plain in known else ALIASES.get(plain, "")
+    if ours in known:
+        return name if ours == plain else ours, VALUES.get(ours, {}).get(
+            (value or "").lower(), value
+        )
     off = plain.startswith("no_") and plain.removeprefix("no_") in SWITCHES
     switch = SWITCHES.get(plain.removeprefix("no_"))
     if switch and switch[0] in known:
@@ -226,14 +231,16 @@ def translate_flags(argv: list[str], known: Mapping[str, object]) -> list[str]:
         plain = name.replace("-", "_")
         refused = "lora_r" in known and bool(refusal(plain))
         is_switch = plain.removeprefix("no_") in SWITCHES
+        values = VALUES.get(ALIASES.get(plain, plain), {})
         following = "--" if equals or not rest else rest[0]
-        if (is_switch and following.lower() in _ON[:-1] + _OFF) or (
-            refused and not following.startswith("--")
-        ):
+        takes = values if values else _ON[:-1] + _OFF if is_switch else ()
+        if following.lower() in takes or (refused and not following.startswith("--")):
             value = rest.pop(0)
-        given_value = equals or is_switch or refused
-        new, new_value = translate(name, value if given_value else None, known)
-        if new == name:
+        elif "true" in values and not equals and following.startswith("--"):
+            value = "true"
+        text = value if value or equals or is_switch or refused else None
+        new, new_value = translate(name, text, known)
+        if new == name and new_value == text:
             out.append(word)
         elif new:
             if given.setdefault(new, word) != word:

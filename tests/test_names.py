@@ -112,6 +112,14 @@ def test_nothing_that_works_is_refused():
         (["--no-fp16"], "dtype", "auto"),
         (["--fp16", "False", "--bf16"], "dtype", "bfloat16"),
         (["--use-cpu"], "device", "cpu"),
+        (["--gradient_checkpointing"], "gradient_checkpointing", "full"),
+        (["--gradient_checkpointing", "True", "--r", "8"], "gradient_checkpointing", "full"),
+        (["--gradient_checkpointing=False"], "gradient_checkpointing", "none"),
+        (["--gradient-checkpointing", "gate_up"], "gradient_checkpointing", "gate_up"),
+        (["--use_gradient_checkpointing", "unsloth"], "gradient_checkpointing", "full+offload"),
+        (["--gradient_checkpointing", "--r", "8"], "lora_r", 8),
+        (["--dtype", "None"], "dtype", "auto"),
+        (["--dtype", "float32"], "dtype", "float32"),
         (["--optim", "adamw_torch_fused"], "optim", "adamw"),
         (["--optim", "adamw_bnb_8bit"], "optim", "adamw_8bit"),
         (["--report-to", "none"], "report_to", ()),
@@ -156,6 +164,8 @@ def test_yaml_takes_the_same_names(tmp_path):
     assert config.warmup_steps == 0.25
     file.write_text("r: 8\nbias: none\nhub_token: null\npush_to_hub: false\nbf16: null\n")
     assert parse("--config", str(file)) == TrainConfig(lora_r=8)
+    file.write_text("use_gradient_checkpointing: true\ndtype: null\n")
+    assert parse("--config", str(file)) == TrainConfig(gradient_checkpointing="full")
     file.write_text("r: 8\nlora_r: 9\n")
     with pytest.raises(UserError, match="'lora_r' gives lora_r a second time"):
         parse("--config", str(file))
@@ -199,7 +209,8 @@ def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
     elsewhere |= {"eval_strategy", "warmup_ratio", "data_collator", "resume_from_checkpoint"}
     elsewhere |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"}
     elsewhere |= {"exclude_modules", "init_lora_weights", "trainable_token_indices"}
-    elsewhere |= {"loraplus_lr_ratio", "random_state"}
+    elsewhere |= {"loraplus_lr_ratio", "random_state", "gradient_checkpointing"}
+    elsewhere |= {"use_gradient_checkpointing"}
     missing = set(table()) - set(settings) - elsewhere
     assert missing == set()
     argv = []
