@@ -507,7 +507,9 @@ class TrainConfig:
     preview_json: str = ""
     """Write the rows of --preview (without it: all) to this file, for tools."""
     dry_run: bool = False
-    """Check settings, weights and data, tokenise a sample, estimate steps and memory, and stop."""
+    """Refuse what the run would refuse before its first step, with a sample of the rows and the
+    headers of the weights; tell steps, pass and memory; stop. The output directory stays as it is.
+    """
     packing: bool = False
     """Pack several rows into one of max_length tokens, document boundaries kept."""
     packing_strategy: str = "bfd"

@@ -57,7 +57,7 @@ from minisft.export import (
 )
 from minisft.loggers import require_loggers
 from minisft.loop import check_changed, steps_, trace
-from minisft.lora import Flat
+from minisft.lora import EMBEDDING_WEIGHTS, Flat
 from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
 from minisft.merge import merge
 from minisft.model import Model, load_model, memory_gib, peak_memory_gib, resolve_device
@@ -152,6 +152,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         check_space(out, state.trainable, model.lora)
         describe(config, model, data, state, batches, total_steps)
         say(f"pass    {choice.said}")
+        for name, why in without_effect(config, choice, state.trainable, data):
+            say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
         if config.dry_run:
             return end_of_dry_run(model, data, batches, total_steps, needs)
         start_over(out, config, run_record(config, model, facts | data.record(), total_steps))
@@ -575,6 +577,35 @@ def describe(
     say(f"settings {as_flags(config)}")
     if schedule.num_rows < schedule.batch_size * schedule.accumulation:
         say(f"warning: {schedule.num_rows} rows do not fill one step; every step is shorter")
+
+
+def without_effect(
+    config: TrainConfig, choice: Choice, trainable: Flat, data: Data
+) -> Iterator[tuple[str, str]]:
+    """(name, why) of each setting that was given and that this run makes no use of.
+
+    What the settings alone tell is refused (`TrainConfig`), unless Trainer takes the pair.
+    """
+    idle = []
+    if not choice.peak_bytes:
+        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
+        idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
+    unread = {"sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion_8bit": ("adam_epsilon",)}
+    unread["adafactor"] = unread["sgd"]
+    idle += [(name, f"--optim {config.optim} has none") for name in unread.get(config.optim, ())]
+    if not any(name in trainable.views for name in EMBEDDING_WEIGHTS):
+        idle.append(("embedding_learning_rate", "no embedding and no head is trained in full"))
+    if config.max_steps > 0:
+        idle.append(("num_train_epochs", f"--max-steps {config.max_steps} is given"))
+    if config.save_strategy == "no":
+        idle.append(("save_total_limit", "--save-strategy no writes no checkpoints"))
+    if config.report_to == ("trackio",):
+        idle.append(("logging_dir", "trackio has its own"))
+    sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
+    if all(told["format"] != "text" for told in sources):
+        idle.append(("dataset_text_field", "no rows are of the format text"))
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
 
 
 def end_of_dry_run(

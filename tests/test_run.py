@@ -610,3 +610,35 @@ def test_sharded_and_renamed_checkpoints_train_alike(plain, inputs, tmp_path):
 def test_lines_of_metrics_are_json_on_their_own(plain):
     for line in (plain[0] / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+# ---------------------------------------------------------------------- settings without effect
+
+IDLE = {
+    "micro_batch_tokens": (512, {}, "this is autograd, keeping all activations"),
+    "max_memory_gib": (1.5, {"gradient_checkpointing": "full"}, "this is autograd"),
+    "adam_beta1": (0.8, {"optim": "sgd"}, "--optim sgd has none"),
+    "adam_beta2": (0.9, {"optim": "adafactor"}, "--optim adafactor has none"),
+    "adam_epsilon": (1e-6, {"optim": "lion_8bit"}, "--optim lion_8bit has none"),
+    "embedding_learning_rate": (1e-5, {"target_modules": "q_proj"}, "no embedding"),
+    "num_train_epochs": (2.0, {"max_steps": 1}, "--max-steps 1 is given"),
+    "save_total_limit": (3, {"save_strategy": "no"}, "--save-strategy no"),
+    "dataset_text_field": ("body", {}, "no rows are of the format text"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_setting_without_effect_gives_a_warning(name, inputs, tmp_path):
+    value, more, why = IDLE[name]
+    given = {**inputs, **SMALL, **more, "dry_run": True, "output_dir": tmp_path, "device": "cpu"}
+    told = [li for li in train(**given, **{name: value}).out.splitlines() if "no effect" in li]
+    assert len(told) == 1 and why in told[0]
+    assert told[0].startswith(f"warning: --{name.replace('_', '-')} {value} has no effect: ")
+    assert "no effect" not in train(**given).out
+
+
+def test_a_setting_with_effect_gives_none(inputs, tmp_path):
+    given = {**inputs, **SMALL, "dry_run": True, "output_dir": tmp_path, "adam_beta1": 0.8}
+    given |= {"optim": "lion_8bit", "embedding_learning_rate": 1e-5, "modules_to_save": "lm_head"}
+    given |= {"num_train_epochs": 2, "save_total_limit": 3}
+    assert "no effect" not in train(**given).out
