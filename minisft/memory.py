@@ -21,6 +21,7 @@ _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # a plain Runti
 
 
 Needs = dict[str, float]  # what for -> GiB
+_PLANNED = "gradient, buffers and activations"  # of the hand-written pass on a GPU
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
     needs = needs or kept(*load_model(dataclasses.replace(config, dry_run=True)))
     return (
         f"out of memory ({reason}). This run needs, by estimate: {in_words(needs)}. "
-        f"{'; '.join(levers(config))}. Checkpoints are intact: resume with "
+        f"{'; '.join(levers(config, needs))}. Checkpoints are intact: resume with "
         "--resume-from-checkpoint auto"
     )
 
@@ -55,16 +56,21 @@ def in_words(needs: Needs) -> str:
     return ", ".join(f"{what} {gib:.2f} GiB" for what, gib in needs.items())
 
 
-def levers(config: TrainConfig) -> list[str]:
+def levers(config: TrainConfig, needs: Needs) -> list[str]:
     """The settings that would need less memory, the one that costs nothing first."""
     found = []
     rows = config.per_device_train_batch_size
-    if rows > 1:
+    if _PLANNED in needs:  # micro-batches of its own, whatever the batch size
+        gib = sum(needs.values())
+        found.append(f"--max-memory-gib below {gib:.2f} plans with less (same training, slower)")
+    elif rows > 1:
         found.append(
             f"halve --per-device-train-batch-size {rows} and double "
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps} (same training)"
         )
-    if config.gradient_checkpointing in ("auto", "none"):
+    if config.gradient_checkpointing == "none" or (
+        config.gradient_checkpointing == "auto" and _PLANNED not in needs
+    ):
         found.append("--gradient-checkpointing full (same training, slower)")
     found.append(f"lower --max-length {config.max_length}")
     if config.full_finetuning:
@@ -90,7 +96,7 @@ def estimate(model: Model, state: State, choice: Choice, tokens: int) -> Needs:
     needs = kept(model, state)
     if choice.peak_bytes:
         rest = choice.peak_bytes / 2**30 - sum(needs.values())
-        return needs | {"gradient, buffers and activations": rest}
+        return needs | {_PLANNED: rest}
     V = model.cfg.vocab_size
     logits = 2 * 4 * min(tokens, rows_of_logits(V)) * V
     activations = tokens * autograd_bytes(model.compute, state.trainable) + logits

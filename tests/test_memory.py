@@ -14,7 +14,7 @@ from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_wei
 from minisft.config import LoraConfig, TrainConfig
 from minisft.llama import Compute
 from minisft.loss import loss_sum
-from minisft.memory import autograd_bytes, estimate, kept
+from minisft.memory import autograd_bytes, estimate, kept, levers
 from minisft.model import load_model
 from minisft.planning import Choice
 
@@ -74,7 +74,12 @@ def test_sizes_are_known_before_anything_is_loaded(llama_directory):
 def test_the_parts_of_what_the_hand_written_pass_takes_sum_to_its_peak(llama_directory):
     model, state = load_model(TrainConfig(model=str(llama_directory), device="cpu"))
     choice = Choice(True, (), 4096, 1024, 8192, 5 << 30, "")
-    assert sum(estimate(model, state, choice, 10**9).values()) == pytest.approx(5)
+    needs = estimate(model, state, choice, 10**9)
+    assert sum(needs.values()) == pytest.approx(5)
+    config = TrainConfig(model=str(llama_directory))
+    planned, free = levers(config, needs), levers(config, kept(model, state))
+    assert planned[0].startswith("--max-memory-gib below 5.00 ") and "batch" not in str(planned)
+    assert free[0].startswith("halve --per-device-train-batch-size 2 ")
 
 
 def test_rows_shorter_than_max_length_count_as_they_are(llama_directory, tmp_path):

@@ -1,5 +1,6 @@
 """Runs through a base in 4 bits: what is quantised, kept, recorded, resumed, served and refused."""
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from minisft.adapter import base_in_4bit
 from minisft.config import TrainConfig, UserError, parse_model_config
 from minisft.export import save_shards
+from minisft.memory import kept
 from minisft.model import load_model
 from minisft.nn import NF4Weight, dequantize, frozen_linear, quantize
 from minisft.quant_state import to_tensors
@@ -101,6 +103,14 @@ def test_the_compute_dtype_does_not_change_the_quantisation(base, dtype):
             assert all(torch.equal(a, b) for a, b in zip(weight[:6], other[:6], strict=True))
         else:
             assert weight.dtype == getattr(torch, dtype)
+
+
+def test_sizes_are_known_before_anything_is_loaded(base, copy):
+    """Quantised here, stored in 4 bits, or stored so and decoded: to the byte."""
+    for source, four_bit in ((base, True), (copy, True), (copy, False)):
+        config = TrainConfig(model=str(source), device="cpu", load_in_4bit=four_bit)
+        planned = load_model(dataclasses.replace(config, dry_run=True))
+        assert kept(*planned) == kept(*load_model(config))
 
 
 def test_trained_copies_start_from_the_stored_values(base, copy):

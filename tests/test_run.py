@@ -17,6 +17,7 @@ from runs import (
     read,
     step_lines,
     train,
+    tree,
     write_model,
     write_rows,
 )
@@ -610,6 +611,24 @@ def test_sharded_and_renamed_checkpoints_train_alike(plain, inputs, tmp_path):
 def test_lines_of_metrics_are_json_on_their_own(plain):
     for line in (plain[0] / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def test_a_dry_run_of_a_resumed_run_changes_nothing(inputs, tmp_path):
+    """From an older checkpoint, which would set the newer one aside, and of a complete run."""
+    given = {
+        "model": inputs["model"],
+        "dataset": inputs["dataset"],
+        **SMALL,
+        "output_dir": tmp_path,
+    }
+    train(**given, max_steps=2, save_steps=1)
+    before = tree(tmp_path)
+    older = {"resume_from_checkpoint": tmp_path / "checkpoint-1", "dry_run": True}
+    told = train(**given, **older, max_steps=3).out
+    assert f"resuming from {tmp_path / 'checkpoint-1'} at step 1" in told and "dry run: " in told
+    told = train(**given, resume_from_checkpoint="auto", max_steps=2, dry_run=True).out
+    assert "complete already (2 steps); nothing to do" in told
+    assert tree(tmp_path) == before
 
 
 # ---------------------------------------------------------------------- settings without effect
