@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, flags, pairs, train, write_rows
+from runs import ROOT, flags, pairs, train, write_model, write_rows
 from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_weights, whole_model
 
+from minisft import model as model_module
+from minisft import run as run_module
 from minisft.config import LoraConfig, TrainConfig
 from minisft.llama import Compute
 from minisft.loss import loss_sum
@@ -80,6 +82,23 @@ def test_the_parts_of_what_the_hand_written_pass_takes_sum_to_its_peak(llama_dir
     planned, free = levers(config, needs), levers(config, kept(model, state))
     assert planned[0].startswith("--max-memory-gib below 5.00 ") and "batch" not in str(planned)
     assert free[0].startswith("halve --per-device-train-batch-size 2 ")
+
+
+def test_a_dry_run_for_a_gpu_tells_the_plan_of_the_hand_written_pass(tmp_path, monkeypatch):
+    """The device is asked how much is free, and for nothing else."""
+    gpu = torch.device("cuda")
+    for module in (model_module, run_module):
+        monkeypatch.setattr(module, "resolve_device", lambda name: gpu)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
+    (tmp_path / "model").mkdir()
+    wide = write_model(tmp_path / "model", hidden_size=128)
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(16))
+    out = train(model=wide, dataset=rows, dry_run=True, dtype="bfloat16", max_length=64).out
+    peak, room = re.search(r"predicted peak ([\d.]+) of ([\d.]+) GiB", out).groups()
+    assert f"memory  about {peak} GiB: " in out and "explicit block, none" in out
+    assert float(room) == pytest.approx(0.95, abs=0.01) and "has no effect" not in out
 
 
 def test_rows_shorter_than_max_length_count_as_they_are(llama_directory, tmp_path):
