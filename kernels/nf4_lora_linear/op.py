@@ -47,7 +47,7 @@ def forward(
         dequantize_with_B_beside(weight, (B_OR,), (O,), scaling, w)
         return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
-    y_MO = u_MR @ (B_OR * scaling).T
+    y_MO = _scaled(u_MR, B_OR.T, scaling)
     y_MO.addmm_(x_MI, dequantize(weight, x_MI.dtype).T)  # the product adds itself to what is there
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
@@ -79,13 +79,19 @@ def backward(
     if B_OR is not None and A_RI is not None:
         t_MR = dy_MO @ B_OR
         if need_dx:
-            dx_MI = t_MR @ (A_RI * scaling)
+            dx_MI = _scaled(t_MR, A_RI, scaling)
             dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype))
     elif need_dx:
         dx_MI = dy_MO @ dequantize(weight, dy_MO.dtype)
     if t_MR is None or u_MR is None:
         return dx_MI, None, None
-    return dx_MI, (t_MR.T @ x_MI) * scaling, (dy_MO.T @ u_MR) * scaling
+    return dx_MI, _scaled(t_MR.T, x_MI, scaling), _scaled(dy_MO.T, u_MR, scaling)
+
+
+def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a b, scaled before the one rounding, in the launch of the product."""
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
 def _impl(impl: str, x: Tensor, weight: NF4Weight) -> str:
