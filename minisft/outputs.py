@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,14 @@ _LEFT = (
 )  # fmt: skip
 _PIECE = 1 << 16  # bytes
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
+
+
+class TrainOutput(NamedTuple):
+    """What `train` returns: steps done, mean loss over them, and the run's closing numbers."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, Any]
 
 
 @contextmanager

@@ -32,7 +32,8 @@ FLOORS = [
     ["export", "outputs", "serving"],
     ["report"],
     ["evaluate", "loop", "memory", "merge"],
-    ["dry_run"],
+    ["rows", "resume"],
+    ["describe"],
     ["run"],
     ["__init__"],
 ]
