@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisft.config import WHOLE_NUMBERS, UserError, describe_type, flag
-from minisft.names import translate, translate_flags
+from minisft.config import WHOLE_NUMBERS, UserError, describe_type, flag, switched
+from minisft.names import refusal, translate, translate_flags
 
 Config = TypeVar("Config")
 
@@ -38,6 +38,7 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     if config_file is not None:
         default = _with_yaml(default, config_file, fields)
     argv = _spell_out(argv, fields)
+    _check_lists_once(argv, fields)
     for word, following in itertools.pairwise([*argv, ""]):
         if word.startswith("--"):
             _check_known(word, following, fields)
@@ -119,6 +120,15 @@ def _spell_out(argv: list[str], fields: dict[str, Any]) -> list[str]:
     return out
 
 
+def _check_lists_once(argv: list[str], fields: dict[str, Any]) -> None:
+    """A list that is given twice would silently lose the first part."""
+    lists = [flag(name) for name, f in fields.items() if str(f.type).startswith("tuple")]
+    given = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    for name in lists:
+        if (times := given.count(name)) > 1:
+            raise UserError(f"{name} is given {times} times; give all its values after one {name}")
+
+
 def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
     name, _, value = word.partition("=")
     name = name.removeprefix("--").replace("-", "_")
@@ -180,7 +190,8 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
         )
     values = {}
     for key, value in raw.items():
-        name, text = translate(str(key), str(value), fields)
+        off = value is None and bool(refusal(str(key)))
+        name, text = ("", None) if off else translate(str(key), str(value), fields)
         if not name:  # a switch that is off
             continue
         value = text if text is not None and text != str(value) else value
@@ -191,13 +202,15 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
             guess = _nearest(name, list(fields))
             hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"--config {file}: unknown key {key!r}{hint}")
+        if value is None:  # it is not given
+            continue
         kind = str(fields[name].type)
         wanted = describe_type(name, kind)
         if name in WHOLE_NUMBERS:
             items = value if isinstance(value, list) else [value]
             value = [str(item) if type(item) is int else item for item in items]
         values[name] = _coerce(
-            value, kind, f"--config {file}: {key} is {value!r}; expected {wanted}"
+            switched(name, value), kind, f"--config {file}: {key} is {value!r}; expected {wanted}"
         )
     return dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]
 
@@ -210,8 +223,6 @@ def _coerce(value: Any, kind: str, problem: str) -> Any:
     try:
         if kind in ("bool", "bool | None") and isinstance(value, bool):
             return value
-        if kind == "bool | None" and value is None:
-            return None
         if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
         if kind == "float" and not isinstance(value, bool):

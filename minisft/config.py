@@ -39,6 +39,14 @@ _SAME_OPTIMIZER = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
 }
+# What Trainer and PEFT give for these from Python, and how YAML reads a bare `no`.
+_SWITCHED = {
+    "eval_strategy": {False: "no"},
+    "gradient_checkpointing": {True: "full", False: "none"},
+    "init_lora_weights": {True: "default"},
+    "resume_from_checkpoint": {True: "auto", False: ""},
+    "save_strategy": {False: "no"},
+}
 WHOLE_NUMBERS = ("layers_to_transform", "trainable_token_indices")  # lists of them
 LOGGERS = ("tensorboard", "wandb", "trackio")
 EVAL_METRICS = ("loss", "mean_token_accuracy", "entropy")
@@ -628,6 +636,8 @@ class TrainConfig:
     """How much better than the best an evaluation must be to count as better for that."""
 
     def __post_init__(self):
+        for name in _SWITCHED:
+            object.__setattr__(self, name, switched(name, getattr(self, name)))
         if isinstance(self.dataset, (str, Path)):
             object.__setattr__(self, "dataset", (str(self.dataset),) if self.dataset else ())
         self._check_types()
@@ -651,7 +661,7 @@ class TrainConfig:
             value = getattr(self, name)
             items = split_list(value if isinstance(value, str) else [str(i) for i in value])
             object.__setattr__(self, name, items)
-        if self.init_lora_weights.lower() == "true":
+        if self.init_lora_weights.lower() == "true":  # from the command line
             object.__setattr__(self, "init_lora_weights", "default")
         object.__setattr__(self, "report_to", tuple(n for n in self.report_to if n != "none"))
         if self.resume_from_checkpoint.lower() in ("true", "false"):
@@ -1004,6 +1014,11 @@ _ITEMS = {
     "alpha_pattern": "MODULE=ALPHA",
     "report_to": f"{', '.join(LOGGERS)}, or none",
 }
+
+
+def switched(name: str, value: Any) -> Any:
+    """A setting's True or False as the value of ours that it means; all else as it is."""
+    return _SWITCHED.get(name, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def describe_type(name: str, kind: str) -> str:

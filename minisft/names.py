@@ -168,11 +168,13 @@ REFUSED = {
 }
 # Off or none, any of them asks for what is done anyway, but for these; and so do these values.
 _OFF_IS_ANOTHER = (
-    "do_eval", "do_train", "ensure_weight_tying", "eval_on_start", "logging_strategy"
+    "data_seed", "do_eval", "do_train", "ensure_weight_tying", "logging_strategy"
 )  # fmt: skip
 _DONE_ANYWAY = {
+    "do_train": "true",
     "logging_strategy": "steps",
     "peft_type": "lora",
+    "remove_unused_columns": "true",
     "task_type": "causal_lm",
     "train_sampling_strategy": "random",
     "truncation_mode": "keep_start",
@@ -211,7 +213,7 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
     key = plain if refusal(plain) else plain.removeprefix("no_")
     if "lora_r" in known and (why := refusal(key)):
         text = (value or "on").lower() if key == plain else "no"
-        off = text in ("false", "no", "off", "none") and key not in _OFF_IS_ANOTHER
+        off = text in (*_OFF, "{}", "[]") and key not in _OFF_IS_ANOTHER
         if off or text == _DONE_ANYWAY.get(key):
             return "", None
         raise UserError(f"{flag(plain)} is not a setting here: {why}")
@@ -240,10 +242,16 @@ def translate_flags(argv: list[str], known: Mapping[str, object]) -> list[str]:
             value = "true"
         text = value if value or equals or is_switch or refused else None
         new, new_value = translate(name, text, known)
+        if not new:
+            continue
+        ours = new.replace("-", "_").removeprefix("no_")
+        said = word.partition("=")[0] if plain in known else word
+        if ours in known and given.setdefault(ours, said).replace("_", "-") != said.replace(
+            "_", "-"
+        ):
+            raise UserError(f"{given[ours]} and {said} both give {flag(ours)}; drop one")
         if new == name and new_value == text:
             out.append(word)
-        elif new:
-            if given.setdefault(new, word) != word:
-                raise UserError(f"{given[new]} and {word} both give {flag(new)}; drop one")
+        else:
             out += [flag(new)] if new_value is None else [flag(new), new_value]
     return out

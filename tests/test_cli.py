@@ -156,7 +156,7 @@ def test_yaml_values_take_the_type_of_their_field(yaml):
         ("learning_rate: fast\n", "learning_rate is 'fast'; expected float"),
         ("target_modules: [1]\n", "target_modules is [1]; expected a list of names"),
         ("trainable_token_indices: {a: 1}\n", "is [{'a': 1}]; expected a list of token ids"),
-        ("report_to:\n", "report_to is None; expected a list of tensorboard, wandb, trackio, or n"),
+        ("report_to: 3\n", "report_to is 3; expected a list of tensorboard, wandb, trackio, or n"),
         ("- lora_r\n", "expected `name: value` lines, found list"),
         ("lora_r: [\n", "malformed YAML"),
         ("seed: 1\nlora_r: 0\n", "--lora-r is 0; expected at least 1"),
@@ -164,6 +164,28 @@ def test_yaml_values_take_the_type_of_their_field(yaml):
 )
 def test_a_wrong_file_is_told_in_one_line(yaml, text, message):
     assert message in refusal(yaml(text))
+
+
+def test_a_file_s_null_is_not_given_and_its_switches_are_the_peers(yaml):
+    text = "run_name: null\nlora_r: null\nmodules_to_save:\nhub_token: null\nloftq_config: {}\n"
+    assert parse(yaml(text)) == parse()
+    config = parse(yaml("save_strategy: no\nresume_from_checkpoint: true\n"))
+    assert (config.save_strategy, config.resume_from_checkpoint) == ("no", "auto")
+    assert "save_strategy is True; expected" in refusal(yaml("save_strategy: yes\n"))
+
+
+@pytest.mark.parametrize("second", [["--dataset", "b.jsonl"], ["--dataset=b.jsonl"]])
+def test_a_list_that_is_given_twice_loses_nothing_silently(second):
+    told = refusal("--dataset", "a.jsonl", *second)
+    assert told == "--dataset is given 2 times; give all its values after one --dataset"
+
+
+def test_two_names_of_one_setting_are_not_both_given():
+    told = refusal("--r", "8", "--lora-r", "16")
+    assert told == "--r and --lora-r both give --lora-r; drop one"
+    told = refusal("--warmup-steps=5", "--warmup_ratio", "0.1")
+    assert told == "--warmup-steps and --warmup_ratio both give --warmup-steps; drop one"
+    assert parse("--lora-r", "8", "--lora_r", "16").lora_r == 16  # the last word
 
 
 def test_lists_of_numbers_in_a_file(yaml):

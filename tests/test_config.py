@@ -128,7 +128,8 @@ def test_lists_take_commas_and_blanks():
         {"learning_rate": "2e-4"},
         {"lora_alpha": float("nan")},
         {"target_modules": None},
-        {"resume_from_checkpoint": True},
+        {"resume_from_checkpoint": 1},
+        {"save_strategy": True},
     ],
     ids=str,
 )
@@ -139,3 +140,13 @@ def test_python_callers_get_the_strictness_of_flags(settings):
 
 def test_paths_may_be_pathlibs(tmp_path):
     assert TrainConfig(output_dir=tmp_path).output_dir == str(tmp_path)
+
+
+def test_true_and_false_mean_what_they_mean_to_the_peers():
+    config = TrainConfig(
+        gradient_checkpointing=True, init_lora_weights=True, resume_from_checkpoint=True,
+        save_strategy=False, eval_strategy=False,
+    )  # fmt: skip
+    assert (config.gradient_checkpointing, config.init_lora_weights) == ("full", "default")
+    assert (config.resume_from_checkpoint, config.save_strategy) == ("auto", "no")
+    assert TrainConfig(resume_from_checkpoint=False).resume_from_checkpoint == ""
