@@ -234,6 +234,7 @@ def _stats(
         "rows_read": sum(s["rows_read"] for s in told),
         "rows_kept": counts.seen["kept"],
         "dropped": {reason: n for reason, n in counts.dropped.items() if n},
+        "padded": counts.seen["padded"],
         "truncated": counts.seen["truncated"],
         "split": counts.seen["split"],
         "longest": counts.longest,
@@ -247,6 +248,11 @@ def _stats(
         stats["rows_packed"] = writer.num_rows
         stats["packing_efficiency"] = writer.num_tokens / max(
             writer.num_rows * settings.max_length, 1
+        )
+    if settings.completion_only_loss is None and (n := counts.seen["unread_mask"]):
+        stats["warnings"].append(
+            f"{n} of {counts.seen['kept']} rows have a completion_mask, which only "
+            "--completion-only-loss heeds; without it every token is trained"
         )
     if settings.completion_only_loss and found.keys() & {"text", "messages", "sharegpt"}:
         stats["warnings"].append(
@@ -290,6 +296,16 @@ def _warnings(seen: Counter[str]) -> list[str]:
             "teaches the model to stop; does the chat template end the assistant's turn, inside "
             "what is trained?"
         )
+    if n := seen["unread_tools"]:
+        warnings.append(
+            f"{n} of {kept} chats have tools that the chat template does not write, so the model "
+            "does not see them; give a --chat-template that does, or leave the tools out"
+        )
+    if n := seen["unread_marks"]:
+        warnings.append(
+            f"{n} of {kept} chats mark answers with 'weight': 0 or 'train': false, and these are "
+            "trained all the same; with --assistant-only-loss they are not"
+        )
     return warnings
 
 
@@ -301,6 +317,7 @@ def _nothing_to_train(
     stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]
 ) -> UserError:
     names = ", ".join(rows.source for rows in sources)
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in stats["dropped"].items())
     cut = settings.max_length is not None and stats["longest"] > settings.max_length
     remedy = "raise --max-length" if cut else "give rows with something to learn"
     if settings.response_part and not cut:
@@ -310,7 +327,7 @@ def _nothing_to_train(
         )
     return UserError(
         f"{names}: nothing is left to train: {stats['rows_read']} rows read, "
-        f"{stats['rows_kept']} kept, dropped {stats['dropped']}; the longest row has "
+        f"{stats['rows_kept']} kept{dropped}; the longest row has "
         f"{stats['longest']} tokens, --max-length is {settings.max_length}; {remedy}"
     )
 
@@ -404,7 +421,7 @@ def _tokenize_range(job: _Job, begin: int, stop: int) -> _Group:
 def _note(document: _Document, job: _Job, counts: _Counts) -> None:
     ids, bos = document.ids, job.tokenizer.bos_token_id
     counts.seen["two_bos"] += len(ids) > 1 and ids[0] == bos == ids[1]
-    for name in ("lost_prompt_tokens", "special_text", "joined_parts", "no_answer", "no_end"):
+    for name in _Document._fields[2:]:
         counts.seen[name] += getattr(document, name)
 
 
@@ -493,6 +510,10 @@ class _Document(NamedTuple):
     joined_parts: bool = False  # the template does not read the parts of a content
     no_answer: bool = False  # a chat that is trained whole has no assistant message
     no_end: bool = False  # the last trained token of a chat is no special token
+    unread_tools: bool = False  # the template does not write the row's tools
+    unread_marks: bool = False  # an answer that is trained is marked as one to leave out
+    padded: bool = False  # tokens were taken out: attention_mask is 0 there
+    unread_mask: bool = False  # completion_mask is 0 somewhere, and not asked for
 
 
 def _read_examples(job: _Job, begin: int, stop: int, counts: _Counts) -> dict[int, Any]:
@@ -524,16 +545,33 @@ def _read_examples(job: _Job, begin: int, stop: int, counts: _Counts) -> dict[in
 
 
 def _read_ids(record: dict, completion_only_loss: bool) -> _Document:
-    """A row that is tokenised already: labels if it has them, else ids under its masks."""
+    """A row that is tokenised already: labels if it has them, else ids under its masks.
+
+    Padding, where attention_mask is 0, is taken out of both.
+    """
     ids = _int_array(record, "input_ids", None)
+    unread_mask = False
     if record.get("labels") is not None:
-        return _Document(ids, _int_array(record, "labels", len(ids)))
-    labels = ids.copy()
-    masks = ["completion_mask"] if completion_only_loss else []
-    for name in [*masks, "assistant_masks"]:
-        if record.get(name) is not None:
-            labels[_int_array(record, name, len(ids)) == 0] = IGNORED
-    return _Document(ids, labels)
+        labels = _int_array(record, "labels", len(ids))
+    else:
+        labels = ids.copy()
+        for name in ("completion_mask", "assistant_masks"):
+            if record.get(name) is None:
+                continue
+            untrained = _int_array(record, name, len(ids)) == 0
+            if name == "completion_mask" and not completion_only_loss:
+                unread_mask = bool(untrained.any())
+            else:
+                labels[untrained] = IGNORED
+    if record.get("attention_mask") is None:
+        return _Document(ids, labels, unread_mask=unread_mask)
+    mask = _int_array(record, "attention_mask", len(ids))
+    if len(mask) and mask.max() > 1:
+        raise UserError(
+            f"attention_mask holds {mask.max()}; expected 1 for a token and 0 for padding"
+        )
+    kept = mask == 1
+    return _Document(ids[kept], labels[kept], padded=not kept.all(), unread_mask=unread_mask)
 
 
 def _int_array(record: dict, name: str, length: int | None) -> np.ndarray:
@@ -576,7 +614,8 @@ def _tokenize_group(
     documents = []
     for (i, p), (ids, mask) in zip(prepared.items(), whole, strict=True):
         prompt = next(prompts) if p.prompt is not None else None
-        if mask is not None and settings.assistant_only_loss and not mask.any():
+        unmarked = mask is not None and settings.assistant_only_loss and not mask.any()
+        if unmarked and not p.marked:
             if not settings.skip_bad:
                 raise UserError(
                     f"{job.rows.where(i)}: assistant_only_loss finds no assistant token in this "
@@ -602,6 +641,8 @@ class _Prepared(NamedTuple):
     spans: list[tuple[int, int]] | None  # characters of `whole` that are trained; None: all
     joined_parts: bool = False
     no_answer: bool = False
+    unread_tools: bool = False
+    marked: bool = False  # an answer is marked as one to leave out
 
 
 def _prepare(example: Example, job: _Job) -> _Prepared:
@@ -623,14 +664,18 @@ def _prepare(example: Example, job: _Job) -> _Prepared:
     joined = messages != given
     if settings.assistant_only_loss:
         text, spans = _assistant_spans(example, messages, tokenizer)
+        spans = masks.without_marked(spans, messages)
     else:
         text = _render(example, messages, tokenizer, generate=False)
         spans = _marked_spans(text, settings)
-    no_answer = spans is None and not any(m["role"] in masks.ASSISTANT for m in messages)
-    if prompt is None:
-        return _Prepared(_Text(text, True), None, spans, joined, no_answer)
-    rendered_prompt = _render(example, messages[: len(prompt)], tokenizer, generate=True)
-    return _Prepared(_Text(text, True), _Text(rendered_prompt, True), spans, joined, no_answer)
+    no_answer = spans is None and not masks.answers(messages)
+    trained = example.completion if settings.completion_only_loss else messages
+    marked = not all(map(masks.is_trained, masks.answers(trained)))
+    unread_tools = _leaves_out_tools(example, messages, tokenizer, text)
+    asked = None
+    if prompt is not None:
+        asked = _Text(_render(example, messages[: len(prompt)], tokenizer, generate=True), True)
+    return _Prepared(_Text(text, True), asked, spans, joined, no_answer, unread_tools, marked)
 
 
 def _marked_spans(text: str, settings: Settings) -> list[tuple[int, int]] | None:
@@ -683,6 +728,20 @@ def _render(example: Example, messages: list[dict], tokenizer: Tokenizer, *, gen
     arguments["add_generation_prompt"] |= generate
     marked = mark_special_text(tokenizer, messages)
     return _encodable(chat.render(template, marked, **arguments))
+
+
+def _leaves_out_tools(
+    example: Example, messages: list[dict], tokenizer: Tokenizer, text: str
+) -> bool:
+    """Whether the chat, rendered as `text`, is the same without the row's tools."""
+    variables = dict(example.variables or {})
+    if not variables.pop("tools", example.tools):
+        return False
+    bare = example._replace(tools=None, variables=variables)
+    try:
+        return _render(bare, messages, tokenizer, generate=False) == text
+    except UserError:  # the template needs them
+        return False
 
 
 def _assistant_spans(
@@ -805,6 +864,8 @@ def _label(
         prepared.joined_parts,
         prepared.no_answer and prompt is None,
         is_chat and not prepared.no_answer and not _ends_in_special(whole, labels, job.tokenizer),
+        prepared.unread_tools,
+        prepared.marked and not job.settings.assistant_only_loss,
     )
 
 

@@ -36,6 +36,7 @@ KNOWN_COLUMNS = (
     "labels",
     "completion_mask",
     "assistant_masks",
+    "attention_mask",
 )
 ROLES = (
     "system",
@@ -155,7 +156,8 @@ def read_messages(record: dict) -> Example:
 
     Raises UserError for an empty chat, an unknown role, or content that is not text.
     """
-    return _read_chat(record, "messages" if "messages" in record else "conversations")
+    other = "messages" not in record and "conversations" in record
+    return _read_chat(record, "conversations" if other else "messages")
 
 
 def read_sharegpt(record: dict) -> Example:

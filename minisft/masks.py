@@ -143,6 +143,33 @@ def _turn_end(
     return found + len(shape.end)
 
 
+def answers(messages: list[dict]) -> list[dict]:
+    """The assistant's messages."""
+    return [message for message in messages if message["role"] in ASSISTANT]
+
+
+def is_trained(message: dict) -> bool:
+    """False for a message that says it is to be left out: `weight` 0 (OpenAI's), `train` false."""
+    return message.get("weight") != 0 and message.get("train") is not False
+
+
+def without_marked(spans: list[Span], messages: list[dict]) -> list[Span]:
+    """The spans of those turns that are trained (`is_trained`), of the spans of all.
+
+    Raises UserError where spans and turns are not as many, so that whose is whose is unknown.
+    """
+    trained = [is_trained(message) for message in answers(messages)]
+    if all(trained):
+        return spans
+    if len(spans) != len(trained):
+        raise UserError(
+            f"a turn is marked with 'weight': 0 or 'train': false, but the chat template's "
+            f"{{% generation %}} marks {len(spans)} stretches in {len(trained)} assistant turns; "
+            "let it mark each turn once"
+        )
+    return [span for span, keep in zip(spans, trained, strict=True) if keep]
+
+
 def marker_spans(text: str, instruction_part: str, response_part: str) -> list[Span]:
     """Characters behind each response marker, up to the next instruction marker or the end."""
     spans: list[Span] = []

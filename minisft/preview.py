@@ -120,6 +120,8 @@ def _totals(stats: dict[str, Any]) -> str:
     text += f", {stats['num_tokens']:,} tokens, {share:.1%} trained, longest {stats['longest']:,}"
     for reason, count in stats["dropped"].items():
         text += f"; {count:,} dropped ({reason})"
+    if stats["padded"]:
+        text += f"; padding taken out of {stats['padded']:,} rows"
     if stats["truncated"]:
         text += f"; {stats['truncated']:,} truncated to --max-length"
     if stats["split"]:

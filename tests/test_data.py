@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_tokenizer import write_byte_level
+from tiny_tokenizer import TEMPLATE, write_byte_level
 
 from minisft.config import UserError
 from minisft.data import tokenize_rows
@@ -380,6 +381,63 @@ def test_chats_without_an_answer_are_a_warning(tokenizer: Tokenizer) -> None:
     assert "--assistant-only-loss" in warning
 
 
+def test_tools_that_the_template_leaves_out_are_a_warning(tmp_path: Path) -> None:
+    template = "{{ tools | tojson if tools and messages | length > 1 }}{{ messages[0].content }}"
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, chat_template=template))
+    asked, tools = {"role": "user", "content": "a"}, [{"name": "f"}]
+    rows = [
+        {"messages": [asked], "tools": tools},
+        {"messages": [asked], "chat_template_kwargs": {"tools": tools}},
+        {"messages": [asked, asked], "tools": tools},
+        {"messages": [asked, asked]},
+    ]
+    warnings = _tokenize(rows, tokenizer).stats["warnings"]
+    assert [w[:24] for w in warnings if "tools" in w] == ["2 of 4 chats have tools "]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("derived", [False, True])
+def test_answers_marked_as_not_to_train_are_left_out_or_told(
+    mark: dict, derived: bool, tmp_path: Path
+) -> None:
+    config = {}
+    if derived:
+        config["chat_template"] = re.sub(r"\{% (end)?generation %\}", "", TEMPLATE)
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, **config))
+    ask, marked, answer = (
+        {"role": "user", "content": "a", "weight": 0},
+        {"role": "assistant", "content": "dog"} | mark,
+        {"role": "assistant", "content": "fox", "weight": 1, "train": True},
+    )
+    rows = [{"messages": [ask, marked, ask, answer]}, {"messages": [ask, marked]}]
+    dataset = _tokenize(rows, tokenizer, assistant_only_loss=True)
+    assert [trained for _, trained in _texts(dataset, tokenizer)] == ["fox<|eot|>"]
+    assert dataset.stats["dropped"] == {"nothing to train": 1} and not dataset.stats["warnings"]
+    rows.append({"prompt": [ask, marked, ask], "completion": [answer]})
+    rows.append({"prompt": [ask], "completion": [marked]})
+    (warning,) = _tokenize(rows[:2], tokenizer).stats["warnings"]
+    assert warning.startswith("2 of 2 chats mark answers with 'weight': 0 or 'train': false")
+    (warning,) = _tokenize(rows[2:], tokenizer).stats["warnings"]
+    assert warning.startswith("1 of 2 chats mark answers")
+
+
+def test_a_template_that_marks_other_than_turns_cannot_leave_one_out(tmp_path: Path) -> None:
+    template = TEMPLATE.replace(
+        "{% generation %}", "{% generation %}!{% endgeneration %}{% generation %}"
+    )
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, chat_template=template))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0},
+            ]
+        }
+    ]
+    with pytest.raises(UserError, match=r"mem \(row 0\).*marks 2 stretches in 1 assistant turns"):
+        _tokenize(rows, tokenizer, assistant_only_loss=True)
+
+
 def test_rows_beyond_all_measure_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,6 +507,22 @@ def test_token_rows(tokenizer: Tokenizer) -> None:
     assert labels[1].tolist() == [5, 6, 7] and labels[2].tolist() == [5, 6, -100]
 
 
+def test_padding_is_taken_out(tokenizer: Tokenizer) -> None:
+    rows = [
+        {"input_ids": [9, 9, 5, 6], "attention_mask": [0, 0, 1, 1]},
+        {"input_ids": [5, 7, 8, 9], "labels": [-100, 7, 8, 9], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [4, 5], "attention_mask": [1, 1], "completion_mask": [0, 1]},
+    ]
+    dataset = _tokenize(rows, tokenizer)
+    assert dataset.input_ids.tolist() == [5, 6, 5, 7, 8, 4, 5]
+    assert dataset.labels.tolist() == [5, 6, -100, 7, 8, 4, 5]
+    assert dataset.stats["padded"] == 2 and dataset.stats["longest"] == 3
+    (warning,) = dataset.stats["warnings"]
+    assert warning.startswith("1 of 3 rows have a completion_mask, which only --completion-only")
+    for asked in (True, False):
+        assert not _tokenize(rows, tokenizer, completion_only_loss=asked).stats["warnings"]
+
+
 @pytest.mark.parametrize(
     ("row", "culprit"),
     [
@@ -461,6 +535,11 @@ def test_token_rows(tokenizer: Tokenizer) -> None:
         ({"input_ids": [1, 2**31]}, r"mem \(row 1\): input_ids holds"),
         ({"input_ids": [1, 1.5]}, r"mem \(row 1\): input_ids"),
         ({"input_ids": None}, r"mem \(row 1\): input_ids"),
+        (
+            {"input_ids": [1, 2], "attention_mask": [1, 2]},
+            r"mem \(row 1\): attention_mask holds 2; expected 1 for a token and 0 for padding",
+        ),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, r"\(row 1\): attention_mask has 1 entries"),
         ({"input_ids": [1, 2], "labels": [1]}, r"mem \(row 1\): labels has 1 entries; expected 2"),
     ],
 )

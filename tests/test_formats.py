@@ -148,6 +148,7 @@ def test_tool_calls_need_no_content() -> None:
         ("prompt_completion", {"prompt": CHAT, "completion": "c"}, "completion is a string"),
         ("prompt_completion", {"prompt": [], "completion": CHAT}, "prompt is an empty list"),
         ("messages", {"messages": []}, "messages is an empty list"),
+        ("messages", {"text": "hi"}, "'messages' is missing in this row; it has text"),
         ("messages", {"messages": "hi"}, "messages is a string"),
         ("messages", {"messages": None}, "messages is null"),
         ("messages", {"messages": ["hi"]}, r"messages\[0\] is a string"),
