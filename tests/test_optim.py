@@ -338,3 +338,9 @@ def test_loraplus_ratio_is_on_the_b_matrices():
     for name, (rate, decayed) in rates.items():
         wanted = 1e-5 if name == "lm_head.weight" else 3e-4 * (16 if "lora_B" in name else 1)
         assert (rate, decayed) == (wanted, True), name
+
+
+@pytest.mark.parametrize("n", [1, 4095, 4096, 10_000, 1 << 24])
+def test_the_norm_is_right_however_long_the_gradient(n):
+    grads = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    assert grad_norm(grads).item() == pytest.approx(grads.double().norm().item(), rel=1e-6)
