@@ -33,7 +33,7 @@ def evaluate(
     alike, so the batch size does not change it.
     """
     started = time.perf_counter()
-    batches = eval_batches(dataset, config.eval_batch_size * config.max_length, model.device)
+    batches = eval_batches(dataset, eval_tokens(config), model.device)
     found = evaluation(state.trainable.views, model.frozen, batches, model.compute)
     seconds = time.perf_counter() - started
     return {
@@ -50,9 +50,26 @@ def eval_batches(
     dataset: TokenizedDataset, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """All rows in order, side by side, at most max_tokens at a time."""
-    lengths = dataset.document_offsets[dataset.row_offsets].diff().tolist()
-    for rows in cut_by_tokens(list(range(len(dataset))), lengths, max_tokens):
+    for rows in _cuts(dataset, max_tokens):
         yield make_micro_batch(dataset, rows, device)
+
+
+def eval_tokens(config: TrainConfig) -> int:
+    """At a time; more than some thousand gain no speed."""
+    return min(config.eval_batch_size * config.max_length, 8192)
+
+
+def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
+    """Tokens of the largest batch of an evaluation; 0 without eval rows."""
+    if dataset is None:
+        return 0
+    lengths = dataset.document_offsets[dataset.row_offsets].diff()
+    return max(int(lengths[rows].sum()) for rows in _cuts(dataset, eval_tokens(config)))
+
+
+def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
+    lengths = dataset.document_offsets[dataset.row_offsets].diff().tolist()
+    return cut_by_tokens(list(range(len(dataset))), lengths, max_tokens)
 
 
 def evaluate_now(

@@ -72,11 +72,11 @@ def evaluation(
 ) -> Evaluation:
     """Token-weighted means over micro-batches, nothing dropped out; sums are float64.
 
-    Logits exist for one chunk of rows only: a float32 block of about 256 MiB.
+    Logits exist for one chunk of rows only: two float32 blocks of about 64 MiB.
     """
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    chunk = rows_of_logits(head_VD.shape[0])
+    chunk = -(-rows_of_logits(head_VD.shape[0]) // 4)
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:
@@ -86,7 +86,7 @@ def evaluation(
             right = z_CV.argmax(1) == rows[1]
             z_CV = z_CV.log_softmax(1)
             losses = -z_CV.gather(1, rows[1].unsqueeze(1))
-            entropies = -z_CV.mul_(z_CV.exp()).sum(1)
+            entropies = z_CV.mul_(z_CV.exp()).sum(1).neg()
             sums += torch.stack([x.sum(dtype=torch.float64) for x in (losses, entropies, right)])
         count += batch.targets_M.numel()
     if count == 0:

@@ -87,23 +87,29 @@ def kept(model: Model, state: State) -> Needs:
     return {"frozen weights": frozen / 2**30, "trained tensors and optimizer": trained / 2**30}
 
 
-def estimate(model: Model, state: State, choice: Choice, tokens: int) -> Needs:
-    """GiB by what they are for. tokens: of the largest micro-batch.
+def estimate(model: Model, state: State, choice: Choice, tokens: int, evaluated: int) -> Needs:
+    """GiB by what they are for. tokens, evaluated: of the largest micro-batch, of training and of
+    an evaluation (0: there is none).
 
     The hand-written pass on a GPU: what its choice was made by. Autograd: a gradient as long as the
-    trained tensors, what it keeps of each token, and two float32 blocks of logits.
+    trained tensors, what it keeps of each token, and two float32 blocks of logits. Where an
+    evaluation needs more, what it does.
     """
     needs = kept(model, state)
+    V, cfg, size = model.cfg.vocab_size, model.cfg, model.compute.dtype.itemsize
+    # One layer's: its input, norm and sum, the norm's float32; gate, up and their product.
+    layer = (4 * size + 8) * cfg.hidden_size + 3 * size * cfg.intermediate_size
+    logits = 2 * 4 * min(evaluated, rows_of_logits(V) // 4) * V
+    evaluation = (evaluated * layer + logits) / 2**30
     if choice.peak_bytes:
         rest = choice.peak_bytes / 2**30 - sum(needs.values())
-        return needs | {_PLANNED: rest}
-    V = model.cfg.vocab_size
+        return needs | {_PLANNED: max(rest, evaluation)}
     logits = 2 * 4 * min(tokens, rows_of_logits(V)) * V
-    activations = tokens * autograd_bytes(model.compute, state.trainable) + logits
-    return needs | {
-        "gradient": state.trainable.buffer.nbytes / 2**30,
-        f"activations of {tokens:,} tokens": activations / 2**30,
-    }
+    activations = (tokens * autograd_bytes(model.compute, state.trainable) + logits) / 2**30
+    what = f"activations of {tokens:,} tokens"
+    if evaluation > activations:
+        what, activations = f"activations of {evaluated:,} evaluated tokens", evaluation
+    return needs | {"gradient": state.trainable.buffer.nbytes / 2**30, what: activations}
 
 
 def autograd_bytes(compute: Compute, trainable: Flat) -> float:

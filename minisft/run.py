@@ -24,6 +24,7 @@ from minisft.evaluate import (
     evaluate_after,
     evaluate_before,
     evaluate_during,
+    most_eval_tokens,
     stops_early,
 )
 from minisft.export import (
@@ -83,7 +84,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         stop.raise_if_asked()
         choice = choose_pass(config, model, state, data)
         batches, total_steps = plan_steps(config, data, model.device, collator, choice)
-        needs.update(estimate(model, state, choice, most_tokens(data, batches, total_steps)))
+        largest = most_tokens(data, batches, total_steps), most_eval_tokens(data.eval, config)
+        needs.update(estimate(model, state, choice, *largest))
         facts = {"data_hash": data.hash, **base_digests(model.directory)}
         evaluated = resume_(state, out, config, model, facts, total_steps)
         check_evaluation(config, data.eval, state, out)
@@ -254,6 +256,8 @@ def end_of_dry_run(
     if model.device.type == "cpu":  # what the process takes as it is counts there
         needs = {"this process as it is": memory_gib(model.device), **needs}
     say(f"memory  about {sum(needs.values()):.2f} GiB: {in_words(needs)}")
+    if model.device.type == "cpu":
+        say("        (freed blocks stay with the process, which may grow to nearly twice that)")
     say("dry run: nothing was trained and nothing written to the output directory")
     metrics = {
         "total_steps": steps,

@@ -1,5 +1,6 @@
 """The estimate of memory, held against what autograd keeps and what a process takes."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_wei
 from minisft import model as model_module
 from minisft import run as run_module
 from minisft.config import LoraConfig, TrainConfig
+from minisft.evaluate import eval_tokens
 from minisft.llama import Compute
 from minisft.loss import loss_sum
 from minisft.memory import autograd_bytes, estimate, kept, levers
@@ -76,12 +78,26 @@ def test_sizes_are_known_before_anything_is_loaded(llama_directory):
 def test_the_parts_of_what_the_hand_written_pass_takes_sum_to_its_peak(llama_directory):
     model, state = load_model(TrainConfig(model=str(llama_directory), device="cpu"))
     choice = Choice(True, (), 4096, 1024, 8192, 5 << 30, "")
-    needs = estimate(model, state, choice, 10**9)
+    needs = estimate(model, state, choice, 10**9, 0)
     assert sum(needs.values()) == pytest.approx(5)
     config = TrainConfig(model=str(llama_directory))
     planned, free = levers(config, needs), levers(config, kept(model, state))
     assert planned[0].startswith("--max-memory-gib below 5.00 ") and "batch" not in str(planned)
     assert free[0].startswith("halve --per-device-train-batch-size 2 ")
+
+
+def test_an_evaluation_that_needs_more_is_what_the_estimate_tells(llama_directory):
+    config = TrainConfig(
+        model=str(llama_directory), device="cpu", per_device_eval_batch_size=64,
+        eval_dataset="x.jsonl",
+    )  # fmt: skip
+    assert eval_tokens(config) == 8192  # 64 rows of 2,048 are cut: the value does not depend on it
+    model, state = load_model(dataclasses.replace(config, dry_run=True))
+    choice = Choice(False, (), 0, 0, 0, 0, "")
+    small, large = (estimate(model, state, choice, 10, n) for n in (0, 8192))
+    assert "activations of 10 tokens" in small
+    assert "activations of 8,192 evaluated tokens" in large
+    assert sum(large.values()) > 5 * sum(small.values())
 
 
 def test_a_dry_run_for_a_gpu_tells_the_plan_of_the_hand_written_pass(tmp_path, monkeypatch):
