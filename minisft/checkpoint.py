@@ -69,9 +69,7 @@ def save_checkpoint(
             sync(output_dir)
     except UserError as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{e}. Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
-        ) from e
+        raise UserError(f"{e}. {what_is_kept(output_dir)}") from e
     return final
 
 
@@ -157,6 +155,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """checkpoint-N directories, oldest first; none where there is no such output directory."""
     found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_number)
+
+
+def what_is_kept(output_dir: Path) -> str:
+    """Where a run that ends early can be continued from, in words."""
+    if not list_checkpoints(output_dir):
+        return "There is no checkpoint yet: the same command starts again"
+    return "Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
 
 
 def set_aside_newer(output_dir: Path, step: int) -> list[str]:

@@ -335,7 +335,8 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
         raise UserError(
-            f"{path}:{e.lineno}: malformed JSON ({e.msg}); mend it, or copy or download it again"
+            f"{path}:{e.lineno}: malformed JSON ({e.msg.removesuffix(' at')}); mend it, or copy or "
+            "download it again"
         ) from None
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
         if isinstance(e, UserError):
@@ -603,7 +604,7 @@ class TrainConfig:
     run_name: str = ""
     """Name of the run in them; left out, that of the output directory."""
     logging_dir: str = ""
-    """Where they write; left out, into the output directory."""
+    """Where they write; left out, into the output directory. Not for trackio: $TRACKIO_DIR."""
     save_strategy: str = "steps"
     """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
     where an evaluation is the best so far, each also at the end; `no` only when stopped."""
@@ -754,6 +755,8 @@ class TrainConfig:
                 "--modules-to-save has no meaning with --full-finetuning, which trains every "
                 "weight; drop one"
             )
+        if not self.output_dir:
+            raise UserError("--output-dir is empty; give a directory for what the run writes")
         self._check_idle()
         if self.eval_strategy != "no" and not self.eval_dataset:
             raise UserError(f"--eval-strategy {self.eval_strategy} needs --eval-dataset; give one")
@@ -768,6 +771,11 @@ class TrainConfig:
             )
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
+        if self.loraplus_lr_ratio == 0:
+            raise UserError(
+                "--loraplus-lr-ratio is 0, so lora_B would never change; expected a number above "
+                "0, or none: LoRA+ is off then"
+            )
         if self.loraplus_lr_ratio is not None and self.full_finetuning:
             raise UserError("--loraplus-lr-ratio needs an adapter; drop it or --full-finetuning")
         self.lora, self.column_map  # pyright: ignore  # noqa: B018  (raise where malformed)

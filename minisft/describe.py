@@ -92,7 +92,7 @@ def describe(
     )
     say(f"settings {as_flags(config)}")
     if schedule.num_rows < schedule.batch_size * schedule.accumulation:
-        say(f"warning: {schedule.num_rows} rows do not fill one step; every step is shorter")
+        say(f"warning: the rows ({schedule.num_rows}) do not fill one step; every step is shorter")
 
 
 def without_effect(
@@ -116,7 +116,7 @@ def without_effect(
     if config.save_strategy == "no":
         idle.append(("save_total_limit", "--save-strategy no writes no checkpoints"))
     if config.report_to == ("trackio",):
-        idle.append(("logging_dir", "trackio has its own"))
+        idle.append(("logging_dir", "trackio writes to its own, $TRACKIO_DIR"))
     sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
     if all(told["format"] != "text" for told in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))

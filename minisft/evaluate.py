@@ -12,7 +12,7 @@ import torch
 
 from minisft.batches import IGNORED, MicroBatch, Schedule, cut_by_tokens, make_micro_batch
 from minisft.checkpoint import write_json
-from minisft.config import TrainConfig, UserError, load_json
+from minisft.config import EVAL_METRICS, TrainConfig, UserError, load_json
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.loss import evaluation
 from minisft.model import Model
@@ -77,16 +77,18 @@ def evaluate_now(
     model: Model,
     dataset: TokenizedDataset,
     state: State,
+    step: int,
     epoch: float,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Metrics of the trained tensors as they are, reported; answers to --eval-generate prompts."""
+    """Metrics of the trained tensors, those after `step`, and answers to --eval-generate prompts:
+    made now and reported.
+    """
     metrics: dict[str, Any] = dict(evaluate(model, state, dataset, config))
     answers = []
     if config.eval_generate:
         answers = answer(model, state, dataset, config.eval_generate)
-        report.answers(state.step, answers)
-    report.evaluation({"step": state.step, "epoch": epoch, **metrics})
+    report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
     return metrics | ({"answers": answers} if answers else {})
 
 
@@ -103,7 +105,7 @@ def evaluate_before(
         return {}
     if state.step > 0:
         return _read_before(out / STEP0)
-    before = evaluate_now(config, model, dataset, state, 0.0, report)
+    before = evaluate_now(config, model, dataset, state, 0, 0.0, report)
     write_json(out / STEP0, before)
     return before
 
@@ -136,10 +138,10 @@ def evaluate_during(
 ) -> bool:
     """Evaluate where --eval-strategy asks for it after this step; True if it is the best so far.
 
-    The last step has an evaluation of its own after the loop, and one here only where it may be
-    the best. Called again after resuming, for the evaluation that a signal or a kill broke off.
+    The last step is evaluated after the loop, and here only where it may be the best. Called
+    again after resuming, for the evaluation that a signal or a kill broke off.
     """
-    if dataset is None or config.eval_strategy == "no" or report.has_evaluation(state.step):
+    if dataset is None or config.eval_strategy == "no" or state.step in report.evaluations:
         return False
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
@@ -147,7 +149,7 @@ def evaluate_during(
     if (state.step == total_steps and not config.keeps_best) or state.step % every:
         return False
     epoch = schedule.epoch_after(state.step - 1)
-    metrics = evaluate_now(config, model, dataset, state, epoch, report)
+    metrics = evaluate_now(config, model, dataset, state, state.step, epoch, report)
     return note_evaluation_(state, metrics, config)
 
 
@@ -177,11 +179,23 @@ def evaluate_after(
     model: Model,
     dataset: TokenizedDataset | None,
     state: State,
-    epoch: float,
+    step: int,
+    schedule: Schedule,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Metrics and answers of what is exported, once training is done."""
-    return {} if dataset is None else evaluate_now(config, model, dataset, state, epoch, report)
+    """Metrics and answers of what is exported, the weights as they were after `step`.
+
+    An evaluation of that step is not made twice.
+    """
+    if dataset is None:
+        return {}
+    known = report.evaluations.get(step, {})
+    numbers = (known.get(f"eval_{name}") for name in EVAL_METRICS)
+    answered = len(known.get("answers", [])) == min(config.eval_generate, len(dataset))
+    if answered and all(isinstance(number, float) for number in numbers):
+        return known
+    epoch = schedule.epoch_after(step - 1)
+    return evaluate_now(config, model, dataset, state, step, epoch, report)
 
 
 def answer(

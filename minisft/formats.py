@@ -229,7 +229,8 @@ def _chat_extras(record: dict) -> dict[str, Any]:
 
 def _messages(value: Any, column: str) -> list[dict]:
     if not isinstance(value, list):
-        raise UserError(f"{column} is {_kind(value)}; expected a list of messages")
+        hint = "; .csv holds none, .jsonl and .parquet do" if isinstance(value, str) else ""
+        raise UserError(f"{column} is {_kind(value)}; expected a list of messages{hint}")
     if not value:
         raise UserError(f"{column} is an empty list; expected at least one message")
     return [_message(message, f"{column}[{i}]") for i, message in enumerate(value)]

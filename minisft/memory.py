@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minisft.checkpoint import what_is_kept
 from minisft.config import TrainConfig, UserError
 from minisft.llama import Compute
 from minisft.lora import Flat
@@ -46,8 +48,7 @@ def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
     needs = needs or kept(*load_model(dataclasses.replace(config, dry_run=True)))
     return (
         f"out of memory ({reason}). This run needs, by estimate: {in_words(needs)}. "
-        f"{'; '.join(levers(config, needs))}. Checkpoints are intact: resume with "
-        "--resume-from-checkpoint auto"
+        f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
     )
 
 

@@ -102,7 +102,8 @@ def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
     for told in sources:
         line = f"        format {told['format']}"
         if len(sources) > 1:
-            line = f"        {told['source']}: {told['rows']:,} rows, format {told['format']}"
+            rows = _counted(told["rows"], "row")
+            line = f"        {told['source']}: {rows}, format {told['format']}"
         if told["columns"]:
             line += f" ({', '.join(f'{o} = {t}' for o, t in told['columns'].items())})"
         if told["end_of_turn"] is not None:
@@ -113,7 +114,7 @@ def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
 
 def _totals(stats: dict[str, Any]) -> str:
     """Rows read, kept, dropped, cut; tokens and the share of them that is trained."""
-    text = f"{stats['rows_kept']:,} rows"
+    text = _counted(stats["rows_kept"], "row")
     if stats["rows_read"] != stats["rows_kept"]:
         text += f" of {stats['rows_read']:,} read"
     share = stats["num_trained_tokens"] / max(1, stats["num_tokens"])
@@ -121,16 +122,21 @@ def _totals(stats: dict[str, Any]) -> str:
     for reason, count in stats["dropped"].items():
         text += f"; {count:,} dropped ({reason})"
     if stats["padded"]:
-        text += f"; padding taken out of {stats['padded']:,} rows"
+        text += f"; padding taken out of {_counted(stats['padded'], 'row')}"
     if stats["truncated"]:
         text += f"; {stats['truncated']:,} truncated to --max-length"
     if stats["split"]:
         text += f"; {stats['split']:,} split at --max-length"
     if stats["duplicates"]:
-        text += f"; {stats['duplicates']:,} duplicates"
+        text += f"; {_counted(stats['duplicates'], 'duplicate')}"
     if stats["packing_efficiency"]:
-        text += f"; in {stats['rows_packed']:,} packed rows, {stats['packing_efficiency']:.1%} full"
+        packed = _counted(stats["rows_packed"], "packed row")
+        text += f"; in {packed}, {stats['packing_efficiency']:.1%} full"
     return text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def write_preview(

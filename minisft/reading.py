@@ -76,10 +76,10 @@ def read_rows(
         raise UserError(f"{source}: is a directory; expected a file ending in {_extensions()}")
     if not path.exists() and not _looks_like_path(source):
         return _renamed(_read_hub(source, split), columns, columns_optional)
-    if path.suffix not in EXTENSIONS:
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
     if not path.exists():
         raise UserError(f"{source}: no such file; check the path")
+    if path.suffix not in EXTENSIONS:
+        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
     if split != "train":
         raise UserError(
             f"{source}: split is {split!r}, but a file has no splits; name its own file"
@@ -212,7 +212,7 @@ def _json_reason(error: Exception, text: str) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return "nested too deeply" if isinstance(error, RecursionError) else str(error)
     snippet = text[max(error.pos - 20, 0) : error.pos + 20]
-    return f"{error.msg} at column {error.colno}: ...{snippet!r}..."
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}: ...{snippet!r}..."
 
 
 def _read_json(path: Path) -> Rows:
@@ -271,6 +271,8 @@ def _read_csv(path: Path) -> Rows:
                     f"{path}: the header is one field, {header[0]!r}; is the file separated by "
                     f"{separator!r}? Save it with commas ({names})"
                 )
+        if len(header) > 1 and not header[0]:  # the index that pandas writes
+            header[0] = "Unnamed: 0"  # as pandas reads it
         if len(set(header)) != len(header) or "" in header:
             raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
         for row in reader:

@@ -26,12 +26,12 @@ class Reporter:
         self,
         metrics: IO[bytes],
         total_steps: int,
-        evaluated: set[int],
+        evaluations: dict[int, dict[str, Any]],
         log: Callable[[dict[str, Any]], None],
         progress: Any = None,
     ):
         self._metrics, self._directory = metrics, Path(metrics.name).parent
-        self._evaluated = evaluated  # steps with an eval line
+        self.evaluations = evaluations  # by step: its eval line, and `answers` if it has some
         self._log = log  # to the loggers of --report-to
         self._total = total_steps
         self._progress = progress
@@ -54,17 +54,19 @@ class Reporter:
         else:
             self._progress.update(self._task, completed=metrics["step"], description=text)
 
-    def evaluation(self, metrics: dict[str, Any]) -> None:
-        """Append an eval line, and show it."""
+    def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+        """Append an eval line, and the answers to the eval prompts if there are some; show both."""
+        if answers:
+            self._answers(metrics["step"], answers)
         self._write(metrics)
-        self._evaluated.add(metrics["step"])
+        self.evaluations[metrics["step"]] = metrics | {"answers": answers}
         self.say(
             f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}  "
             f"accuracy {metrics['eval_mean_token_accuracy']:.4f}  "
             f"entropy {metrics['eval_entropy']:.4f}"
         )
 
-    def answers(self, step: int, answers: list[dict[str, Any]]) -> None:
+    def _answers(self, step: int, answers: list[dict[str, Any]]) -> None:
         """Append the answers to the eval prompts to samples.jsonl, a line each; show the counts."""
         with writing(self._directory / SAMPLES), open(self._directory / SAMPLES, "ab") as file:
             for answer in answers:
@@ -73,10 +75,6 @@ class Reporter:
         self.say(
             f"answers at step {step}: {right} of {len(answers)} right, end of turn in {stopped}"
         )
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl holds the eval line of a step."""
-        return step in self._evaluated
 
     def sync(self) -> None:
         """Bring metrics.jsonl to disk: called before a checkpoint, so that it never runs ahead."""
@@ -103,12 +101,14 @@ def reporting(
 
     def keep(line: dict[str, Any]) -> bool:
         step = line["step"]
-        if step == first_step and (step == total_steps or not evaluated):
+        if step == first_step and not evaluated:
             return "loss" in line  # the evaluation is made again
         return first_step > 0 and step <= first_step
 
-    kept = _keep_lines(path, keep)
-    _keep_lines(directory / SAMPLES, keep)
+    kept = {line["step"]: line for line in _keep_lines(path, keep) if "eval_loss" in line}
+    for answer in _keep_lines(directory / SAMPLES, keep):
+        if answer["step"] in kept:
+            kept[answer["step"]].setdefault("answers", []).append(answer)
     # Unbuffered: nothing is left to fail on closing.
     with (
         open(path, "ab", buffering=0) as metrics,
@@ -150,11 +150,11 @@ def say(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> set[int]:
-    """Drop the other lines, and what is no line of ours; the steps of the eval lines kept."""
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop the other lines, and what is no line of ours; the lines kept."""
     if not path.exists():
-        return set()
-    kept, evaluated, damaged = [], set(), 0
+        return []
+    kept, texts, damaged = [], [], 0
     with writing(path):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
@@ -165,13 +165,12 @@ def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> set[int]:
         if not isinstance(value, dict) or type(value.get("step")) is not int:
             damaged += number < len(lines)  # the last may be torn by a kill
         elif keep(value):
-            kept.append(line + "\n")
-            if "eval_loss" in value:
-                evaluated.add(value["step"])
+            kept.append(value)
+            texts.append(line + "\n")
     if damaged:
         say(f"warning: {damaged} lines of {path} are damaged and were left out")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(texts), encoding="utf-8")
         os.replace(temporary, path)
-    return evaluated
+    return kept

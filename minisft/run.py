@@ -137,8 +137,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
             kept = "no checkpoint is kept (--save-strategy no)"
             kept = kept if config.save_strategy == "no" else _go_on(state.step)
             stop.where = f"after the last step; {kept}"
-            take_best_(state, out, config, model, total_steps, report)
-            after = evaluate_after(config, model, data.eval, state, epoch, report)
+            step = take_best_(state, out, config, model, total_steps, report)
+            after = evaluate_after(config, model, data.eval, state, step, batches.schedule, report)
         metrics = closing_metrics(state, epoch, first, seconds, before, after)
         metrics |= {
             "train_tokens_per_second": (state.num_tokens - tokens) / seconds,
@@ -286,7 +286,7 @@ def save(
             config.serves_in_4bit, model.start,
         )  # fmt: skip
 
-    then = {"config": plain_config(config), "evaluated": report.has_evaluation(state.step)}
+    then = {"config": plain_config(config), "evaluated": state.step in report.evaluations}
     save_checkpoint(out, state, write_model, {**then, **facts})
     rotate(out, config.save_total_limit, state.best_step)
 
@@ -305,8 +305,11 @@ def save_due(config: TrainConfig, state: State, schedule: Schedule, best: bool, 
 
 def take_best_(
     state: State, out: Path, config: TrainConfig, model: Model, total_steps: int, report: Reporter
-) -> None:
-    """What the evaluations decided: with --load-best-model-at-end, the best one's weights."""
+) -> int:
+    """What the evaluations decided: with --load-best-model-at-end, the best one's weights.
+
+    The step after which the weights were as they are now.
+    """
     name, value = config.best_metric[0], state.best_value
     if state.step < total_steps:
         report.say(
@@ -317,6 +320,8 @@ def take_best_(
         best = out / f"checkpoint-{state.best_step}"
         load_trained_(best, state, *trained_file(model.lora), model.start)
         report.say(f"best: step {state.best_step}, {name} {value:.4f}; its weights are the result")
+        return state.best_step
+    return state.step
 
 
 def closing_metrics(

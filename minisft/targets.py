@@ -17,6 +17,7 @@ from minisft.config import (
     LoraConfig,
     ModelConfig,
     UserError,
+    flag,
     matches,
 )
 
@@ -99,7 +100,7 @@ def _not_excluded(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     if not out or len(out) == len(found):
         which = "all" if out else "none"
         raise UserError(
-            f"exclude_modules {', '.join(lora.exclude_modules)} matches {which} of the "
+            f"--exclude-modules {', '.join(lora.exclude_modules)} matches {which} of the "
             f"{len(found)} target modules; drop it or change it"
         )
     return [path for path in found if path not in out]
@@ -109,7 +110,9 @@ def _fullmatches(pattern: str, paths: list[str]) -> set[str]:
     try:
         return {path for path in paths if re.fullmatch(pattern, path)}
     except re.error as e:
-        raise UserError(f"exclude_modules {pattern!r} is no regular expression: {e.msg}") from None
+        raise UserError(
+            f"--exclude-modules {pattern!r} is no regular expression: {e.msg}"
+        ) from None
 
 
 def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
@@ -137,7 +140,7 @@ def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(lora, name):
             if not any(matches(key, path) for path in paths):
-                raise UserError(f"{name} names {key!r}, which matches no adapted module")
+                raise UserError(f"{flag(name)} names {key!r}, which matches no adapted module")
 
 
 def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float], ...]:
@@ -211,7 +214,7 @@ def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
     }
     for name, given in rivals.items():
         if given:
-            raise UserError(f"lora_embeddings does not go with {name}; drop one")
+            raise UserError(f"--lora-embeddings does not go with {name}; drop one")
     return lora.rank_of("model.embed_tokens")
 
 

@@ -244,22 +244,29 @@ ROWS = (
 
 
 def table() -> None:
-    """Every row in a process of its own, so that each has the memory to itself."""
+    """Every row in a process of its own, so that each has the memory to itself.
+
+    Raises UserError behind the table if a row could not be measured.
+    """
     print("| work | tok/s | peak GiB | predicted | pinned | first step s | of roofline | pass |")
     print("|---" * 8 + "|")
     names = (
         "tokens_per_second", "peak_gib", "predicted_gib", "pinned_gib", "first_step_s",
         "of_roofline", "pass",
     )  # fmt: skip
+    failed = 0
     for row in ROWS:
         command = [sys.executable, __file__, "step", *row.split()]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            failed += 1
             print(f"| `{row}` | {done.stderr.strip().splitlines()[-1]} |", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         shown = " | ".join(str(found.get(name, "")) for name in names)
         print(f"| `{row}` | {shown} |", flush=True)
+    if failed:
+        raise UserError(f"{failed} of {len(ROWS)} rows could not be measured; the table says why")
 
 
 def random_model(

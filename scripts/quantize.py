@@ -96,6 +96,7 @@ def write(config: QuantizeConfig) -> None:
     }
     raw.pop("torch_dtype", None)
     write_json(out / "config.json", raw)
+    print(f"saved to {out}")
 
 
 def quantised(

@@ -530,6 +530,11 @@ CASES = {
         ["run.yaml:3", "malformed YAML"],
         "expected",
     ),
+    "loraplus_of_nothing": (
+        lambda p: p.argv(loraplus_lr_ratio=0),
+        ["--loraplus-lr-ratio is 0"],
+        "or none",
+    ),
     "no_such_yaml": (
         lambda p: [*p.argv(), "--config", str(p.directory / "no.yaml")],
         ["--config", "no.yaml"],
@@ -540,6 +545,11 @@ CASES = {
         file_as_output,
         ["--output-dir", "file/out", "Not a directory"],
         "choose another directory",
+    ),
+    "output_without_a_name": (
+        lambda p: p.argv(output_dir=""),
+        ["--output-dir is empty"],
+        "give a directory",
     ),
     "output_is_a_file": (
         lambda p: p.argv(output_dir=p.rows),
@@ -700,7 +710,8 @@ def test_a_file_that_cannot_be_written_is_one_line(place, culprit):
     assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome.err
     assert culprit in outcome.err and "File too large" in outcome.err
     assert "free space" in outcome.err
-    assert ("Earlier checkpoints are intact" in outcome.err) == (culprit.endswith("safetensors"))
+    assert ("There is no checkpoint yet" in outcome.err) == (culprit.endswith("safetensors"))
+    assert "intact" not in outcome.err
     assert not list(place.out.glob("tmp-*"))
     assert not list(place.out.rglob("*.tmp"))
 

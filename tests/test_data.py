@@ -101,6 +101,7 @@ def test_strange_text_survives(tmp_path: Path) -> None:
             [{"a": "1", "b": 'x, "y"\nz'}, {"a": "2", "b": ""}],
         ),
         ("x.csv", b"\xef\xbb\xbfa,b\r\n1,2\r\n", [{"a": "1", "b": "2"}]),
+        ("x.csv", ",a\n0,x\n", [{"Unnamed: 0": "0", "a": "x"}]),  # as pandas writes it
         ("x.csv", "a\n" + "w" * 200_000, [{"a": "w" * 200_000}]),
     ],
 )
@@ -148,6 +149,8 @@ def test_lines_are_read_again_when_asked_for(tmp_path: Path) -> None:
     ("name", "content", "culprit"),
     [
         ("x.jsonl", '{"text": "a"}\n{"text": oops}\n', r"x\.jsonl:2: malformed JSON.*oops"),
+        ("x.jsonl", '{"text": "a', r"\(Unterminated string starting at column 10: "),
+        ("x.csv", "a,\n1,2\n", r"x\.csv: header is \['a', ''\]"),
         ("x.jsonl", '{"text": "a"\n', r"x\.jsonl:1: malformed JSON"),
         ("x.jsonl", '{"text": "a"}\n[1]\n', r"x\.jsonl:2: the row is list"),
         ("x.jsonl", "null", r"x\.jsonl:1: the row is NoneType"),
@@ -181,7 +184,7 @@ def test_faulty_files_name_the_place(
 
 
 def test_missing_files_and_directories(tmp_path: Path) -> None:
-    for source in (str(tmp_path / "no.jsonl"), "no/such/rows.csv"):
+    for source in (str(tmp_path / "no.jsonl"), "no/such/rows.csv", "/no/such"):
         with pytest.raises(UserError, match="no such file"):
             read_rows(source, columns={})
     with pytest.raises(UserError, match=r"is a directory; expected a file ending in \.jsonl"):

@@ -209,7 +209,8 @@ def test_the_best_weights_are_exported(inputs, tmp_path):
     result = read(tmp_path / "train_output.json")["metrics"]
     best = result["best_step"]
     assert best < 4 and losses[best] == min(losses.values()) < losses[4]
-    assert result["eval_loss"] == pytest.approx(losses[best], abs=1e-7)
+    assert result["eval_loss"] == losses[best]
+    assert [m["step"] for m in metrics(tmp_path) if "eval_loss" in m] == [0, 1, 2, 3, 4]
     ours, kept = (load_file(d / "adapter_model.safetensors") for d in (
         tmp_path, tmp_path / f"checkpoint-{best}"
     ))  # fmt: skip
@@ -233,9 +234,12 @@ def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):
     assert read(tmp_path / "train_output.json")["global_step"] == 4
     assert checkpoints(tmp_path) == [1, 2, 4]
     assert "complete already" in train(**settings, resume_from_checkpoint="auto").out
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "train_output.json").unlink()  # a kill before the result
     assert "resuming" in train(**settings, resume_from_checkpoint="auto").out
-    assert read(tmp_path / "train_output.json")["global_step"] == 4
+    result = read(tmp_path / "train_output.json")
+    assert result["global_step"] == 4 and result["metrics"]["evaluations_since_best"] == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
     more = train(**settings | {"early_stopping_patience": 3}, resume_from_checkpoint="auto")
     assert "done: 8 steps" in more.out
 

@@ -61,7 +61,7 @@ def done(base, rows, tmp_path_factory):
 def copy(base, tmp_path_factory):
     """The same base, quantised by scripts/quantize.py."""
     out = tmp_path_factory.mktemp("copy") / "nf4"
-    assert call("quantize", flags(model=base, output_dir=out)).code == 0
+    assert call("quantize", flags(model=base, output_dir=out)) == (0, f"saved to {out}\n", "")
     return out
 
 

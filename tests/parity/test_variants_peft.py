@@ -349,7 +349,10 @@ def test_malformed_settings_are_told(settings, message):
             {"lora_embeddings": True, "modules_to_save": ("embed_tokens",)},
             "does not go with modules_to_save",
         ),
-        ({"lora_embeddings": True, "use_dora": True}, "does not go with use_dora"),
+        (
+            {"lora_embeddings": True, "use_dora": True},
+            "--lora-embeddings does not go with use_dora",
+        ),
         (
             {"lora_embeddings": True, "target_modules": ("re:.*q_proj",)},
             "does not go with a target_modules pattern",
@@ -357,10 +360,16 @@ def test_malformed_settings_are_told(settings, message):
         ({"layers_to_transform": (0, 7)}, "names layer 7, but the model has 2"),
         ({"layers_to_transform": (0,), "target_modules": ("re:.*q_proj",)}, "drop one"),
         ({"layers_to_transform": (0,), "target_modules": ("1.mlp.up_proj",)}, "leaves none"),
-        ({"exclude_modules": ("k_porj",)}, "k_porj matches none of the 14 target modules"),
+        (
+            {"exclude_modules": ("k_porj",)},
+            "--exclude-modules k_porj matches none of the 14 target modules",
+        ),
         ({"exclude_modules": ("re:.*",)}, "matches all of the 14 target modules"),
         ({"exclude_modules": ("re:(",)}, "is no regular expression"),
-        ({"rank_pattern": (("q_porj", 2),)}, "'q_porj', which matches no adapted module"),
+        (
+            {"rank_pattern": (("q_porj", 2),)},
+            "--rank-pattern names 'q_porj', which matches no adapted module",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_told(place, settings, message):
