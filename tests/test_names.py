@@ -222,7 +222,7 @@ def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
     out = tmp_path / "out"
     lines = [m for m in metrics(out) if "loss" in m]
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
-    assert [m["step"] for m in metrics(out) if "eval_loss" in m] == [0, 2, 4, 4]
+    assert [m["step"] for m in metrics(out) if "eval_loss" in m] == [0, 2, 4]
     assert lines[0]["learning_rate"] == 0 and lines[1]["learning_rate"] == 1e-2
     config = read(out / "adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)
