@@ -413,12 +413,12 @@ CASES = {
     ),
     "pattern_of_ranks_without_a_match": (
         lambda p: p.argv(rank_pattern="q_porj=4"),
-        ["rank_pattern", "'q_porj'"],
+        ["--rank-pattern", "'q_porj'"],
         "matches no adapted module",
     ),
     "pattern_of_alphas_without_a_match": (
         lambda p: p.argv(alpha_pattern="up_proj=4", target_modules="q_proj"),
-        ["alpha_pattern", "'up_proj'"],
+        ["--alpha-pattern", "'up_proj'"],
         "matches no adapted module",
     ),
     "layer_that_there_is_not": (
