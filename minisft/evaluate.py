@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from minisft.batches import IGNORED, MicroBatch, Schedule, cut_by_tokens, make_micro_batch
+from minisft.batches import (
+    IGNORED,
+    MicroBatch,
+    Schedule,
+    cut_by_tokens,
+    make_micro_batch,
+    trained_per_row,
+)
 from minisft.checkpoint import write_json
 from minisft.config import EVAL_METRICS, TrainConfig, UserError, load_json
 from minisft.generate import Sampling, generate, stop_ids
@@ -185,14 +192,15 @@ def evaluate_after(
 ) -> dict[str, Any]:
     """Metrics and answers of what is exported, the weights as they were after `step`.
 
-    An evaluation of that step is not made twice.
+    An evaluation of that step is not made twice, unless it was on other rows.
     """
     if dataset is None:
         return {}
     known = report.evaluations.get(step, {})
     numbers = (known.get(f"eval_{name}") for name in EVAL_METRICS)
     answered = len(known.get("answers", [])) == min(config.eval_generate, len(dataset))
-    if answered and all(isinstance(number, float) for number in numbers):
+    same_rows = known.get("eval_num_loss_tokens") == int(trained_per_row(dataset).sum())
+    if same_rows and answered and all(isinstance(number, float) for number in numbers):
         return known
     epoch = schedule.epoch_after(step - 1)
     return evaluate_now(config, model, dataset, state, step, epoch, report)

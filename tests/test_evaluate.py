@@ -229,6 +229,12 @@ def test_the_best_weights_are_exported(inputs, tmp_path):
     again = read(tmp_path / "train_output.json")["metrics"]
     assert all(again[name] == result[name] for name in again if "eval" in name)
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    (tmp_path / "train_output.json").unlink()
+    settings["eval_dataset"] = write_rows(tmp_path / "other.jsonl", pairs(3, first=60))
+    train(**settings, output_dir=tmp_path)
+    other = read(tmp_path / "train_output.json")["metrics"]["eval_loss"]
+    assert other != result["eval_loss"]
+    assert [metrics(tmp_path)[-1][name] for name in ("step", "eval_loss")] == [best, other]
 
 
 def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):

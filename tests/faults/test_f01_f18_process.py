@@ -478,6 +478,7 @@ def test_f17_out_of_memory_names_the_levers_and_the_estimate(inputs, tmp_path, m
     assert "out of memory" in message and "frozen weights 0.00 GiB" in message
     assert "halve --per-device-train-batch-size 2" in message
     assert "--gradient-checkpointing full" in message and "--max-length 64" in message
+    assert "Earlier checkpoints are intact" in message
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     resumed(inputs, out)
 
