@@ -420,8 +420,10 @@ def nf4_lora_linear() -> None:
 
 def adamw() -> None:
     """Norm, clip and AdamW over one flat buffer, against tensors one by one (r = 16)."""
-    from minisft.config import TrainConfig
-    from minisft.lora import allocate, groups
+    from random_model import config_json
+
+    from minisft.config import LoraConfig, TrainConfig, parse_model_config
+    from minisft.lora import allocate, groups, trainable_shapes
     from minisft.optim import clip_, grad_norm, init_moments, update_
 
     def flat_rule(p, g, m, v):
@@ -431,15 +433,9 @@ def adamw() -> None:
         p.mul_(1 - 1e-6).addcdiv_(m, v.sqrt().add_(1e-8), value=-1e-4)
 
     config = TrainConfig(model="", dataset=(), weight_decay=0.01, learning_rate=1e-4)
-    for shape, (D, ffn, N, K, H) in SHAPES.items():
-        sizes = ((D, N * H), (D, K * H), (D, K * H), (N * H, D), (D, ffn), (D, ffn), (ffn, D))
-        layers = {"1b": 16, "8b": 32}[shape]
-        shapes = {
-            f"model.layers.{i}.linear{j}.lora_{ab}.weight": (16, I) if ab == "A" else (O, 16)
-            for i in range(layers)
-            for j, (I, O) in enumerate(sizes)
-            for ab in "AB"
-        }
+    for shape in SHAPES:
+        cfg = parse_model_config(config_json(shape, 128256))
+        shapes = trainable_shapes(LoraConfig(), cfg)
         trainable = allocate(shapes, torch.device("cuda"))
         n = trainable.buffer.numel()
         grads = torch.randn(n, device="cuda")
