@@ -140,11 +140,9 @@ def adapter_config_dict(
         )
     match_targets(lora, cfg)
     lora = split_targets(lora)
-    targets: str | list[str] = list(lora.target_modules)
-    if targets[0].lower() == ALL_LINEAR:
+    targets = _names_or_pattern(lora.target_modules)
+    if lora.target_modules[0].lower() == ALL_LINEAR:
         targets = list(LINEAR_NAMES)
-    elif targets[0].startswith(PATTERN_PREFIX):
-        targets = targets[0].removeprefix(PATTERN_PREFIX)
     if lora.lora_embeddings:
         adapter_shapes(lora, cfg)  # refuses what does not go with it
         targets = [*targets, "embed_tokens"]
@@ -164,16 +162,16 @@ def adapter_config_dict(
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": {k: int(v) if v.is_integer() else v for k, v in lora.alpha_pattern},
         "layers_to_transform": list(lora.layers_to_transform) or None,
-        "exclude_modules": _excluded(lora),
+        "exclude_modules": _names_or_pattern(lora.exclude_modules) or None,
         "trainable_token_indices": list(lora.trainable_token_indices) or None,
     }
 
 
-def _excluded(lora: LoraConfig) -> str | list[str] | None:
-    items = lora.exclude_modules
+def _names_or_pattern(items: tuple[str, ...]) -> str | list[str]:
+    """As PEFT has them: a list of names, or one expression as a string."""
     if items and items[0].startswith(PATTERN_PREFIX):
         return items[0].removeprefix(PATTERN_PREFIX)
-    return list(items) or None
+    return list(items)
 
 
 def save_adapter(

@@ -174,7 +174,7 @@ class Batches:
 
     @cached_property
     def _tokens_per_row(self) -> Tensor:
-        return self.dataset.document_offsets[self.dataset.row_offsets].diff()
+        return self.dataset.row_lengths
 
     def batch(self, step: int, rank: int = 0) -> StepBatch:
         """The micro-batches of one step on one rank; raises nothing that data loading did not."""

@@ -220,8 +220,9 @@ def _coerce(value: Any, kind: str, problem: str) -> Any:
 
     problem: what the UserError says for a value of another type.
     """
+    kind = kind.removesuffix(" | None")
     try:
-        if kind in ("bool", "bool | None") and isinstance(value, bool):
+        if kind == "bool" and isinstance(value, bool):
             return value
         if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
@@ -235,12 +236,6 @@ def _coerce(value: Any, kind: str, problem: str) -> Any:
                 return tuple(items)
         if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-        if kind == "float | None" and isinstance(value, (int, float, str, type(None))):
-            return None if value is None else _coerce(value, "float", problem)
-        if kind == "bool | None" and isinstance(value, bool | None):
-            return value
-        if kind == "str | None" and (value is None or isinstance(value, str)):
-            return value
     except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(problem)

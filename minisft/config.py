@@ -40,7 +40,7 @@ _SAME_OPTIMIZER = {
     "adamw_bnb_8bit": "adamw_8bit",
 }
 # What Trainer and PEFT give for these from Python, and how YAML reads a bare `no`.
-_SWITCHED = {
+_SWITCHED: dict[str, dict[bool, str]] = {
     "eval_strategy": {False: "no"},
     "gradient_checkpointing": {True: "full", False: "none"},
     "init_lora_weights": {True: "default"},
@@ -662,12 +662,7 @@ class TrainConfig:
             value = getattr(self, name)
             items = split_list(value if isinstance(value, str) else [str(i) for i in value])
             object.__setattr__(self, name, items)
-        if self.init_lora_weights.lower() == "true":  # from the command line
-            object.__setattr__(self, "init_lora_weights", "default")
         object.__setattr__(self, "report_to", tuple(n for n in self.report_to if n != "none"))
-        if self.resume_from_checkpoint.lower() in ("true", "false"):
-            which = "auto" if self.resume_from_checkpoint.lower() == "true" else ""
-            object.__setattr__(self, "resume_from_checkpoint", which)
         object.__setattr__(self, "optim", _SAME_OPTIMIZER.get(self.optim, self.optim))
         start = self.init_lora_weights
         if not re.fullmatch(r"default|gaussian|olora|pissa(_niter_\d{1,3})?", start):
@@ -1025,8 +1020,14 @@ _ITEMS = {
 
 
 def switched(name: str, value: Any) -> Any:
-    """A setting's True or False as the value of ours that it means; all else as it is."""
-    return _SWITCHED.get(name, {}).get(value, value) if isinstance(value, bool) else value
+    """A setting's True or False as the value of ours that it means; all else as it is.
+
+    Of two settings the command line too gives them, as words.
+    """
+    on = value
+    if name in ("init_lora_weights", "resume_from_checkpoint") and isinstance(value, str):
+        on = {"true": True, "false": False}.get(value.lower())
+    return _SWITCHED.get(name, {}).get(on, value) if isinstance(on, bool) else value
 
 
 def describe_type(name: str, kind: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minisft.adapter import adapter_config_dict, read_adapter_config
 from minisft.batches import Batches
@@ -32,7 +31,10 @@ def describe(
 ) -> None:
     """The few lines a reader wants before the first step."""
     cfg = model.cfg
-    trained, frozen = state.trainable.buffer.numel(), sum(count(w) for w in model.frozen.values())
+    trained, frozen = (
+        state.trainable.buffer.numel(),
+        sum(math.prod(w.shape) for w in model.frozen.values()),
+    )
     share = trained / (trained + frozen)
     say(
         f"model   {config.model}: {cfg.num_hidden_layers} layers, hidden {cfg.hidden_size}, "
@@ -122,11 +124,6 @@ def without_effect(
         idle.append(("dataset_text_field", "no rows are of the format text"))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
-
-
-def count(weight: Tensor | NF4Weight) -> int:
-    """How many numbers a weight has."""
-    return math.prod(weight.shape)
 
 
 def summarise(out: Path, result: TrainOutput, config: TrainConfig, model: Model) -> None:

@@ -70,13 +70,12 @@ def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> i
     """Tokens of the largest batch of an evaluation; 0 without eval rows."""
     if dataset is None:
         return 0
-    lengths = dataset.document_offsets[dataset.row_offsets].diff()
+    lengths = dataset.row_lengths
     return max(int(lengths[rows].sum()) for rows in _cuts(dataset, eval_tokens(config)))
 
 
 def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
-    lengths = dataset.document_offsets[dataset.row_offsets].diff().tolist()
-    return cut_by_tokens(list(range(len(dataset))), lengths, max_tokens)
+    return cut_by_tokens(list(range(len(dataset))), dataset.row_lengths.tolist(), max_tokens)
 
 
 def evaluate_now(

@@ -38,10 +38,9 @@ from minisft.nn import (
     rope_table,
     swiglu,
 )
+from minisft.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
 
 EMBEDDING = "model.embed_tokens.weight"
-EMBEDDING_A, EMBEDDING_B = (f"model.embed_tokens.lora_embedding_{x}" for x in "AB")
-TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # trained, [tokens, D]
 TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, kept beside the frozen weights
 Weights = Mapping[str, Tensor | NF4Weight]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T,N,H], k [T,K,H], v [T,K,H] -> [T,N,H]

@@ -57,6 +57,11 @@ def rows_of_logits(V: int) -> int:
     return max(64, min(4096, 2**26 // V))
 
 
+def rows_evaluated(V: int) -> int:
+    """How many an evaluation takes at a time: about 64 MiB, since nothing is gained by more."""
+    return -(-rows_of_logits(V) // 4)
+
+
 class Evaluation(NamedTuple):
     """Means over the targets of an evaluation; without targets they are nan."""
 
@@ -76,7 +81,7 @@ def evaluation(
     """
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    chunk = -(-rows_of_logits(head_VD.shape[0]) // 4)
+    chunk = rows_evaluated(head_VD.shape[0])
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:

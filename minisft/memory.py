@@ -14,7 +14,7 @@ from minisft.checkpoint import what_is_kept
 from minisft.config import TrainConfig, UserError
 from minisft.llama import Compute
 from minisft.lora import Flat
-from minisft.loss import rows_of_logits
+from minisft.loss import rows_evaluated, rows_of_logits
 from minisft.model import Model, load_model
 from minisft.planning import Choice
 from minisft.step import State
@@ -100,7 +100,7 @@ def estimate(model: Model, state: State, choice: Choice, tokens: int, evaluated:
     V, cfg, size = model.cfg.vocab_size, model.cfg, model.compute.dtype.itemsize
     # One layer's: its input, norm and sum, the norm's float32; gate, up and their product.
     layer = (4 * size + 8) * cfg.hidden_size + 3 * size * cfg.intermediate_size
-    logits = 2 * 4 * min(evaluated, rows_of_logits(V) // 4) * V
+    logits = 2 * 4 * min(evaluated, rows_evaluated(V)) * V
     evaluation = (evaluated * layer + logits) / 2**30
     if choice.peak_bytes:
         rest = choice.peak_bytes / 2**30 - sum(needs.values())

@@ -23,21 +23,18 @@ from minisft.config import LoraConfig, UserError
 from minisft.export import save_shards, write_model_files
 from minisft.llama import (
     EMBEDDING,
-    EMBEDDING_A,
-    EMBEDDING_B,
     TOKEN_IDS,
-    TOKEN_ROWS,
     Compute,
     logits,
     make_tokens,
 )
 from minisft.model import resolve_device, resolve_dtype, token_ids
-from minisft.nn import NF4Weight, dequantize
-from minisft.targets import scaling_ratios
+from minisft.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, scaling_ratios
 from minisft.tokenizer import load_tokenizer
 from minisft.weights import (
     Checkpoint,
     four_bit_names,
+    in_full,
     load_model_config,
     open_checkpoint,
     place,
@@ -173,8 +170,7 @@ def merged_weights(
             continue
         if name in four_bit:
             weight = place(name, weight, device, torch.float32, True)
-        if isinstance(weight, NF4Weight):
-            weight = dequantize(weight, torch.float32)
+        weight = in_full(weight)
         path = name.removesuffix(".weight")
         if f"{path}.lora_A.weight" not in tensors:
             yield name, weight

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
-from minisft.llama import EMBEDDING, TOKEN_IDS, TOKEN_ROWS, Compute
+from minisft.llama import EMBEDDING, TOKEN_IDS, Compute
 from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
-from minisft.nn import NF4Weight, dequantize
+from minisft.nn import NF4Weight
 from minisft.optim import check_optimizer, init_moments
 from minisft.residual import split
 from minisft.step import INITIAL_LOSS_SCALE, State
-from minisft.targets import check_patterns, scaling_ratios, split_targets
+from minisft.targets import TOKEN_ROWS, check_patterns, scaling_ratios, split_targets
 from minisft.tokenizer import Tokenizer, load_tokenizer
 from minisft.weights import (
     Checkpoint,
     four_bit_names,
+    in_full,
     load_model_config,
     open_checkpoint,
     outline,
@@ -88,9 +89,7 @@ def load_model(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[M
         frozen = {}
         for name, weight in stream_weights(checkpoint):
             if name in flat.views:
-                flat.views[name].copy_(
-                    dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
-                )
+                flat.views[name].copy_(in_full(weight))
                 continue
             path = name.removesuffix(".weight")
             if lora and lora.splits_weights and f"{path}.lora_A.weight" in flat.views:
@@ -140,9 +139,7 @@ def take_part_(
     """
     A_name, B_name = (f"{path}.lora_{x}.weight" for x in "AB")
     A_RI, B_OR = trainable.views[A_name], trainable.views[B_name]
-    if isinstance(weight, NF4Weight):
-        weight = dequantize(weight, torch.float32)
-    W_OI = weight.to(A_RI.device, torch.float32)
+    W_OI = in_full(weight).to(A_RI.device, torch.float32)
     if not {A_name, B_name} <= start.keys():
         A0_RI, B0_OR = split(path, W_OI, lora, seed)
         start |= {A_name: A0_RI.cpu().contiguous(), B_name: B0_OR.cpu().contiguous()}
@@ -203,11 +200,9 @@ def init_magnitudes_(
     for name, view in trainable.views.items():
         path, found, _ = name.partition(".lora_magnitude_vector")
         if found:
-            weight = frozen[f"{path}.weight"]
-            if isinstance(weight, NF4Weight):
-                weight = dequantize(weight, torch.float32)
+            W_OI = in_full(frozen[f"{path}.weight"]).float()
             A_RI, B_OR = (trainable.views[f"{path}.lora_{x}.weight"] for x in "AB")
-            view.copy_((weight.float() + lora.scaling_of(path) * (B_OR @ A_RI)).norm(dim=1))
+            view.copy_((W_OI + lora.scaling_of(path) * (B_OR @ A_RI)).norm(dim=1))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -99,7 +99,7 @@ def estimated_rows(dataset: TokenizedDataset, what: str = "rows") -> list[int]:
 def most_tokens(data: Data, batches: Batches, steps: int) -> int:
     """Tokens of the largest micro-batch of the first steps, of the rows at hand."""
     schedule = dataclasses.replace(batches.schedule, num_rows=len(data.train), shares=())
-    lengths = data.train.document_offsets[data.train.row_offsets].diff()
+    lengths = data.train.row_lengths
     most = 0
     for step in range(min(steps, schedule.steps_per_epoch, _STEPS_LOOKED_AT)):
         rows = [row for batch in schedule.rows(step) for row in batch]

@@ -239,8 +239,7 @@ def plan_steps(
 def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> Choice:
     """How gradients are computed, and how many tokens at a time."""
     check_rows(config, data)
-    offsets = data.train.document_offsets[data.train.row_offsets]
-    longest = int(offsets.diff().max())
+    longest = int(data.train.row_lengths.max())
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     to_load = sum(kept(model, state).values()) * 2**30 if config.dry_run else 0
     return choose(

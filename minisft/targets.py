@@ -24,7 +24,9 @@ from minisft.config import (
 ALL_LINEAR = "all-linear"
 PATTERN_PREFIX = "re:"
 PATTERN_EXAMPLE = r"re:.*\.(q_proj|v_proj)"
-TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"  # PEFT's name: the new rows
+# PEFT's names of what is trained of the embedding: an adapter, [R, V] and [D, R]; rows [tokens, D].
+EMBEDDING_A, EMBEDDING_B = (f"model.embed_tokens.lora_embedding_{x}" for x in "AB")
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 EMBEDDING_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
@@ -136,7 +138,7 @@ def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
 
 def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
     """UserError for a key of rank_pattern or alpha_pattern that names no adapted module."""
-    paths = [*match_targets(lora, cfg), *(["model.embed_tokens"] if lora.lora_embeddings else [])]
+    paths = _adapted(lora, cfg)
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(lora, name):
             if not any(matches(key, path) for path in paths):
@@ -150,10 +152,15 @@ def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float
     """
     if not (lora.rank_pattern or lora.alpha_pattern or lora.lora_embeddings):
         return ()
-    paths = [*match_targets(lora, cfg), *(["model.embed_tokens"] if lora.lora_embeddings else [])]
-    ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in paths)
-    own = ("model.embed_tokens",)
-    return tuple((path, ratio) for path, ratio in ratios if ratio != 1 or path in own)
+    ratios = ((path, lora.scaling_of(path) / lora.scaling) for path in _adapted(lora, cfg))
+    embedding = EMBEDDING_PATHS["embed_tokens"]
+    return tuple((path, ratio) for path, ratio in ratios if ratio != 1 or path == embedding)
+
+
+def _adapted(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    """The linears that are adapted, and the embedding where it is too."""
+    embedding = [EMBEDDING_PATHS["embed_tokens"]] if lora.lora_embeddings else []
+    return [*match_targets(lora, cfg), *embedding]
 
 
 def is_special(item: str) -> bool:
@@ -191,8 +198,8 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
             shapes[f"{path}.lora_magnitude_vector"] = (out_features,)
     if lora.lora_embeddings:
         r = _embedding_rank(lora, cfg)
-        shapes["model.embed_tokens.lora_embedding_A"] = (r, cfg.vocab_size)
-        shapes["model.embed_tokens.lora_embedding_B"] = (cfg.hidden_size, r)
+        shapes[EMBEDDING_A] = (r, cfg.vocab_size)
+        shapes[EMBEDDING_B] = (cfg.hidden_size, r)
     if lora.trainable_token_indices:
         shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
     for name in split_targets(lora).modules_to_save:
@@ -204,8 +211,7 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
 def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
     saved = split_targets(lora).modules_to_save
     rivals = {
-        "modules_to_save embed_tokens": "embed_tokens" in saved
-        or (bool(saved) and cfg.tie_word_embeddings),
+        "modules_to_save embed_tokens": _saves_embedding(saved, cfg),
         "trainable_token_indices": bool(lora.trainable_token_indices),
         "use_dora": lora.use_dora,
         f"init_lora_weights {lora.init_lora_weights}": lora.splits_weights,
@@ -226,12 +232,17 @@ def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
             f"{cfg.vocab_size} rows"
         )
     saved = split_targets(lora).modules_to_save
-    if "embed_tokens" in saved or (saved and cfg.tie_word_embeddings):
+    if _saves_embedding(saved, cfg):
         raise UserError(
             "trainable_token_indices has no meaning where the whole embedding is trained "
             f"(modules_to_save {', '.join(saved)}); drop one"
         )
     return indices
+
+
+def _saves_embedding(saved: tuple[str, ...], cfg: ModelConfig) -> bool:
+    """Whether the trained copies hold the embedding's matrix, under its own name or the head's."""
+    return "embed_tokens" in saved or (bool(saved) and cfg.tie_word_embeddings)
 
 
 def module_paths(cfg: ModelConfig) -> list[str]:

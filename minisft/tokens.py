@@ -65,6 +65,11 @@ class TokenizedDataset:
         return list(itertools.pairwise(offsets))
 
     @property
+    def row_lengths(self) -> Tensor:
+        """Tokens of each row, int64 [num_rows]."""
+        return self.document_offsets[self.row_offsets].diff()
+
+    @property
     def max_token_id(self) -> int:
         """The largest id, to compare with the embedding's rows; -1 if there is no token."""
         if "max_token_id" in self.stats:

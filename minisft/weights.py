@@ -182,6 +182,11 @@ def place(
         raise UserError(f"{name} cannot be quantised: {e}") from None
 
 
+def in_full(weight: Tensor | NF4Weight) -> Tensor:
+    """The weight as it is, or decoded to float32 where it is in 4 bits."""
+    return dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
+
+
 def outline(
     checkpoint: Checkpoint, dtype: torch.dtype, four_bit: set[str]
 ) -> Iterator[tuple[str, Tensor | NF4Weight]]:

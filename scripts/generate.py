@@ -21,9 +21,9 @@ from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
 from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
-from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, Weights
+from minisft.llama import TOKEN_IDS, Compute, Weights
 from minisft.model import resolve_device, resolve_dtype, token_ids
-from minisft.targets import scaling_ratios
+from minisft.targets import TOKEN_ROWS, scaling_ratios
 from minisft.tokenizer import (
     Tokenizer,
     decode,
