@@ -111,7 +111,8 @@ def test_a_dry_run_for_a_gpu_tells_the_plan_of_the_hand_written_pass(tmp_path, m
     (tmp_path / "model").mkdir()
     wide = write_model(tmp_path / "model", hidden_size=128)
     rows = write_rows(tmp_path / "rows.jsonl", pairs(16))
-    out = train(model=wide, dataset=rows, dry_run=True, dtype="bfloat16", max_length=64).out
+    given = {"model": wide, "dataset": rows, "dtype": "bfloat16", "max_length": 64}
+    out = train(**given, dry_run=True, output_dir=tmp_path / "out").out
     peak, room = re.search(r"predicted peak ([\d.]+) of ([\d.]+) GiB", out).groups()
     assert f"memory  about {peak} GiB: " in out and "explicit block, none" in out
     assert float(room) == pytest.approx(0.95, abs=0.01) and "has no effect" not in out
@@ -119,7 +120,8 @@ def test_a_dry_run_for_a_gpu_tells_the_plan_of_the_hand_written_pass(tmp_path, m
 
 def test_rows_shorter_than_max_length_count_as_they_are(llama_directory, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", pairs(16))
-    out = train(model=llama_directory, dataset=rows, dry_run=True, max_length=250).out
+    given = {"model": llama_directory, "dataset": rows, "max_length": 250}
+    out = train(**given, dry_run=True, output_dir=tmp_path / "out").out
     longest = int(re.search(r"longest (\d+)", out)[1])
     tokens = int(re.search(r"activations of (\d+) tokens", out)[1])
     assert longest < tokens <= min(2 * 250, 8 * longest)

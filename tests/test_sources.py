@@ -386,7 +386,8 @@ def test_preview_json_holds_every_row_in_dataset_order(model: Path, tmp_path: Pa
     rows = write_rows(tmp_path / "rows.jsonl", pairs(1100))
     file = tmp_path / "deep" / "preview.json"
     given = {"model": model, "dataset": rows, "max_length": 64, "packing": True, "dry_run": True}
-    outcome = train(**given, preview=10**6, preview_json=file, output_dir=tmp_path / "out")
+    given |= {"output_dir": tmp_path / "out"}
+    outcome = train(**given, preview=10**6, preview_json=file)
     assert not (tmp_path / "out").exists()
     tokenizer = load_tokenizer(model)
     config = TrainConfig(model="m", dataset=str(rows), max_length=64, packing=True)
@@ -418,6 +419,7 @@ def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     evil = "\x1b[31mred"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": evil + " What", "completion": " fox\n"}])
     given = {"model": model, "dataset": rows, "dry_run": True, "per_device_train_batch_size": 1}
+    given |= {"output_dir": tmp_path / "out"}
     lines = train(**given, preview=1).out.splitlines()
     at = lines.index("<|bos|>\\x1b[31mred What[[ fox")
     assert lines[at - 1].startswith("=== row 0: ") and lines[at + 1] == "<|eot|>]]"
@@ -482,4 +484,4 @@ def test_torch_is_not_asked_for_a_gpu_in_a_dry_run(
     rows = write_rows(tmp_path / "rows.jsonl", pairs(3))
     monkeypatch.setattr(torch.cuda, "init", refuse)
     monkeypatch.setattr("minisft.weights.iter_tensors", refuse)
-    train(model=model, dataset=rows, dry_run=True)
+    train(model=model, dataset=rows, dry_run=True, output_dir=tmp_path / "out")
