@@ -102,10 +102,13 @@ class Saved(NamedTuple):
 # ------------------------------------------------------------------------------------- products
 
 
-def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor) -> None:
-    """The weight in the compute dtype, decoded or copied into `out`, whose rows may be strided."""
+def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor, early: bool = False) -> None:
+    """The weight in the compute dtype, decoded or copied into `out`, whose rows may be strided.
+
+    early: it lies there since before the kernel launched last, as in a step.
+    """
     if isinstance(weight, NF4Weight):
-        dequantize_into(weight, out_OI)
+        dequantize_into(weight, out_OI, early=early)
     else:
         out_OI.copy_(weight)
 
@@ -115,9 +118,9 @@ def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     O, I = group.weight.shape
     w = scratch[: O * (I + group.rank)].view(O, I + group.rank)
     if isinstance(group.weight, NF4Weight) and group.rank:
-        dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w)
+        dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w, early=True)
         return w
-    place_weight(group.weight, w[:, :I])
+    place_weight(group.weight, w[:, :I], early=True)
     place_block_diagonal(group.B, group.sizes, scaling, w[:, I:])
     return w
 
@@ -127,9 +130,9 @@ def with_A_below(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     O, I = group.weight.shape
     w = scratch[: (O + group.rank) * I].view(O + group.rank, I)
     if isinstance(group.weight, NF4Weight) and group.A is not None:
-        dequantize_with_A_below(group.weight, group.A, scaling, w)
+        dequantize_with_A_below(group.weight, group.A, scaling, w, early=True)
         return w
-    place_weight(group.weight, w[:O])
+    place_weight(group.weight, w[:O], early=True)
     if group.A is not None:
         torch.mul(group.A, scaling, out=w[O:])
     return w

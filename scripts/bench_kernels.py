@@ -322,7 +322,7 @@ def nf4() -> None:
 
         def ours(weights=weights, outs=outs):
             for weight, out in zip(weights, outs, strict=True):
-                dequantize_into(weight, out)
+                dequantize_into(weight, out, early=True)  # as a step does
 
         def theirs(states=states, outs=outs):
             for (packed, state), out in zip(states, outs, strict=True):

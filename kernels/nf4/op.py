@@ -23,11 +23,15 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, *, impl: str = "auto") -> 
     return out
 
 
-def dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -> None:
+def dequantize_into(
+    weight: NF4Weight, out: Tensor, *, impl: str = "auto", early: bool = False
+) -> None:
     """Decode into `out` [O, I], a view whose rows may be strided and whose columns are contiguous.
 
-    Writes straight into the buffer (and column range) that a matrix product reads. Raises
-    ValueError if out's shape or strides do not fit.
+    Writes straight into the buffer (and column range) that a matrix product reads. early: `weight`
+    was not written by the kernel launched just before, so that it may be read while that one still
+    runs (faster on GPUs from compute capability 9 on, without effect elsewhere). Raises ValueError
+    if out's shape or strides do not fit.
     """
     if tuple(out.shape) != weight.shape or (out.shape[1] > 1 and out.stride(1) != 1):
         raise ValueError(
@@ -39,32 +43,36 @@ def dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -> No
         return
     from kernels.nf4.kernel import launch_dequantize
 
-    launch_dequantize(weight, out)
+    launch_dequantize(weight, out, early)
 
 
 def dequantize_with_A_below(
-    weight: NF4Weight, A_RI: Tensor, scale: float, out: Tensor, *, impl: str = "auto"
-) -> None:
-    """out = [W; scale * A], [O + R, I], contiguous; A: [R, I] contiguous, in out's dtype."""
+    weight: NF4Weight, A_RI: Tensor, scale: float, out: Tensor, *, impl: str = "auto",
+    early: bool = False,
+) -> None:  # fmt: skip
+    """out = [W; scale * A], [O + R, I], contiguous; A: [R, I] contiguous, in out's dtype.
+
+    early: as for `dequantize_into`; of `weight` alone, A may be written just before.
+    """
     O = weight.shape[0]
     if _impl(weight, impl) == "triton":
         from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
 
         if is_wide(weight):
-            launch_dequantize_with_lora(weight, out, A_RI, scale, True, (O,), A_RI.shape[0])
+            launch_dequantize_with_lora(weight, out, A_RI, scale, True, (O,), A_RI.shape[0], early)
             return
-    dequantize_into(weight, out[:O], impl=impl)
+    dequantize_into(weight, out[:O], impl=impl, early=early)
     torch.mul(A_RI, scale, out=out[O:])
 
 
 def dequantize_with_B_beside(
     weight: NF4Weight, Bs: Sequence[Tensor | None], sizes: Sequence[int], scale: float, out: Tensor,
-    *, impl: str = "auto",
+    *, impl: str = "auto", early: bool = False,
 ) -> None:  # fmt: skip
     """out = [W, scale * B], [O, I + R]: B block diagonal, of linears with `sizes` rows each.
 
     Bs: [size, R_j] each, contiguous, or None for a linear without one; R is the sum of the R_j. One
-    launch where at most three B of one rank are neighbours in memory.
+    launch where at most three B of one rank are neighbours in memory. early: as above.
     """
     I = weight.shape[1]
     if _impl(weight, impl) == "triton" and (first := _neighbours(Bs)) is not None:
@@ -72,9 +80,9 @@ def dequantize_with_B_beside(
 
         if is_wide(weight):
             rank = first.shape[1]
-            launch_dequantize_with_lora(weight, out, first, scale, False, tuple(sizes), rank)
+            launch_dequantize_with_lora(weight, out, first, scale, False, tuple(sizes), rank, early)
             return
-    dequantize_into(weight, out[:, :I], impl=impl)
+    dequantize_into(weight, out[:, :I], impl=impl, early=early)
     place_block_diagonal(Bs, sizes, scale, out[:, I:])
 
 

@@ -7,14 +7,40 @@ so that u = x A^T, or t = dy B, comes along; dA and dB are made in the second.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.low_rank.kernel import padded_rank
-from kernels.nf4.kernel import block_scale, quantised_arguments
+from kernels.nf4.kernel import block_scale, overlapping, quantised_arguments
+
+
+@triton.jit
+def code_of_lane(code_ptr, LANES: tl.constexpr):
+    """LANES: each thread's own number, the code of its lane modulo 16; else not used."""
+    if LANES:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u32 l; .reg .u64 a; mov.u32 l, %laneid; and.b32 l, l, 15; "
+            "mad.wide.u32 a, l, 4, $1; ld.global.nc.f32 $0, [a]; }",
+            "=f,l", [code_ptr.to(tl.uint64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return 0.0
+
+
+@triton.jit
+def looked_up(code_ptr, of_lane, nibble, LANES: tl.constexpr):
+    """The codes of nibbles: bits 0 to 3, whatever is above.
+
+    LANES: handed from lane to lane, which takes no address; bit 4 picks a lane with the same code.
+    """
+    if LANES:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [of_lane, nibble],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.load(code_ptr + (nibble & 15))
 
 
 @triton.jit
@@ -22,10 +48,12 @@ def forward_parts_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
     nested_offset_ptr, a_ptr, parts_ptr, M, O, x_stride, k_per_split,
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; rows from O on are A's."""
     BLOCK_K: tl.constexpr = 64  # one block of the quantisation
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(O, BLOCK_N)
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
@@ -39,6 +67,7 @@ def forward_parts_kernel(
         ok = n < O
         half = tl.arange(0, BLOCK_K // 2)
         row = n.to(tl.int64) * I
+        of_lane = code_of_lane(code_ptr, LANES)
         for start in range(first, last, BLOCK_K):
             at = packed_ptr + (row[:, None] + start) // 2 + half[None, :]
             byte = tl.load(at, mask=ok[:, None], other=0).to(tl.int32)  # [BLOCK_N, BLOCK_K / 2]
@@ -46,15 +75,16 @@ def forward_parts_kernel(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 (row + start) // BLOCK_K, ok, NESTED, OFFSETS,
             )  # fmt: skip
-            high = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
-            low = tl.load(code_ptr + (byte & 15)) * scale[:, None]
-            w = tl.interleave(high.to(dtype), low.to(dtype))  # [BLOCK_N, BLOCK_K]
+            even_w = looked_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
+            odd_w = looked_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
             x = tl.load(
                 x_ptr + m[:, None] * x_stride + start + k[None, :],
                 mask=(m < M)[:, None],
                 other=0.0,
             )
-            total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+            even_x, odd_x = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
+            total = tl.dot(even_w.to(dtype), tl.trans(even_x), total, input_precision="ieee")
+            total = tl.dot(odd_w.to(dtype), tl.trans(odd_x), total, input_precision="ieee")
         rows = n
         keep = ok
     else:
@@ -80,44 +110,50 @@ def backward_parts_kernel(
     dy_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
     nested_offset_ptr, b_ptr, parts_ptr, M, O, dy_stride, o_per_split,
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+    LANES: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; rows from I on are B's."""
     BLOCK_I: tl.constexpr = 64  # one block of the quantisation
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = I // BLOCK_I
     split = tl.program_id(1)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
     first = split * o_per_split
     last = tl.minimum(first + o_per_split, O)
-    total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     dtype = dy_ptr.dtype.element_ty
     if tl.program_id(0) < blocks:
         column = tl.program_id(0) * BLOCK_I
         half = tl.arange(0, BLOCK_I // 2)
+        of_lane = code_of_lane(code_ptr, LANES)
+        even = tl.zeros((BLOCK_M, BLOCK_I // 2), tl.float32)
+        odd = tl.zeros((BLOCK_M, BLOCK_I // 2), tl.float32)
         for start in range(first, last, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             ok = o < last
             row = o.to(tl.int64) * I + column
             byte = tl.load(
                 packed_ptr + row[:, None] // 2 + half[None, :], mask=ok[:, None], other=0
-            ).to(tl.int32)
+            ).to(tl.int32)  # [BLOCK_O, BLOCK_I / 2]
             scale = block_scale(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 row // BLOCK_I, ok, NESTED, OFFSETS,
             )  # fmt: skip
-            high = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
-            low = tl.load(code_ptr + (byte & 15)) * scale[:, None]
-            w = tl.interleave(high.to(dtype), low.to(dtype))  # [BLOCK_O, BLOCK_I]
+            even_w = looked_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
+            odd_w = looked_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
             dy = tl.load(
                 dy_ptr + m[:, None] * dy_stride + o[None, :],
                 mask=(m < M)[:, None] & ok[None, :],
                 other=0.0,
             )
-            total = tl.dot(dy, w, total, input_precision="ieee")
+            even = tl.dot(dy, even_w.to(dtype), even, input_precision="ieee")
+            odd = tl.dot(dy, odd_w.to(dtype), odd, input_precision="ieee")
+        total = tl.interleave(even, odd)  # [BLOCK_M, BLOCK_I]
         rows = column + tl.arange(0, BLOCK_I)
         keep = rows < I
     else:
         r = tl.arange(0, BLOCK_I) + (tl.program_id(0) - blocks) * BLOCK_I
+        total = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         for start in range(first, last, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             ok = o < last
@@ -141,7 +177,7 @@ def finish_kernel(
     parts_ptr, lora_ptr, lora_stride_n, lora_stride_r, bias_ptr, out_ptr, low_ptr, M, N, scaling,
     x_ptr, x_stride, dy_ptr, dy_stride, u_ptr, u_stride, da_ptr, db_ptr, O,
     SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
-    GRADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRADS: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of parts + scaling * low @ lora^T + bias, where low is u or t [M, R].
 
@@ -158,6 +194,20 @@ def finish_kernel(
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         n_ok = n < N
         ok = n_ok[:, None] & m_ok[None, :]
+        if R > 0:
+            lora = tl.load(
+                lora_ptr + n[:, None] * lora_stride_n + r[None, :] * lora_stride_r,
+                mask=n_ok[:, None] & r_ok[None, :],
+                other=0.0,
+            )
+            if GRADS:
+                x = tl.load(
+                    x_ptr + m[:, None] * x_stride + n[None, :],
+                    mask=m_ok[:, None] & n_ok[None, :],
+                    other=0.0,
+                )
+        if EARLY:  # up to here nothing was read that the first launch writes
+            tl.extra.cuda.gdc_wait()
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for split in tl.static_range(SPLITS):
             at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
@@ -169,18 +219,8 @@ def finish_kernel(
                 at = (split * (N + R) + N + r)[:, None].to(tl.int64) * M + m[None, :]
                 low += tl.load(parts_ptr + at, mask=low_ok, other=0.0)
             low = low.to(dtype)
-            lora = tl.load(
-                lora_ptr + n[:, None] * lora_stride_n + r[None, :] * lora_stride_r,
-                mask=n_ok[:, None] & r_ok[None, :],
-                other=0.0,
-            )
             total += scaling * tl.dot(lora, low, input_precision="ieee")
             if GRADS:
-                x = tl.load(
-                    x_ptr + m[:, None] * x_stride + n[None, :],
-                    mask=m_ok[:, None] & n_ok[None, :],
-                    other=0.0,
-                )
                 da = scaling * tl.dot(low, x, input_precision="ieee")
                 tl.store(
                     da_ptr + r[:, None] * N + n[None, :],
@@ -212,9 +252,14 @@ def finish_kernel(
         )
 
 
-def _splits(programs: int, steps: int, rows: int) -> int:
-    """Parts of the sum: four programs a processor, or two where many rows make parts large."""
-    return max(1, min(16, (528 if rows <= 16 else 264) // programs, steps))
+PROGRAMS = 528  # of the first launch, about: four a processor
+STAGES = 3  # tiles on their way from memory at once
+FINISH = 32  # columns of the second launch's programs
+
+
+def _splits(programs: int, steps: int) -> int:
+    """Parts of the sum."""
+    return max(1, min(16, PROGRAMS // programs, steps))
 
 
 def fused_forward(x, weight, bias, A, B, scaling):
@@ -222,23 +267,25 @@ def fused_forward(x, weight, bias, A, B, scaling):
     M, (O, I), R = x.shape[0], weight.shape, 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
     tiles = triton.cdiv(O, block_n)
-    splits = _splits(tiles, I // 64, M)
+    splits = _splits(tiles, I // 64)
     per_split = triton.cdiv(I // 64, splits) * 64
     splits = triton.cdiv(I, per_split)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
     pointers, flags = quantised_arguments(weight)
+    overlap = overlapping(x.device)
     forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
         x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
-        I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1,
+        I=I, R=R, **flags, LANES=x.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     y = torch.empty((M, O), dtype=x.dtype, device=x.device)
     u = None if A is None else torch.empty((M, R), dtype=x.dtype, device=x.device)
     lora, strides = (y, (1, 1)) if B is None else (B, B.stride())
-    finish_kernel[(triton.cdiv(O, 32),)](
+    finish_kernel[(triton.cdiv(O, FINISH),)](
         parts, lora, *strides, y if bias is None else bias, y, y if u is None else u, M, O, scaling,
         y, 1, y, 1, y, 1, y, y, 1,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=bias is not None, GRADS=False,
-        BLOCK_M=block_m, BLOCK_N=32, num_warps=4,
+        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH, num_warps=4, **overlap,
     )  # fmt: skip
     return y, u
 
@@ -246,27 +293,27 @@ def fused_forward(x, weight, bias, A, B, scaling):
 def fused_backward(dy, x, u, weight, A, B, scaling):
     """(dx, dA or None, dB or None) for at most 64 rows."""
     M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
-    # At most 32 rows a program: with 64 the compiler takes another tensor-core instruction, which
-    # wants the decoded weight in shared memory, and fails (Triton 3.6).
-    block_m, block_o = min(32, max(16, triton.next_power_of_2(M))), 64
+    block_m, block_o = max(16, triton.next_power_of_2(M)), 64
     tiles = I // 64
-    splits = _splits(tiles, triton.cdiv(O, block_o), M)
+    splits = _splits(tiles, triton.cdiv(O, block_o))
     per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
     splits = triton.cdiv(O, per_split)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
     pointers, flags = quantised_arguments(weight)
-    backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits, triton.cdiv(M, block_m))](
+    overlap = overlapping(dy.device)
+    backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
         dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
-        I=I, R=R, **flags, BLOCK_M=block_m, BLOCK_O=block_o, num_warps=4, num_stages=1,
+        I=I, R=R, **flags, LANES=dy.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m,
+        BLOCK_O=block_o, num_warps=4, num_stages=STAGES,
     )  # fmt: skip
     dx = torch.empty((M, I), dtype=dy.dtype, device=dy.device)
     dA, dB = (None, None) if A is None else (torch.empty_like(A), torch.empty_like(B))
     lora, strides = (dx, (1, 1)) if A is None else (A, (A.stride(1), A.stride(0)))
     grads = (dx, 1, dx, dx) if A is None else (u, u.stride(0), dA, dB)
-    finish_kernel[(triton.cdiv(I, 32) + (0 if A is None else triton.cdiv(O, 32)),)](
+    finish_kernel[(triton.cdiv(I, FINISH) + (0 if A is None else triton.cdiv(O, FINISH)),)](
         parts, lora, *strides, dx, dx, dx, M, I, scaling,
         x, x.stride(0), dy, dy.stride(0), *grads, O,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=False, GRADS=A is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=32, num_warps=4,
+        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH, num_warps=4, **overlap,
     )  # fmt: skip
     return dx, dA, dB

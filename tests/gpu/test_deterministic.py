@@ -22,7 +22,7 @@ def fresh(**settings):
     """scripts/train.py in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *flags(**settings)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))},
         capture_output=True,
         text=True,
     )

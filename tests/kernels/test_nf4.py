@@ -215,3 +215,25 @@ def test_matrices_side_by_side_decode_as_they_do_alone():
         for view, expected in zip(views, alone, strict=True):
             assert torch.equal(dequantize(view, torch.float32, impl=impl), expected)
     assert side_by_side([quantize(make_weight((128, 64))), weights[0]]) is None  # out of step
+
+
+def test_an_early_decode_waits_for_what_it_overwrites_and_for_a():
+    """One buffer, written and read in turn; A changes just before it is written below the matrix."""
+    O, I, turns = (2048, 2048, 50) if GPU else (64, 64, 3)
+    weights = [quantize(make_weight((O, I), DEVICE, seed=n)) for n in range(2)]
+    plain = [dequantize(w, torch.float32) for w in weights]
+    A = torch.randn(8, I, device=DEVICE)
+    out = torch.empty(O + 8, I, device=DEVICE)
+    reads, changes = [], []
+    for turn in range(turns):
+        weight = weights[turn % 2]
+        if turn % 3:
+            dequantize_into(weight, out[:O], impl="triton", early=True)
+        else:
+            A.mul_(-1.01)
+            dequantize_with_A_below(weight, A, 1.0, out, impl="triton", early=True)
+            changes.append((A.clone(), out[O:].clone()))
+        reads.append(out[:O].sum(1))
+    for turn, read in enumerate(reads):
+        assert torch.equal(read, plain[turn % 2].sum(1)), turn
+    assert all(torch.equal(a, below) for a, below in changes)
