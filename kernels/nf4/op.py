@@ -11,15 +11,18 @@ from kernels.low_rank import place_block_diagonal
 from kernels.nf4.reference import NF4Weight, dequantize_reference
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
+def dequantize(
+    weight: NF4Weight, dtype: torch.dtype, *, impl: str = "auto", early: bool = False
+) -> Tensor:
     """The matrix [O, I] in `dtype` (bfloat16, float16 or float32), bit for bit bitsandbytes'.
 
     impl: "triton", "reference", or "auto" (triton for CUDA tensors). Raises ValueError for another.
+    early: as for `dequantize_into`.
     """
     if _impl(weight, impl) == "reference":
         return dequantize_reference(weight, dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
-    dequantize_into(weight, out, impl=impl)
+    dequantize_into(weight, out, impl=impl, early=early)
     return out
 
 

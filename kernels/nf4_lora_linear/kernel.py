@@ -252,14 +252,14 @@ def finish_kernel(
         )
 
 
-PROGRAMS = 528  # of the first launch, about: four a processor
-STAGES = 3  # tiles on their way from memory at once
-FINISH = 32  # columns of the second launch's programs
+# Measured on an H200 (README.md).
+PROGRAMS = 528  # of the first launch, at most: four a processor
+FINISH_FORWARD, FINISH_BACKWARD = 64, 32  # columns to a program of the second
 
 
 def _splits(programs: int, steps: int) -> int:
-    """Parts of the sum."""
-    return max(1, min(16, PROGRAMS // programs, steps))
+    """Parts of the sum: at most twelve, of four tiles or more."""
+    return max(1, min(12, PROGRAMS // programs, steps // 4))
 
 
 def fused_forward(x, weight, bias, A, B, scaling):
@@ -276,16 +276,16 @@ def fused_forward(x, weight, bias, A, B, scaling):
     forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
         x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
         I=I, R=R, **flags, LANES=x.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=4, num_stages=STAGES,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     y = torch.empty((M, O), dtype=x.dtype, device=x.device)
     u = None if A is None else torch.empty((M, R), dtype=x.dtype, device=x.device)
     lora, strides = (y, (1, 1)) if B is None else (B, B.stride())
-    finish_kernel[(triton.cdiv(O, FINISH),)](
+    finish_kernel[(triton.cdiv(O, FINISH_FORWARD),)](
         parts, lora, *strides, y if bias is None else bias, y, y if u is None else u, M, O, scaling,
         y, 1, y, 1, y, 1, y, y, 1,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=bias is not None, GRADS=False,
-        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH, num_warps=4, **overlap,
+        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH_FORWARD, num_warps=4, **overlap,
     )  # fmt: skip
     return y, u
 
@@ -304,16 +304,17 @@ def fused_backward(dy, x, u, weight, A, B, scaling):
     backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
         dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
         I=I, R=R, **flags, LANES=dy.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m,
-        BLOCK_O=block_o, num_warps=4, num_stages=STAGES,
+        BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip
     dx = torch.empty((M, I), dtype=dy.dtype, device=dy.device)
     dA, dB = (None, None) if A is None else (torch.empty_like(A), torch.empty_like(B))
     lora, strides = (dx, (1, 1)) if A is None else (A, (A.stride(1), A.stride(0)))
     grads = (dx, 1, dx, dx) if A is None else (u, u.stride(0), dA, dB)
-    finish_kernel[(triton.cdiv(I, FINISH) + (0 if A is None else triton.cdiv(O, FINISH)),)](
+    for_dB = 0 if A is None else triton.cdiv(O, FINISH_BACKWARD)
+    finish_kernel[(triton.cdiv(I, FINISH_BACKWARD) + for_dB,)](
         parts, lora, *strides, dx, dx, dx, M, I, scaling,
         x, x.stride(0), dy, dy.stride(0), *grads, O,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=False, GRADS=A is not None,
-        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH, num_warps=4, **overlap,
+        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH_BACKWARD, num_warps=4, **overlap,
     )  # fmt: skip
     return dx, dA, dB

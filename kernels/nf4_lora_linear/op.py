@@ -44,11 +44,12 @@ def forward(
         x_ext[:, :I] = x_MI
         torch.mm(x_MI, A_RI.T, out=x_ext[:, I:])
         w = torch.empty((O, I + R), dtype=x_MI.dtype, device=x_MI.device)
-        dequantize_with_B_beside(weight, (B_OR,), (O,), scaling, w)
+        dequantize_with_B_beside(weight, (B_OR,), (O,), scaling, w, early=True)
         return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
     y_MO = _scaled(u_MR, B_OR.T, scaling)
-    y_MO.addmm_(x_MI, dequantize(weight, x_MI.dtype).T)  # the product adds itself to what is there
+    w_OI = dequantize(weight, x_MI.dtype, early=True)
+    y_MO.addmm_(x_MI, w_OI.T)  # the product adds itself to what is there
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
 
@@ -80,7 +81,7 @@ def backward(
         t_MR = dy_MO @ B_OR
         if need_dx:
             dx_MI = _scaled(t_MR, A_RI, scaling)
-            dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype))
+            dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype, early=True))
     elif need_dx:
         dx_MI = dy_MO @ dequantize(weight, dy_MO.dtype)
     if t_MR is None or u_MR is None:

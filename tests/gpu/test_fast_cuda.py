@@ -107,6 +107,15 @@ def by_hand(fast, micro):
     return fast.loss.clone(), fast.grads.clone()
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """As --deterministic sets it: flash attention adds dQ in order, and not with warn_only."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
@@ -125,34 +134,26 @@ def test_loss_and_gradients_stay_within_three_times_autograd_s_error(layout, fou
 
 @pytest.mark.parametrize("name", [n for n in POLICIES if n != "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_policies_change_no_bit(layout, name):
+def test_policies_change_no_bit(layout, name, deterministic):
     frozen, flat, micro = weights(CFG, True), adapter(CFG), micro_batch(LAYOUTS[layout], CFG, "cpu")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        plain = by_hand(prepared(CFG, frozen, flat), micro)
-        again = by_hand(prepared(CFG, frozen, flat, name), micro)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    plain = by_hand(prepared(CFG, frozen, flat), micro)
+    again = by_hand(prepared(CFG, frozen, flat, name), micro)
     assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
 
 
 @pytest.mark.parametrize("name", ["none", "full+offload"])
-def test_a_captured_step_is_the_one_it_was_captured_from(name):
+def test_a_captured_step_is_the_one_it_was_captured_from(name, deterministic):
     frozen, flat = weights(CFG, True), adapter(CFG)
     fast = prepared(CFG, frozen, flat, name)
     batches = [bucketed(micro_batch(d, CFG, "cpu")) for d in ([256, 256], [200, 311], [180, 330])]
     found = {}
-    torch.use_deterministic_algorithms(True, warn_only=True)  # else dQ is added by atomics
-    try:
-        for turn in range(3):  # kernel by kernel, captured, replayed
-            for i, batch in enumerate(batches):
-                fast.grads.zero_()
-                fast.loss.zero_()
-                run_(fast, batch)
-                torch.cuda.synchronize()
-                found[turn, i] = (fast.loss.item(), fast.grads.clone())
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for turn in range(3):  # kernel by kernel, captured, replayed
+        for i, batch in enumerate(batches):
+            fast.grads.zero_()
+            fast.loss.zero_()
+            run_(fast, batch)
+            torch.cuda.synchronize()
+            found[turn, i] = (fast.loss.item(), fast.grads.clone())
     assert len(fast.graphs) == 2 and all(g.captured for g in fast.graphs.values())
     for turn in (1, 2):
         for i in range(3):

@@ -139,7 +139,9 @@ def test_checkpointing_recomputes_and_keeps_no_activation():
         y.sum().backward()
     assert len(calls) == 2
     inputs = {t.data_ptr() for t in (x, A, B)}
-    assert {t.data_ptr() for t in kept} <= inputs, "something beside the inputs was kept"
+    assert {t.data_ptr() for t in kept if t.numel()} <= inputs, (
+        "something beside the inputs was kept"
+    )
     plain = torch.autograd.grad(linear(x, weight, A, B).sum(), (x, A, B))
     for leaf, expected in zip((x, A, B), plain, strict=True):
         assert torch.equal(leaf.grad, expected)
