@@ -218,7 +218,7 @@ def test_matrices_side_by_side_decode_as_they_do_alone():
 
 
 def test_an_early_decode_waits_for_what_it_overwrites_and_for_a():
-    """One buffer, written and read in turn; A changes just before it is written below the matrix."""
+    """One buffer is written and read in turn; A changes just before it is written there."""
     O, I, turns = (2048, 2048, 50) if GPU else (64, 64, 3)
     weights = [quantize(make_weight((O, I), DEVICE, seed=n)) for n in range(2)]
     plain = [dequantize(w, torch.float32) for w in weights]
