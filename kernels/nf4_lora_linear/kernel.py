@@ -252,14 +252,13 @@ def finish_kernel(
         )
 
 
-# Measured on an H200 (README.md).
-PROGRAMS = 528  # of the first launch, at most: four a processor
-FINISH_FORWARD, FINISH_BACKWARD = 64, 32  # columns to a program of the second
+# Columns to a program of the second launch; these and the numbers of programs below are measured.
+FINISH_FORWARD, FINISH_BACKWARD = 64, 32
 
 
-def _splits(programs: int, steps: int) -> int:
-    """Parts of the sum: at most twelve, of four tiles or more."""
-    return max(1, min(12, PROGRAMS // programs, steps // 4))
+def _splits(tiles: int, steps: int, programs: int, most: int) -> int:
+    """Parts of the sum, so that tiles * parts comes to `programs`; each has four steps or more."""
+    return max(1, min(most, programs // tiles, steps // 4))
 
 
 def fused_forward(x, weight, bias, A, B, scaling):
@@ -267,7 +266,7 @@ def fused_forward(x, weight, bias, A, B, scaling):
     M, (O, I), R = x.shape[0], weight.shape, 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
     tiles = triton.cdiv(O, block_n)
-    splits = _splits(tiles, I // 64)
+    splits = _splits(tiles, I // 64, 1056 if M <= 16 else 528, most=8)
     per_split = triton.cdiv(I // 64, splits) * 64
     splits = triton.cdiv(I, per_split)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
@@ -295,7 +294,7 @@ def fused_backward(dy, x, u, weight, A, B, scaling):
     M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
     block_m, block_o = max(16, triton.next_power_of_2(M)), 64
     tiles = I // 64
-    splits = _splits(tiles, triton.cdiv(O, block_o))
+    splits = _splits(tiles, triton.cdiv(O, block_o), 528, most=12)
     per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
     splits = triton.cdiv(O, per_split)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
