@@ -1,8 +1,8 @@
 """Optimizers over flat buffers, written out: clipping, then one of six update rules.
 
-AdamW is one fused pass over the buffers of each group. The 8-bit rules keep their moments as codes
-with a scale per 256 entries and are bitsandbytes' kernels, called on slices of the flat buffer.
-Norms, biases, embeddings and heads keep float32 moments under every rule.
+AdamW is one pass over the buffers of each group, on a GPU with clipping in it. The 8-bit rules keep
+their moments as codes with a scale per 256 entries and are bitsandbytes' kernels, called on slices
+of the flat buffer. Norms, biases, embeddings and heads keep float32 moments under every rule.
 """
 
 from __future__ import annotations
@@ -18,21 +18,11 @@ from torch.optim.adamw import adamw
 
 from minisft.config import TrainConfig, UserError
 from minisft.lora import Flat, Group
+from minisft.nn import adamw_, global_norm
 
 Moments = dict[str, Tensor]  # the optimizer's state under the names that a checkpoint gives it
 
 _BLOCK = 256  # entries per scale of 8-bit moments
-
-
-def grad_norm(grads: Tensor) -> Tensor:
-    """Global L2 norm of the flat gradient, [] float32, to its last bits.
-
-    By rows first: a sum of 10^8 squares in float32 would be off by a hundredth on a CPU.
-    """
-    whole = grads.numel() - grads.numel() % 4096
-    rows = torch.linalg.vector_norm(grads[:whole].view(-1, 4096), dim=1)
-    parts = torch.cat((rows, grads[whole:])).double()
-    return torch.linalg.vector_norm(parts).float()
 
 
 def clip_(grads: Tensor, norm: Tensor, max_norm: float) -> None:
@@ -84,16 +74,23 @@ def update_(
     moments: Moments,
     groups: list[Group],
     *,
+    norm: Tensor,
     step: int,
     factor: float,
     config: TrainConfig,
 ) -> None:
     """One optimizer step in place: parameters float32 [n] and moments.
 
-    step counts from 1. factor: the schedule's, on the learning rate of each group. Weight decay is
-    decoupled and scaled by the rate, in the groups that are decayed.
+    norm: of grads, which are clipped by it, in place or as they are read. step counts from 1.
+    factor: the schedule's, on the learning rate of each group. Weight decay is decoupled and scaled
+    by the rate, in the groups that are decayed.
     """
     params, optim = trainable.buffer, config.optim
+    clip = None
+    if optim == "adamw" and grads.is_cuda:
+        clip = norm if config.max_grad_norm > 0 else None
+    else:
+        clip_(grads, norm, config.max_grad_norm)
     if optim == "adafactor":
         _adafactor_(trainable, grads, moments, groups, step, factor, config.weight_decay)
         return
@@ -106,7 +103,7 @@ def update_(
             p.sub_(g.add(p, alpha=decay) if decay else g, alpha=lr)
         elif optim == "adamw":
             m, v = moments["exp_avg"][part], moments["exp_avg_sq"][part]
-            _adamw_(p, g, m, v, step, lr, decay, config)
+            _adamw_(p, g, m, v, step, lr, decay, config, clip)
         elif not group.eight_bit and optim == "lion_8bit":
             _lion_(p, g, moments[f"exp_avg.{i}"], lr, decay, config)
         elif not group.eight_bit:
@@ -119,10 +116,27 @@ def update_(
 
 
 def _adamw_(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float, c: TrainConfig
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    decay: float,
+    c: TrainConfig,
+    clip: Tensor | None = None,
 ) -> None:
-    """AdamW (arXiv:1711.05101), one fused pass over p, g, m, v: float32 [n] each."""
-    count = torch.full((), float(step - 1), device=p.device)  # adamw counts on
+    """AdamW (arXiv:1711.05101), one pass over p, g, m, v: float32 [n] each.
+
+    clip: the norm that g is yet to be clipped by, on a GPU alone.
+    """
+    if p.is_cuda:
+        adamw_(
+            p, g, m, v, step=step, learning_rate=lr, beta1=c.adam_beta1, beta2=c.adam_beta2,
+            eps=c.adam_epsilon, weight_decay=decay, norm=clip, max_norm=c.max_grad_norm,
+        )  # fmt: skip
+        return
+    count = torch.full((), float(step - 1))  # adamw counts on
     adamw(
         [p], [g], [m], [v], [], [count],
         fused=True, amsgrad=False, beta1=c.adam_beta1, beta2=c.adam_beta2, lr=lr,
@@ -241,6 +255,6 @@ def _adafactor_(
         else:
             mean = moments[f"exp_avg_sq.{name}"].lerp_(square, 1 - beta2)
             step_ = g * mean.rsqrt()
-        step_.div_((grad_norm(step_.flatten()) / math.sqrt(p.numel())).clamp(min=1.0))
+        step_.div_((global_norm(step_.flatten()) / math.sqrt(p.numel())).clamp(min=1.0))
         lr = groups[index].learning_rate * factor
         p.mul_(1 - lr * (weight_decay if groups[index].decayed else 0.0)).sub_(step_, alpha=lr)

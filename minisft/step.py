@@ -16,7 +16,8 @@ from minisft.fast import Fast, loss_and_grads_by_hand
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat, Group, viewed
 from minisft.loss import loss_sum
-from minisft.optim import Moments, clip_, grad_norm, update_
+from minisft.nn import global_norm
+from minisft.optim import Moments, update_
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,17 @@ def train_step_(
     scaled = plan.compute.dtype == torch.float16
     plan = dataclasses.replace(plan, loss_scale=state.loss_scale)
     loss, grads = loss_and_grads(state.trainable, frozen, batch, plan)
-    norm = grad_norm(grads)
+    norm = global_norm(grads)
     loss_value, norm_value = torch.stack((loss, norm)).tolist()  # the step's one device sync
     applied = _finite(loss_value) and _finite(norm_value)
     if applied:
-        clip_(grads, norm, config.max_grad_norm)
         state.updates += 1
         update_(
             state.trainable,
             grads,
             state.moments,
             groups,
+            norm=norm,
             step=state.updates,
             factor=factor,
             config=config,

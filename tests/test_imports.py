@@ -116,6 +116,7 @@ def test_config_needs_the_standard_library_only():
 
 # An op that is made of others.
 BUILT_ON = {
+    "adamw": ["low_rank"],
     "rms_norm": ["low_rank"],
     "rope": ["low_rank"],
     "swiglu": ["low_rank"],

@@ -8,7 +8,8 @@ import torch
 
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.lora import Group, allocate, groups, is_decayed, trainable_shapes
-from minisft.optim import check_optimizer, clip_, grad_norm, init_moments, update_
+from minisft.nn import global_norm
+from minisft.optim import check_optimizer, clip_, init_moments, update_
 
 BIASED = ModelConfig(
     vocab_size=50,
@@ -24,7 +25,8 @@ BIASED = ModelConfig(
 
 
 def config(**settings):
-    return TrainConfig(**({"learning_rate": 3e-4, "warmup_steps": 0} | settings))
+    plain = {"learning_rate": 3e-4, "warmup_steps": 0, "max_grad_norm": 0.0}
+    return TrainConfig(**(plain | settings))
 
 
 # -------------------------------------------------------------------------------------------- AdamW
@@ -69,7 +71,8 @@ def ours_and_theirs(shapes, make, steps=10, **settings):
         for name, parameter in theirs.items():
             parameter.grad = grads.views[name].clone()
         optimizer.step()
-        update_(flat, grads.buffer, moments, slices, step=step, factor=1 / step, config=c)
+        settings = {"norm": global_norm(grads.buffer), "step": step, "factor": 1 / step}
+        update_(flat, grads.buffer, moments, slices, **settings, config=c)
         yield flat.views, theirs
 
 
@@ -165,7 +168,7 @@ def test_adamw_step_by_hand():
     slices = [Group(0, 1, True, 0.2), Group(1, 2, False, 0.4)]
     moments = init_moments(flat, slices, "adamw")
     c = config(adam_beta2=0.99, adam_epsilon=0.0, weight_decay=0.5)
-    update_(flat, grads, moments, slices, step=1, factor=0.5, config=c)
+    update_(flat, grads, moments, slices, norm=global_norm(grads), step=1, factor=0.5, config=c)
     assert flat.buffer.tolist() == pytest.approx([2 * (1 - 0.05) + 0.1, 2 - 0.2])
     assert moments["exp_avg"].tolist() == pytest.approx([-0.03, 0.4])
     assert moments["exp_avg_sq"].tolist() == pytest.approx([0.0009, 0.16])
@@ -187,18 +190,36 @@ def test_clip_equals_torch(size, max_norm):
     theirs = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     want = torch.cat([p.grad for p in parameters])
     before = grads.clone()
-    norm = grad_norm(grads)
+    norm = global_norm(grads)
     assert torch.allclose(norm, theirs, rtol=1e-6, atol=0)
     clip_(grads, norm, max_norm)
     assert torch.allclose(grads, want, rtol=1e-6, atol=0)
-    assert grad_norm(grads) <= max_norm * (1 + 1e-6)
+    assert global_norm(grads) <= max_norm * (1 + 1e-6)
     assert torch.equal(grads, before) == (max_norm > norm)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
+def test_every_rule_takes_the_clipped_gradient(optim):
+    noise = torch.randn(sum(math.prod(s) for s in BLOCKS.values()))
+    found = []
+    for max_norm in (2.0, 0.0):
+        c = config(optim=optim, max_grad_norm=max_norm, adam_epsilon=1e-3)
+        flat = allocate(BLOCKS, torch.device("cpu"))
+        flat.buffer.fill_(1.0)
+        slices, grads = groups(BLOCKS, c), noise.clone()
+        if not max_norm:
+            clip_(grads, global_norm(grads), 2.0)
+        moments = init_moments(flat, slices, optim)
+        norm = global_norm(grads)
+        update_(flat, grads, moments, slices, norm=norm, step=1, factor=1.0, config=c)
+        found.append(flat.buffer)
+    assert torch.equal(*found) and not torch.equal(found[0], torch.ones_like(found[0]))
 
 
 def test_max_norm_zero_measures_without_clipping():
     grads = torch.full((4,), 50.0)
-    clip_(grads, grad_norm(grads), 0.0)
-    assert grads.tolist() == [50.0] * 4 and grad_norm(grads).item() == 100.0
+    clip_(grads, global_norm(grads), 0.0)
+    assert grads.tolist() == [50.0] * 4 and global_norm(grads).item() == 100.0
 
 
 # ------------------------------------------------------------------------------------- decay groups
@@ -343,4 +364,4 @@ def test_loraplus_ratio_is_on_the_b_matrices():
 @pytest.mark.parametrize("n", [1, 4095, 4096, 10_000, 1 << 24])
 def test_the_norm_is_right_however_long_the_gradient(n):
     grads = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    assert grad_norm(grads).item() == pytest.approx(grads.double().norm().item(), rel=1e-6)
+    assert global_norm(grads).item() == pytest.approx(grads.double().norm().item(), rel=1e-6)

@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from minisft.config import TrainConfig
 from minisft.lora import allocate, groups
+from minisft.nn import global_norm
 from minisft.optim import init_moments, update_
 
 pytestmark = [
@@ -26,7 +27,9 @@ def ten_steps(optim, device, learning_rate=1e-2):
     moments = init_moments(flat, slices, optim)
     for step in range(1, 11):
         noise = torch.randn(flat.buffer.shape, generator=generator) * 10.0 ** (step % 4 - 3)
-        update_(flat, noise.to(device), moments, slices, step=step, factor=1.0, config=config)
+        grads = noise.to(device)
+        settings = {"norm": global_norm(grads), "step": step, "factor": 1.0, "config": config}
+        update_(flat, grads, moments, slices, **settings)
     return flat.buffer.cpu(), sum(t.nbytes for t in moments.values())
 
 
