@@ -24,6 +24,7 @@ from minisft.nn import (
     dequantize_into,
     dequantize_with_A_below,
     dequantize_with_B_beside,
+    narrow_products,
     normalise,
     outer_sum,
     place_block_diagonal,
@@ -177,13 +178,10 @@ def product_backward(dy_ext: Tensor, group: Group, at: Setting) -> Tensor:
 
 def fill_t(dy_ext: Tensor, group: Group) -> None:
     """t = dy B of each linear into the last R columns of dy_ext [T, O + R]."""
-    row, column = 0, sum(group.sizes)
-    for size, B in zip(group.sizes, group.B, strict=True):
-        if B is not None:
-            out = dy_ext[:, column : column + B.shape[1]]
-            torch.mm(dy_ext[:, row : row + size], B, out=out)
-            column += B.shape[1]
-        row += size
+    if group.rank:
+        width = sum(group.sizes)
+        room = dy_ext[:, width : width + group.rank]
+        narrow_products(dy_ext, group.B, group.sizes, room)
 
 
 def by_linear(u: Tensor | None, group: Group) -> list[Tensor | None]:

@@ -27,6 +27,39 @@ def low_rank_tile(
 
 
 @triton.jit
+def narrow_products_kernel(
+    x_ptr, x_stride, right_ptr, right_stride_n, right_stride_r, out_ptr, out_stride, num_rows,
+    first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: a matrix's R columns of BLOCK_T rows of out."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    matrix = tl.program_id(1)
+    first = tl.where(matrix == 0, 0, tl.where(matrix == 1, first_end, second_end))
+    last = tl.where(matrix == 0, first_end, tl.where(matrix == 1, second_end, third_end))
+    row_ok = rows < num_rows
+    rows64 = rows.to(tl.int64)
+    r = tl.arange(0, RP)
+    total = tl.zeros((BLOCK_T, RP), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        ok = cols < last
+        x = tl.load(
+            x_ptr + rows64[:, None] * x_stride + cols[None, :],
+            mask=row_ok[:, None] & ok[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_ptr + cols[:, None] * right_stride_n + r[None, :] * right_stride_r,
+            mask=ok[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(x, right, total, input_precision="ieee")
+    at = out_ptr + rows64[:, None] * out_stride + matrix * R + r[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (r < R)[None, :])
+
+
+@triton.jit
 def outer_sum_kernel(
     left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
     num_rows, rows_per_split, N,
@@ -88,6 +121,17 @@ def padded_rank(rank: int) -> int:
 def rows_per_split(num_rows: int, splits: int) -> int:
     """Whole blocks of 64 rows, so that `splits` of them hold all."""
     return triton.cdiv(triton.cdiv(num_rows, splits), 64) * 64
+
+
+def launch_narrow_products(x, right, sizes, out) -> None:
+    """right: the matrices one below the other, [sum of sizes, R] with any strides."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))] + [0, 0]
+    R, block_t = right.shape[1], 64
+    narrow_products_kernel[(triton.cdiv(x.shape[0], block_t), len(sizes))](
+        x, x.stride(0), right, *right.stride(), out, out.stride(0), x.shape[0], *ends[:3],
+        R=R, RP=padded_rank(R), BLOCK_T=block_t, BLOCK_N=128,
+        num_warps=8, num_stages=4 if x.element_size() == 2 else 2,
+    )  # fmt: skip
 
 
 def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from kernels.low_rank.reference import (
     LowRank,
+    narrow_products_reference,
     outer_sum_reference,
     reduce_partials_reference,
 )
 
-__all__ = ["LowRank", "outer_sum", "place_block_diagonal", "reduce_partials", "use_triton"]
+__all__ = [
+    "LowRank", "narrow_products", "neighbours", "outer_sum", "place_block_diagonal",
+    "reduce_partials", "use_triton",
+]  # fmt: skip
 
 
 def use_triton(x: Tensor, impl: str) -> bool:
@@ -21,6 +25,44 @@ def use_triton(x: Tensor, impl: str) -> bool:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl is {impl!r}; expected auto, triton or reference")
     return x.is_cuda if impl == "auto" else impl == "triton"
+
+
+def neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:
+    """At most three matrices [O_j, R] that follow each other in memory, as one; else None."""
+    there = [B for B in Bs if B is not None]
+    if not there or len(there) != len(Bs) or len(there) > 3:
+        return None
+    first, at = there[0], there[0].data_ptr()
+    for B in there:
+        if B.data_ptr() != at or B.shape[1] != first.shape[1] or not B.is_contiguous():
+            return None
+        at += B.numel() * B.element_size()
+    return first.as_strided((sum(B.shape[0] for B in there), first.shape[1]), first.stride())
+
+
+def narrow_products(
+    x_TN: Tensor,
+    rights: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    out_TR: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """out = [x_1 M_1, x_2 M_2, ...]: t = dy B of linears side by side.
+
+    x [T, N]: cut into columns of `sizes`, the further ones are not read. rights: M_j [size_j, R_j]
+    with any strides, or None, which has no columns in out. out [T, sum of R_j]: overwritten;
+    columns contiguous, as x's. One launch for two or three neighbours in memory of one rank up to
+    64; else a product each, by cuBLAS, which is faster for one alone.
+    """
+    matrix = neighbours(rights)
+    alone = len(rights) == 1 and impl == "auto"
+    if alone or matrix is None or matrix.shape[1] > 64 or not use_triton(x_TN, impl):
+        narrow_products_reference(x_TN, rights, sizes, out_TR)
+        return
+    from kernels.low_rank.kernel import launch_narrow_products
+
+    launch_narrow_products(x_TN, matrix, sizes, out_TR)
 
 
 def outer_sum(

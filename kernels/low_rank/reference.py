@@ -5,8 +5,10 @@ T tokens  R rank  N features  S splits of the tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +29,19 @@ def add_reference(x_TN: Tensor, delta: LowRank | None) -> Tensor:
     if delta is None:
         return x_TN.float()
     return x_TN.float() + delta.left.float() @ delta.right.float() * delta.scale
+
+
+def narrow_products_reference(
+    x_TN: Tensor, rights: Sequence[Tensor | None], sizes: Sequence[int], out_TR: Tensor
+) -> None:
+    """out = [x_1 M_1, x_2 M_2, ...], M_j [size_j, R_j]; columns of x as cut by sizes."""
+    row = column = 0
+    for size, right in zip(sizes, rights, strict=True):
+        if right is not None:
+            out = out_TR[:, column : column + right.shape[1]]
+            torch.mm(x_TN[:, row : row + size], right, out=out)
+            column += right.shape[1]
+        row += size
 
 
 def split_rows(num_rows: int, splits: int, block: int = 64) -> list[slice]:

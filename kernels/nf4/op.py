@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.low_rank import place_block_diagonal
+from kernels.low_rank.op import neighbours, place_block_diagonal
 from kernels.nf4.reference import NF4Weight, dequantize_reference
 
 
@@ -78,7 +78,7 @@ def dequantize_with_B_beside(
     launch where at most three B of one rank are neighbours in memory. early: as above.
     """
     I = weight.shape[1]
-    if _impl(weight, impl) == "triton" and (first := _neighbours(Bs)) is not None:
+    if _impl(weight, impl) == "triton" and (first := neighbours(Bs)) is not None:
         from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
 
         if is_wide(weight):
@@ -87,19 +87,6 @@ def dequantize_with_B_beside(
             return
     dequantize_into(weight, out[:, :I], impl=impl, early=early)
     place_block_diagonal(Bs, sizes, scale, out[:, I:])
-
-
-def _neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:
-    """The first of at most three matrices of one rank that follow each other in memory, or None."""
-    there = [B for B in Bs if B is not None]
-    if not there or len(there) != len(Bs) or len(there) > 3:
-        return None
-    at = there[0].data_ptr()
-    for B in there:
-        if B.data_ptr() != at or B.shape[1] != there[0].shape[1] or not B.is_contiguous():
-            return None
-        at += B.numel() * B.element_size()
-    return there[0]
 
 
 def _impl(weight: NF4Weight, impl: str) -> str:

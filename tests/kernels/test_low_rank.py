@@ -4,7 +4,7 @@ import pytest
 import torch
 from fused import DTYPES, close, poisoned, rand, wide
 
-from kernels.low_rank import outer_sum, reduce_partials
+from kernels.low_rank import narrow_products, outer_sum, reduce_partials
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,6 +43,43 @@ def test_the_same_bits_every_time():
         outer_sum(left, x, partials, impl="triton")
         runs.append(partials)
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "T, sizes, R",
+    [
+        (1, (64,), 1),
+        (130, (70,), 16),
+        (33, (128, 200), 3),
+        (100, (64, 32, 32), 16),
+        (40, (30,), 64),
+    ],
+)
+def test_narrow_products(T, sizes, R, dtype):
+    N = sum(sizes)
+    x, stacked = wide(rand(T, N + 7, dtype=dtype)), rand(N, R, dtype=dtype, seed=1)
+    rights = stacked.split(sizes)
+    pairs = zip(x[:, :N].split(sizes, 1), rights, strict=True)
+    truth = torch.cat([a.double() @ b.double() for a, b in pairs], 1)
+    found = []
+    for impl in ("triton", "reference"):
+        out = poisoned(T, len(sizes) * R + 9, dtype=dtype)
+        narrow_products(x, rights, sizes, out[:, 5 : 5 + len(sizes) * R], impl=impl)
+        assert out[:, :5].isnan().all() and out[:, 5 + len(sizes) * R :].isnan().all()
+        found.append(out[:, 5 : 5 + len(sizes) * R])
+    close(*found, truth)
+
+
+def test_narrow_products_of_a_matrix_that_is_missing_or_elsewhere():
+    x, B = rand(50, 96), rand(32, 4, seed=2)
+    for rights in ((B, None, B), (B, B.clone(), rand(32, 2, seed=3)), (None, None, B)):
+        there = [b for b in rights if b is not None]
+        out = poisoned(50, sum(b.shape[1] for b in there))
+        narrow_products(x, rights, (32, 32, 32), out, impl="triton")
+        parts = x.double().split(32, 1)
+        expected = [p @ b.double() for p, b in zip(parts, rights, strict=True) if b is not None]
+        assert torch.allclose(out.double(), torch.cat(expected, 1), atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused():
