@@ -106,7 +106,7 @@ class Saved(NamedTuple):
 def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor, early: bool = False) -> None:
     """The weight in the compute dtype, decoded or copied into `out`, whose rows may be strided.
 
-    early: it lies there since before the kernel launched last, as in a step.
+    early: nothing under way writes it, as in a step (`dequantize_into`).
     """
     if isinstance(weight, NF4Weight):
         dequantize_into(weight, out_OI, early=early)

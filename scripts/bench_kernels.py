@@ -308,8 +308,8 @@ def nf4() -> None:
     source, target = rand(n), rand(n)
     copied = microseconds({"copy": lambda: torch.add(source, 0, out=target)}, launches=4)["copy"]
     print(f"\ncopy of 512 MiB: {4 * n / copied / 1e6:.2f} TB/s")
-    print("\n| shape | ours us | TB/s | of the copy | bitsandbytes us | times |")
-    print("|---" * 6 + "|")
+    print("\n| shape | ours us | TB/s | of the copy | waiting us | bitsandbytes us | times |")
+    print("|---" * 7 + "|")
     for O, I in BENCH_SHAPES:
         copies = max(4, (1 << 29) // (O * I))
         weights = [quantize(rand(O, I, scale=0.02)) for _ in range(copies)]
@@ -319,21 +319,26 @@ def nf4() -> None:
             for _ in range(copies)
         ]
 
-        def ours(weights=weights, outs=outs):
+        def ours(early, weights=weights, outs=outs):
             for weight, out in zip(weights, outs, strict=True):
-                dequantize_into(weight, out, early=True)  # as a step does
+                dequantize_into(weight, out, early=early)
 
         def theirs(states=states, outs=outs):
             for (packed, state), out in zip(states, outs, strict=True):
                 bnb.dequantize_4bit(packed, state, out=out)
 
-        times = microseconds({"ours": ours, "bitsandbytes": theirs}, launches=1)
-        us, bnb_us = times["ours"] / copies, times["bitsandbytes"] / copies
+        runs: Runs = {
+            "ours": lambda ours=ours: ours(True),
+            "waiting": lambda ours=ours: ours(False),
+            "bitsandbytes": theirs,
+        }
+        times = {name: t / copies for name, t in microseconds(runs, launches=1).items()}
+        us, bnb_us = times["ours"], times["bitsandbytes"]
         rate = O * I * (2.5 + 1 / 64) / us / 1e6
         share = rate / (4 * n / copied / 1e6)
         print(
-            f"| {O} x {I} | {us:.1f} | {rate:.2f} | {share:.0%} | {bnb_us:.1f} | "
-            f"{bnb_us / us:.2f} |",
+            f"| {O} x {I} | {us:.1f} | {rate:.2f} | {share:.0%} | {times['waiting']:.1f} | "
+            f"{bnb_us:.1f} | {bnb_us / us:.2f} |",
             flush=True,
         )
 

@@ -212,8 +212,9 @@ def test_every_rule_takes_the_clipped_gradient(optim):
         moments = init_moments(flat, slices, optim)
         norm = global_norm(grads)
         update_(flat, grads, moments, slices, norm=norm, step=1, factor=1.0, config=c)
-        found.append(flat.buffer)
-    assert torch.equal(*found) and not torch.equal(found[0], torch.ones_like(found[0]))
+        found.append((flat.buffer, *moments.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], torch.ones_like(found[0][0]))
 
 
 def test_max_norm_zero_measures_without_clipping():

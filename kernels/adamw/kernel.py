@@ -28,12 +28,12 @@ def root_kernel(parts_ptr, norm_ptr, PROGRAMS: tl.constexpr, PADDED: tl.constexp
 
 @triton.jit
 def adamw_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, norm_ptr, n, max_norm, keep, step_size, root_scale, new1, beta2,
+    p_ptr, g_ptr, m_ptr, v_ptr, norm_ptr, n, max_norm, decay, step_size, root_scale, new1, beta2,
     new2, eps, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """keep: 1 - lr * decay; step_size: lr / (1 - beta1^t); root_scale: 1 / sqrt(1 - beta2^t).
+    """decay: with lr in it; step_size: lr / (1 - beta1^t); root_scale: 1 / sqrt(1 - beta2^t).
 
-    new1, new2: 1 - beta, which float32 would take from its rounded beta with an error of 1e-5.
+    new1, new2: 1 - beta, as a float32 of its own.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < n
@@ -46,7 +46,7 @@ def adamw_kernel(
     m += new1 * (g - m)
     v = beta2 * v + new2 * g * g
     root = tl.sqrt_rn(v) * root_scale + eps
-    p = p * keep - step_size * tl.div_rn(m, root)
+    p -= decay * p + step_size * tl.div_rn(m, root)
     tl.store(p_ptr + at, p, mask=ok)
     tl.store(m_ptr + at, m, mask=ok)
     tl.store(v_ptr + at, v, mask=ok)
@@ -67,7 +67,7 @@ def launch_global_norm(g):
 def launch_adamw_(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, norm, max_norm) -> None:
     n, BLOCK = p.numel(), 1024
     adamw_kernel[(triton.cdiv(n, BLOCK),)](
-        p, g, m, v, g if norm is None else norm, n, max_norm, 1 - lr * weight_decay,
+        p, g, m, v, g if norm is None else norm, n, max_norm, lr * weight_decay,
         lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2, 1 - beta2, eps,
         CLIP=norm is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -12,8 +12,14 @@ from kernels.low_rank.op import use_triton
 def global_norm(grads_n: Tensor, *, impl: str = "auto") -> Tensor:
     """L2 norm of a flat float32 gradient, [] float32, the same bits in every run.
 
-    impl: "triton", "reference", or "auto" (triton for CUDA tensors).
+    impl: "triton", "reference", or "auto" (triton for CUDA tensors). Raises ValueError where the
+    gradient is not contiguous float32 [n].
     """
+    if grads_n.dim() != 1 or grads_n.dtype != torch.float32 or not grads_n.is_contiguous():
+        raise ValueError(
+            f"global_norm: the gradient is {grads_n.dtype} {tuple(grads_n.shape)} with strides "
+            f"{grads_n.stride()}; expected contiguous float32 [n]"
+        )
     if not use_triton(grads_n, impl):
         return global_norm_reference(grads_n)
     from kernels.adamw.kernel import launch_global_norm

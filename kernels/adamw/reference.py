@@ -24,8 +24,8 @@ def adamw_reference_(
     """AdamW (arXiv:1711.05101) on the gradient scaled to a norm of at most max_norm."""
     if norm is not None:
         g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    p.mul_(1 - learning_rate * weight_decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     root = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    p.addcdiv_(m, root, value=-learning_rate / (1 - beta1**step))
+    change = p * (learning_rate * weight_decay)
+    p.sub_(change.addcdiv_(m, root, value=learning_rate / (1 - beta1**step)))

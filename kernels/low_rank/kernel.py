@@ -28,7 +28,7 @@ def low_rank_tile(
 
 @triton.jit
 def narrow_products_kernel(
-    x_ptr, x_stride, right_ptr, right_stride_n, right_stride_r, out_ptr, out_stride, num_rows,
+    x_ptr, x_stride, right_ptr, out_ptr, out_stride, num_rows,
     first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def narrow_products_kernel(
             other=0.0,
         )
         right = tl.load(
-            right_ptr + cols[:, None] * right_stride_n + r[None, :] * right_stride_r,
+            right_ptr + cols[:, None] * R + r[None, :],
             mask=ok[:, None] & (r < R)[None, :],
             other=0.0,
         )
@@ -124,11 +124,11 @@ def rows_per_split(num_rows: int, splits: int) -> int:
 
 
 def launch_narrow_products(x, right, sizes, out) -> None:
-    """right: the matrices one below the other, [sum of sizes, R] with any strides."""
+    """right: the matrices one below the other, [sum of sizes, R], contiguous."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))] + [0, 0]
     R, block_t = right.shape[1], 64
     narrow_products_kernel[(triton.cdiv(x.shape[0], block_t), len(sizes))](
-        x, x.stride(0), right, *right.stride(), out, out.stride(0), x.shape[0], *ends[:3],
+        x, x.stride(0), right, out, out.stride(0), x.shape[0], *ends[:3],
         R=R, RP=padded_rank(R), BLOCK_T=block_t, BLOCK_N=128,
         num_warps=8, num_stages=4 if x.element_size() == 2 else 2,
     )  # fmt: skip

@@ -28,16 +28,17 @@ def use_triton(x: Tensor, impl: str) -> bool:
 
 
 def neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:
-    """At most three matrices [O_j, R] that follow each other in memory, as one; else None."""
+    """At most three matrices [O_j, R] that follow each other in one storage, as one; else None."""
     there = [B for B in Bs if B is not None]
     if not there or len(there) != len(Bs) or len(there) > 3:
         return None
-    first, at = there[0], there[0].data_ptr()
+    first, R, at = there[0], there[0].shape[1], there[0].storage_offset()
     for B in there:
-        if B.data_ptr() != at or B.shape[1] != first.shape[1] or not B.is_contiguous():
+        same = B.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or B.storage_offset() != at or B.shape[1] != R or not B.is_contiguous():
             return None
-        at += B.numel() * B.element_size()
-    return first.as_strided((sum(B.shape[0] for B in there), first.shape[1]), first.stride())
+        at += B.numel()
+    return first.as_strided((sum(B.shape[0] for B in there), R), (R, 1))
 
 
 def narrow_products(
@@ -52,9 +53,18 @@ def narrow_products(
 
     x [T, N]: cut into columns of `sizes`, the further ones are not read. rights: M_j [size_j, R_j]
     with any strides, or None, which has no columns in out. out [T, sum of R_j]: overwritten;
-    columns contiguous, as x's. One launch for two or three neighbours in memory of one rank up to
-    64; else a product each, by cuBLAS, which is faster for one alone.
+    columns contiguous, as x's. One launch for two or three neighbours of one storage and one rank
+    up to 64; else a product each, by cuBLAS, which is as fast for one alone. impl: "triton" also
+    for one alone, "reference" (a product each), or "auto". ValueError if shapes do not fit.
     """
+    columns = sum(right.shape[1] for right in rights if right is not None)
+    pairs = zip(sizes, rights, strict=True)
+    rows = [size if right is None else right.shape[0] for size, right in pairs]
+    if rows != list(sizes) or sum(sizes) > x_TN.shape[1] or out_TR.shape[1] != columns:
+        raise ValueError(
+            f"narrow_products: x {tuple(x_TN.shape)}, matrices of {rows} rows and {columns} "
+            f"columns, sizes {tuple(sizes)} and out {tuple(out_TR.shape)} do not fit"
+        )
     matrix = neighbours(rights)
     alone = len(rights) == 1 and impl == "auto"
     if alone or matrix is None or matrix.shape[1] > 64 or not use_triton(x_TN, impl):

@@ -31,10 +31,10 @@ def dequantize_into(
 ) -> None:
     """Decode into `out` [O, I], a view whose rows may be strided and whose columns are contiguous.
 
-    Writes straight into the buffer (and column range) that a matrix product reads. early: `weight`
-    was not written by the kernel launched just before, so that it may be read while that one still
-    runs (faster on GPUs from compute capability 9 on, without effect elsewhere). Raises ValueError
-    if out's shape or strides do not fit.
+    Writes straight into the buffer (and column range) that a matrix product reads. early: nothing
+    still under way on the GPU writes `weight`, as is true of frozen weights in a step, so that it
+    may be read while the kernels before still run (faster on GPUs from compute capability 9 on,
+    without effect elsewhere). Raises ValueError if out's shape or strides do not fit.
     """
     if tuple(out.shape) != weight.shape or (out.shape[1] > 1 and out.stride(1) != 1):
         raise ValueError(

@@ -245,6 +245,8 @@ def finish_kernel(
             other=0.0,
         )
         db = scaling * tl.dot(dy, u, input_precision="ieee")
+        if EARLY:  # whatever was launched before may still fill db's memory
+            tl.extra.cuda.gdc_wait()
         tl.store(
             db_ptr + o[:, None] * R + r[None, :],
             db.to(dtype),
@@ -252,12 +254,22 @@ def finish_kernel(
         )
 
 
-# Columns to a program of the second launch; these and the numbers of programs below are measured.
-FINISH_FORWARD, FINISH_BACKWARD = 64, 32
+# Columns to a program of the second launch, backward; these and the numbers of programs below are
+# measured.
+FINISH_BACKWARD = 32
+
+
+def _finish_forward(x, R: int) -> int:
+    """The same, forward: as many as fit into shared memory."""
+    return 64 if padded_rank(R) * x.element_size() < 1024 else 32
+
+
+def _by_lanes(x) -> bool:
+    return x.is_cuda and not torch.version.hip  # the look-up is written in NVIDIA's PTX
 
 
 def _splits(tiles: int, steps: int, programs: int, most: int) -> int:
-    """Parts of the sum, so that tiles * parts comes to `programs`; each has four steps or more."""
+    """Parts of the sum, so that tiles * parts comes to `programs`; of four steps each, or more."""
     return max(1, min(most, programs // tiles, steps // 4))
 
 
@@ -274,17 +286,18 @@ def fused_forward(x, weight, bias, A, B, scaling):
     overlap = overlapping(x.device)
     forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
         x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
-        I=I, R=R, **flags, LANES=x.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=4, num_stages=1,
+        I=I, R=R, **flags, LANES=_by_lanes(x), EARLY=bool(overlap), BLOCK_M=block_m,
+        BLOCK_N=block_n, num_warps=4, num_stages=1,
     )  # fmt: skip
     y = torch.empty((M, O), dtype=x.dtype, device=x.device)
     u = None if A is None else torch.empty((M, R), dtype=x.dtype, device=x.device)
     lora, strides = (y, (1, 1)) if B is None else (B, B.stride())
-    finish_kernel[(triton.cdiv(O, FINISH_FORWARD),)](
+    columns = _finish_forward(x, R)
+    finish_kernel[(triton.cdiv(O, columns),)](
         parts, lora, *strides, y if bias is None else bias, y, y if u is None else u, M, O, scaling,
         y, 1, y, 1, y, 1, y, y, 1,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=bias is not None, GRADS=False,
-        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH_FORWARD, num_warps=4, **overlap,
+        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=columns, num_warps=4, **overlap,
     )  # fmt: skip
     return y, u
 
@@ -302,7 +315,7 @@ def fused_backward(dy, x, u, weight, A, B, scaling):
     overlap = overlapping(dy.device)
     backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
         dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
-        I=I, R=R, **flags, LANES=dy.is_cuda, EARLY=bool(overlap), BLOCK_M=block_m,
+        I=I, R=R, **flags, LANES=_by_lanes(dy), EARLY=bool(overlap), BLOCK_M=block_m,
         BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip
     dx = torch.empty((M, I), dtype=dy.dtype, device=dy.device)

@@ -1,10 +1,12 @@
 """Sums over tokens of outer products, against float64 and in a fixed order."""
 
+import numpy as np
 import pytest
 import torch
 from fused import DTYPES, close, poisoned, rand, wide
 
 from kernels.low_rank import narrow_products, outer_sum, reduce_partials
+from kernels.low_rank.op import neighbours
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +84,32 @@ def test_narrow_products_of_a_matrix_that_is_missing_or_elsewhere():
         assert torch.allclose(out.double(), torch.cat(expected, 1), atol=1e-4)
 
 
+def test_neighbours_lie_in_one_storage():
+    """Next to each other in memory is not enough: a view of both would leave its storage."""
+    both = np.zeros((64, 4), dtype=np.float32)
+    x, y = torch.from_numpy(both[:32]), torch.from_numpy(both[32:])
+    assert y.data_ptr() == x.data_ptr() + x.nbytes and neighbours((x, y)) is None
+    whole = torch.from_numpy(both)
+    joined = neighbours(whole.split((31, 1, 32)))
+    assert joined is not None and joined.data_ptr() == whole.data_ptr() and joined.shape == (64, 4)
+    assert neighbours((whole[:8], whole[9:])) is None and neighbours(whole.split(16)) is None
+
+
+def test_narrow_products_of_a_large_rank_and_of_one_matrix():
+    x, B = rand(20, 64), rand(64, 65, seed=1)
+    for rights, sizes in (((B,), (64,)), (B.split(32), (32, 32))):
+        out = poisoned(20, 65 * len(sizes))
+        narrow_products(x, rights, sizes, out)
+        pairs = zip(x.double().split(sizes, 1), rights, strict=True)
+        expected = torch.cat([a @ b.double() for a, b in pairs], 1)
+        assert torch.allclose(out.double(), expected, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused():
+    rights = (rand(4, 2), rand(4, 2))
+    for columns, sizes, width in ((7, (4, 4), 4), (8, (3, 5), 4), (8, (4, 4), 3)):
+        with pytest.raises(ValueError, match="narrow_products: x"):
+            narrow_products(rand(5, columns), rights, sizes, poisoned(5, width))
     with pytest.raises(ValueError, match="outer_sum: left"):
         outer_sum(rand(4, 2), rand(5, 3), poisoned(1, 2, 3))
     with pytest.raises(ValueError, match="impl is 'fast'"):

@@ -218,22 +218,31 @@ def test_matrices_side_by_side_decode_as_they_do_alone():
 
 
 def test_an_early_decode_waits_for_what_it_overwrites_and_for_a():
-    """One buffer is written and read in turn; A changes just before it is written there."""
-    O, I, turns = (2048, 2048, 50) if GPU else (64, 64, 3)
+    """One buffer, written and read in turn; A and B change just before they are written there."""
+    O, I, R, turns = (2048, 2048, 8, 60) if GPU else (64, 64, 4, 6)
     weights = [quantize(make_weight((O, I), DEVICE, seed=n)) for n in range(2)]
     plain = [dequantize(w, torch.float32) for w in weights]
-    A = torch.randn(8, I, device=DEVICE)
-    out = torch.empty(O + 8, I, device=DEVICE)
-    reads, changes = [], []
+    A, B = torch.randn(R, I, device=DEVICE), torch.randn(O, R, device=DEVICE)
+    below, beside = torch.empty(O + R, I, device=DEVICE), torch.empty(O, I + 2 * R, device=DEVICE)
+    found = []
     for turn in range(turns):
-        weight = weights[turn % 2]
-        if turn % 3:
-            dequantize_into(weight, out[:O], impl="triton", early=True)
-        else:
+        other, weight = weights[1 - turn % 2], weights[turn % 2]
+        out = below[:O] if turn % 3 < 2 else beside[:, :I]
+        dequantize_into(other, out, impl="triton", early=True)  # overwritten at once
+        if turn % 3 == 0:
+            dequantize_into(weight, out, impl="triton", early=True)
+            found.append((turn, out.sum(1), None))
+        elif turn % 3 == 1:
             A.mul_(-1.01)
-            dequantize_with_A_below(weight, A, 1.0, out, impl="triton", early=True)
-            changes.append((A.clone(), out[O:].clone()))
-        reads.append(out[:O].sum(1))
-    for turn, read in enumerate(reads):
+            dequantize_with_A_below(weight, A, 1.0, below, impl="triton", early=True)
+            found.append((turn, out.sum(1), (A.clone(), below[O:].clone())))
+        else:
+            B.mul_(-1.01)
+            dequantize_with_B_beside(
+                weight, B.split(O // 2), (O // 2, O // 2), 1.0, beside, impl="triton", early=True
+            )
+            blocks = torch.block_diag(*B.split(O // 2))
+            found.append((turn, out.sum(1), (blocks, beside[:, I:].clone())))
+    for turn, read, lora in found:
         assert torch.equal(read, plain[turn % 2].sum(1)), turn
-    assert all(torch.equal(a, below) for a, below in changes)
+        assert lora is None or torch.equal(*lora), turn
