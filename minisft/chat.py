@@ -410,5 +410,8 @@ def _compile(template: str, marks_generation: bool) -> jinja2.Template:
         return environment.from_string(template)
     except TemplateSyntaxError as e:
         raise UserError(f"chat template line {e.lineno}: {_one_line(e)}") from None
+    except SyntaxError as e:  # of the Python that jinja makes of it, such as a name given twice
+        what = re.sub(r"\bl_\d+_", "", e.msg)  # jinja's prefix of the template's own names
+        raise UserError(f"chat template: {what}; correct the template") from None
     except RecursionError:
         raise UserError("chat template is nested too deeply") from None

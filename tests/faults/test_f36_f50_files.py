@@ -415,6 +415,12 @@ def test_f45_f46_f47_a_hostile_template_is_refused_in_bounded_time(kind, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
+def test_f46_a_name_given_twice_is_said_as_the_template_has_it():
+    """Jinja takes it; the Python that it makes of the template is refused."""
+    with pytest.raises(UserError, match="^chat template: duplicate argument 'x' .*; correct the"):
+        chat.render("{% macro f(x, x) %}{% endmacro %}", CHAT, special_tokens={})
+
+
 @pytest.mark.parametrize("kind", BLANK)
 def test_f45_what_a_template_may_not_see_is_blank(kind):
     assert chat.render(f"<{BLANK[kind]}>", CHAT, special_tokens={}) == "<>"
