@@ -417,7 +417,7 @@ def test_f45_f46_f47_a_hostile_template_is_refused_in_bounded_time(kind, tmp_pat
 
 def test_f46_a_name_given_twice_is_said_as_the_template_has_it():
     """Jinja takes it; the Python that it makes of the template is refused."""
-    with pytest.raises(UserError, match="^chat template: duplicate argument 'x' .*; correct the"):
+    with pytest.raises(UserError, match=r"^chat template: duplicate argument 'x' .*; correct the"):
         chat.render("{% macro f(x, x) %}{% endmacro %}", CHAT, special_tokens={})
 
 
