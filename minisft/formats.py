@@ -257,8 +257,11 @@ def _message(value: Any, name: str) -> dict:
         for i, part in enumerate(content):
             if isinstance(part, dict):
                 _check_part(part, f"{name}.content[{i}]")
-    elif not isinstance(content, str) and not (content is None and len(_filled(message)) > 1):
-        raise UserError(f"{name}.content is {_kind(content)}; expected a string")
+    elif not isinstance(content, str) and not (content is None and _may_be_silent(message)):
+        what = _kind(content) if "content" in message else "missing"
+        close = nearest("content", message) if what == "missing" else None
+        hint = f" (its {close!r} is not read; rename it)" if close else ""
+        raise UserError(f"{name}.content is {what}; expected a string{hint}")
     return message
 
 
@@ -288,8 +291,14 @@ def part_text(part: str | dict) -> str | None:
     return part["text"] if part_type(part) == "text" else None
 
 
-def _filled(message: dict) -> list[str]:
-    return [key for key, value in message.items() if value is not None]
+def _may_be_silent(message: dict) -> bool:
+    """Whether a message needs no content: an answer or a tool's, with something else in it.
+
+    A key that was meant for `content`, by its spelling, is nothing else.
+    """
+    others = [key for key, value in message.items() if value is not None and key != "role"]
+    meant = "content" not in message and nearest("content", others)
+    return bool(others) and not meant and message["role"] not in ("user", "system", "developer")
 
 
 def _present(record: dict, name: str) -> Any:

@@ -53,7 +53,7 @@ def _marked(message: dict, i: int) -> dict:
 
 def _is_read(marked: dict, i: int, text: str) -> bool:
     """Whether every marker of a message is in the text, and none of its objects is printed."""
-    parts = marked["content"]
+    parts = marked.get("content")  # a call of a tool may have none
     if not isinstance(parts, list):
         return True
     printed = [parts, *(part for part in parts if isinstance(part, dict))]

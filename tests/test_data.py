@@ -337,6 +337,18 @@ def test_parts_are_read_by_the_template_or_joined(
         assert any(said) != reads_all
 
 
+def test_a_tool_call_without_content_stands_beside_contents_in_parts(tokenizer: Tokenizer) -> None:
+    chat = [
+        {"role": "user", "content": "how many"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+        {"role": "tool", "content": [{"type": "text", "text": "4"}]},
+        {"role": "assistant", "content": "four"},
+    ]
+    template = {"chat_template_kwargs": {"chat_template": CHATML.replace("CONTENT", "m.content")}}
+    (text, *_), *_ = _texts(_tokenize([{"messages": chat} | template], tokenizer), tokenizer)
+    assert text == "<user>how many<|eot|><assistant><|eot|><tool>4<|eot|><assistant>four<|eot|>"
+
+
 def test_a_part_that_the_template_does_not_read_is_refused(tokenizer: Tokenizer) -> None:
     thought = {"type": "thinking", "thinking": "hm"}
     rows = [{"messages": [{"role": "assistant", "content": [thought, "seen"]}]}]

@@ -129,6 +129,21 @@ def test_a_system_column_comes_first() -> None:
     assert formats.read_sharegpt({"conversations": asked, "system": ""}).completion[0] == CHAT[0]
 
 
+@pytest.mark.parametrize(
+    ("message", "culprit"),
+    [
+        ({"role": "user", "content_": "q"}, "is missing; .*its 'content_' is not read"),
+        ({"role": "assistant", "contents": "a"}, "is missing; .*its 'contents' is not read"),
+        ({"role": "user", "name": "Ann"}, "is missing; expected a string$"),
+        ({"role": "system", "content": None, "name": "Ann"}, "is null"),
+        ({"role": "assistant"}, "is missing"),
+    ],
+)
+def test_a_message_without_content_is_no_blank_turn(message: dict, culprit: str) -> None:
+    with pytest.raises(UserError, match=rf"messages\[0\]\.content {culprit}"):
+        formats.read_messages({"messages": [message, CHAT[1]]})
+
+
 def test_tool_calls_need_no_content() -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function"}], "content": None}
     example = formats.read_messages({"messages": [CHAT[0], call]})
@@ -162,7 +177,7 @@ def test_tool_calls_need_no_content() -> None:
         ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "role"),
         ("messages", {"messages": [{"role": "user", "content": 5}]}, r"content is a number"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"content is null"),
-        ("messages", {"messages": [{"role": "user"}]}, r"content is null"),
+        ("messages", {"messages": [{"role": "user"}]}, r"content is missing"),
         ("messages", {"messages": [{"role": "user", "content": [5]}]}, r"content holds a part"),
         (
             "messages",
