@@ -730,6 +730,13 @@ class TrainConfig:
             raise UserError(f"--lora-alpha is {self.lora_alpha}; expected a number above 0")
         if self.lora_r > 65536:
             raise UserError(f"--lora-r is {self.lora_r}; expected at most 65536")
+        read = [name for name, _ in self.sources] + [self.eval_dataset]
+        if self.preview_json and Path(self.preview_json).resolve() in [
+            Path(name).resolve() for name in read
+        ]:
+            raise UserError(
+                f"--preview-json {self.preview_json} is a file of rows that is read; name another"
+            )
         if not self.max_grad_norm >= 0 or not math.isfinite(self.max_grad_norm):
             raise UserError(f"--max-grad-norm is {self.max_grad_norm}; expected 0 or more")
         if self.max_steps < 1 and self.max_steps != -1:

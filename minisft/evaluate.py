@@ -26,7 +26,7 @@ from minisft.model import Model
 from minisft.report import Reporter
 from minisft.step import State
 from minisft.tokenizer import Tokenizer, decode
-from minisft.tokens import TokenizedDataset
+from minisft.tokens import TokenizedDataset, data_hash
 
 STEP0 = "step0.json"  # eval loss and answers before training
 
@@ -109,10 +109,17 @@ def evaluate_before(
     """Metrics and answers of the untrained model; a resumed run reads what it then kept."""
     if dataset is None:
         return {}
+    rows = data_hash(dataset)
     if state.step > 0:
-        return _read_before(out / STEP0)
+        before = _read_before(out / STEP0)
+        if before.get("rows", rows) == rows:
+            return before
+        report.say(
+            f"warning: {STEP0} is of other eval rows: no comparison with the untrained model"
+        )
+        return {}
     before = evaluate_now(config, model, dataset, state, 0, 0.0, report)
-    write_json(out / STEP0, before)
+    write_json(out / STEP0, before | {"rows": rows})
     return before
 
 
@@ -240,21 +247,24 @@ def answer(
 def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """(prompts, expected answers) of the first `count` rows, as token ids.
 
-    The prompt of a row is its tokens up to the first trained label, the expected answer the rest.
+    The prompt of a row is its tokens up to the first trained label, the expected answer those from
+    there that are trained without a gap: of a chat of several turns, the first one's.
     UserError for a row without a prompt.
     """
     prompts, expected = [], []
     for row in range(min(count, len(dataset))):
         start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
         ids = dataset.input_ids[start:stop].tolist()
-        first = int((dataset.labels[start:stop] != IGNORED).nonzero()[0])
+        trained = (dataset.labels[start:stop] != IGNORED).tolist()
+        first = trained.index(True)
+        end = trained.index(False, first) if False in trained[first:] else len(ids)
         if first == 0:
             raise UserError(
                 "--eval-generate needs eval rows with a prompt and a completion; these rows are "
                 "trained from their first token"
             )
         prompts.append(ids[:first])
-        expected.append(ids[first:])
+        expected.append(ids[first:end])
     return prompts, expected
 
 

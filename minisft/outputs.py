@@ -28,7 +28,7 @@ RUN, OUTPUT = "run.json", "train_output.json"
 _WRITTEN = (
     "README.md", "config.json", "generation_config.json", "metrics.jsonl", "step0.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "additional_chat_templates",
+    "additional_chat_templates", "merged",
 )  # fmt: skip
 # What only one kind of run leaves: another would not overwrite it.
 _LEFT = (
@@ -108,12 +108,15 @@ def _check_unlocked(out: Path) -> None:
 
 
 def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
-    """Write run.json and, with --overwrite-output-dir, remove what an earlier run made.
+    """Write run.json; remove the mark of an earlier run's completion, for this one is to end yet,
+    and with --overwrite-output-dir all that it made.
 
     The new record is on the disk before anything is removed, and gets its name after.
     """
     new = out / f".{RUN}.new.tmp"
     write_json(new, record)
+    with writing(out):
+        (out / OUTPUT).unlink(missing_ok=True)
     if config.overwrite_output_dir:
         with writing(out):
             left = [out / name for name in _LEFT if (out / name).exists()]

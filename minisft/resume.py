@@ -128,6 +128,7 @@ def resume_(
             "Use the same, or a new --output-dir"
         )
     load_checkpoint_(path, state, file, prefix, model.start)
+    _check_best_(state, out, config, then["config"], total_steps)
     if state.step > total_steps:
         raise UserError(
             f"{path} is beyond the end of this run, which has {total_steps} steps; raise "
@@ -145,6 +146,33 @@ def resume_(
         if now != value and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
             say(f"{flag(name)} is {now!r} now; the checkpoint was made with {value!r}")
     return bool(then.get("evaluated", True))
+
+
+def _check_best_(
+    state: State, out: Path, config: TrainConfig, then: dict[str, Any], total_steps: int
+) -> None:
+    """The best evaluation so far is one of this run's kind, with a checkpoint if that is wanted.
+
+    UserError where it was told by another number or on other rows. One that no checkpoint was kept
+    of, or only elsewhere, is forgotten: the best is sought from here on.
+    """
+    if not state.best_step or not config.keeps_best:
+        return
+    names = ("metric_for_best_model", "greater_is_better", "eval_dataset")
+    differ = [n for n in names if n in then and then[n] != plain(getattr(config, n))]
+    if differ and state.step < total_steps:
+        found = "; ".join(f"{flag(n)} was {then[n]!r}, now {getattr(config, n)!r}" for n in differ)
+        raise UserError(
+            f"the best evaluation so far, step {state.best_step}'s, cannot be compared with those "
+            f"to come: {found}. Use the same, or a new --output-dir"
+        )
+    best = out / f"checkpoint-{state.best_step}"
+    if config.load_best_model_at_end and state.best_step != state.step and not best.exists():
+        say(
+            f"the best evaluation so far, step {state.best_step}'s, has no checkpoint in {out}: "
+            "the best is sought from here on"
+        )
+        state.best_step, state.best_value, state.evaluations_since_best = 0, None, 0
 
 
 def _resume_problems(

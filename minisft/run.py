@@ -100,9 +100,11 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         with reporting(config, out, total_steps, state.step, evaluated) as report:
             before = evaluate_before(config, model, data.eval, state, out, report)
             if state.step:  # an evaluation that was broken off is made up for
-                evaluate_during(
+                best = evaluate_during(
                     config, model, data.eval, state, batches.schedule, total_steps, report
                 )
+                if best and not (out / f"checkpoint-{state.step}").exists():  # another's, resumed
+                    save(out, state, config, model, facts, report)
             started, first, tokens = time.perf_counter(), state.step, state.num_tokens
             memory = memory_gib(model.device)
             untrained = trace(state)
@@ -139,7 +141,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
             stop.where = f"after the last step; {kept}"
             step = take_best_(state, out, config, model, total_steps, report)
             after = evaluate_after(config, model, data.eval, state, step, batches.schedule, report)
-        metrics = closing_metrics(state, epoch, first, seconds, before, after)
+        keeps = config.keeps_best
+        metrics = closing_metrics(state, epoch, first, seconds, before, after, keeps)
         metrics |= {
             "train_tokens_per_second": (state.num_tokens - tokens) / seconds,
             "memory_before_gib": memory,
@@ -324,8 +327,9 @@ def take_best_(
 
 
 def closing_metrics(
-    state: State, epoch: float, first: int, seconds: float, before: dict, after: dict
-) -> dict[str, Any]:
+    state: State, epoch: float, first: int, seconds: float, before: dict, after: dict,
+    keeps_best: bool,
+) -> dict[str, Any]:  # fmt: skip
     """The numbers of train_output.json; times are those of this process's steps."""
     steps = state.step - first
     metrics: dict[str, Any] = {
@@ -338,10 +342,11 @@ def closing_metrics(
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
         metrics |= {k: after[k] for k in ("eval_mean_token_accuracy", "eval_entropy")}
-    if state.best_step:
+    if state.best_step and keeps_best:
         names = ("best_step", "best_value", "evaluations_since_best")
         metrics |= {name: getattr(state, name) for name in names}
-    if "answers" in after and "answers" in before:
+    asked = [[a["prompt"] for a in x.get("answers", [])] for x in (before, after)]
+    if asked[0] and asked[0] == asked[1]:
         metrics |= {
             "answers": len(after["answers"]),
             "right_before": sum(a["right"] for a in before["answers"]),

@@ -25,6 +25,7 @@ from minisft.cli import asks_for_help, parse_flags, run_main
 from minisft.config import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
 from minisft.loop import TrainingStopped
+from minisft.names import ALIASES
 from minisft.preempt import Preempted
 from minisft.run import train
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def names_a_model(argv: Sequence[str]) -> bool:
     """Whether the flags say what to train (then nothing of the demo's settings applies)."""
-    return any(word.split("=")[0] in ("--model", "--dataset", "--config") for word in argv)
+    flags = (word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
+    return any(ALIASES.get(name, name) in ("model", "dataset", "config") for name in flags)
 
 
 if __name__ == "__main__":

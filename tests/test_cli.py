@@ -281,8 +281,11 @@ def test_what_nobody_expected_keeps_its_traceback():
 
 def test_flags_of_a_run_do_not_mix_with_the_demo(tmp_path):
     """Naming a model or rows leaves nothing of the demo's settings."""
-    outcome = call("train", ["--model", str(tmp_path), "--output-dir", str(tmp_path / "out")])
-    assert outcome.code == 2 and "--dataset is missing" in outcome.err
+    for name in ("--model", "--model_name_or_path", "--model-name"):
+        outcome = call("train", [name, str(tmp_path), "--output-dir", str(tmp_path / "out")])
+        assert outcome.code == 2 and "--dataset is missing" in outcome.err
+    outcome = call("train", [f"--dataset-name={tmp_path}", "--output-dir", str(tmp_path / "out")])
+    assert outcome.code == 2 and "--model is missing" in outcome.err
 
 
 @pytest.mark.parametrize(

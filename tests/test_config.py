@@ -101,6 +101,11 @@ def test_what_is_not_implemented_is_named(change, culprit):
         ({"eval_generate": 3}, "--eval-generate"),
         ({"eval_strategy": "steps"}, "--eval-strategy"),
         ({"seed": -1}, "--seed"),
+        (
+            {"dataset": ("./a.jsonl",), "preview_json": "a.jsonl"},
+            "--preview-json a.jsonl is a file",
+        ),
+        ({"eval_dataset": "e.jsonl", "preview_json": "./e.jsonl"}, "--preview-json ./e.jsonl is"),
     ],
 )
 def test_contradictory_settings_name_their_flag(settings, flag):

@@ -15,7 +15,7 @@ from minisft import loss as loss_module
 from minisft.batches import IGNORED
 from minisft.checkpoint import list_checkpoints
 from minisft.config import TrainConfig, UserError
-from minisft.evaluate import eval_batches, note_evaluation_, stops_early
+from minisft.evaluate import eval_batches, eval_prompts, note_evaluation_, stops_early
 from minisft.llama import Compute, logits, make_tokens
 from minisft.loss import evaluation
 
@@ -235,6 +235,73 @@ def test_the_best_weights_are_exported(inputs, tmp_path):
     other = read(tmp_path / "train_output.json")["metrics"]["eval_loss"]
     assert other != result["eval_loss"]
     assert [metrics(tmp_path)[-1][name] for name in ("step", "eval_loss")] == [best, other]
+
+
+def test_a_best_of_another_kind_is_not_compared(inputs, tmp_path):
+    settings = {**inputs, **SMALL, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"save_steps": 1, "load_best_model_at_end": True, "output_dir": tmp_path}
+    train(**settings)
+    settings |= {"max_steps": 3, "resume_from_checkpoint": "auto"}
+    for name, value in (
+        ("metric_for_best_model", "mean_token_accuracy"),
+        ("eval_dataset", write_rows(tmp_path / "other.jsonl", pairs(3, first=60))),
+    ):
+        outcome = call("train", flags(**settings | {name: value}))
+        assert outcome.code == 2 and f"--{name.replace('_', '-')} was" in outcome.err
+    assert checkpoints(tmp_path) == [1, 2]
+    train(**settings)
+
+
+def test_a_best_without_its_checkpoint_is_forgotten(inputs, tmp_path):
+    """The run before kept none of it; or it is in another run's directory."""
+    settings = {**inputs, **SMALL, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.1}
+    settings |= {"lr_scheduler_type": "constant", "save_steps": 3, "max_grad_norm": 0}
+    train(**settings, max_steps=3, output_dir=tmp_path / "a")
+    asked = {"load_best_model_at_end": True, "max_steps": 4, "save_steps": 1}
+    for name, which in (("a", "auto"), ("b", tmp_path / "a" / "checkpoint-3")):
+        outcome = train(
+            **settings | asked, output_dir=tmp_path / name, resume_from_checkpoint=which
+        )
+        result = read(tmp_path / name / "train_output.json")
+        assert "has no checkpoint in" in outcome.out and result["global_step"] == 4
+        losses = {m["step"]: m["eval_loss"] for m in metrics(tmp_path / name) if "eval_loss" in m}
+        best = min((3, 4), key=losses.__getitem__)
+        assert result["metrics"]["best_step"] == best and best in checkpoints(tmp_path / name)
+
+
+def test_the_best_is_said_only_where_it_counts(inputs, tmp_path):
+    settings = {**inputs, **SMALL, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    train(**settings, output_dir=tmp_path)
+    assert "best_step" not in read(tmp_path / "train_output.json")["metrics"]
+
+
+@pytest.mark.parametrize("change", ["count", "rows"])
+def test_before_and_after_are_of_the_same_rows(inputs, tmp_path, change):
+    settings = {**inputs, **SMALL, "max_steps": 2, "eval_generate": 2, "output_dir": tmp_path}
+    train(**settings)
+    both = read(tmp_path / "train_output.json")["metrics"]
+    assert len(both["samples"]) == 2 and both["eval_loss_before"] is not None
+    settings |= {"max_steps": 3, "resume_from_checkpoint": "auto"}
+    if change == "count":
+        settings["eval_generate"] = 3
+    else:
+        settings["eval_dataset"] = write_rows(tmp_path / "other.jsonl", pairs(3, first=60))
+    outcome = train(**settings)
+    after = read(tmp_path / "train_output.json")["metrics"]
+    assert "samples" not in after
+    assert (after["eval_loss_before"] is None) == (change == "rows")
+    assert ("of other eval rows" in outcome.out) == (change == "rows")
+
+
+def test_the_expected_answer_ends_where_its_turn_ends():
+    """Of two trained turns the first; the user's next one is no part of it."""
+    ids, trained = [1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 0, 1]
+    data = random_dataset([[len(ids)]])
+    data.input_ids[:] = torch.tensor(ids)
+    data.labels[:] = torch.tensor([i if t else IGNORED for i, t in zip(ids, trained, strict=True)])
+    assert eval_prompts(data, 1) == ([[1, 2]], [[3, 4]])
+    data.labels[2:] = data.input_ids[2:]
+    assert eval_prompts(data, 1) == ([[1, 2]], [[3, 4, 5, 6, 7]])
 
 
 def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):

@@ -1,8 +1,10 @@
 """A resumed run is the uninterrupted one, bit for bit; what cannot be resumed is refused."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -401,3 +403,27 @@ def test_a_finished_run_says_what_it_ignores_and_obeys_an_earlier_checkpoint(inp
     assert "--learning-rate is 0.002 now and was 0.001" in finished.out
     earlier = train(**changed, resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert "nothing to do" not in earlier.out and "at step 2" in earlier.out
+
+
+def test_a_run_that_goes_on_is_complete_no_longer(inputs, tmp_path, monkeypatch):
+    """Stopped on its way from an earlier checkpoint, it is not taken for the run it began as."""
+    from minisft import run
+
+    settings = dict(inputs, output_dir=tmp_path, save_steps=1, lora_r=2, max_length=64, max_steps=4)
+    train(**settings, learning_rate=1e-3)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    changed = settings | {"learning_rate": 2e-3}
+
+    def steps_(state, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(state, *args)
+
+    real = run.steps_
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "steps_", steps_)
+        which = {"resume_from_checkpoint": tmp_path / "checkpoint-2"}
+        assert call("train", flags(**changed | which)).code == 75
+    outcome = train(**changed, resume_from_checkpoint="auto")
+    assert "nothing to do" not in outcome.out and "at step 3" in outcome.out
+    assert read(tmp_path / "train_output.json")["global_step"] == 4
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before

@@ -551,6 +551,13 @@ def test_f50_files_that_no_run_made_are_not_overwritten(inputs, tmp_path, name, 
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_f50_a_folder_merged_that_no_run_made_stays(inputs, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    assert "holds merged but no run.json" in refused(inputs, tmp_path, save_merged=True)
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
 def test_f06_overwriting_keeps_the_old_run_until_the_new_record_is_written(
     inputs, tmp_path, monkeypatch
 ):
