@@ -70,6 +70,12 @@ def describe(
             if config.dry_run and is_sample(dataset):
                 of_all = sum(told["rows_total"] for told in dataset.stats["sources"])
                 say(f"        (a sample of {of_all:,} rows)")
+    tokens = min(data.train.stats["longest"], config.max_length)
+    if tokens > cfg.max_position_embeddings:
+        say(
+            f"warning: documents of up to {tokens:,} tokens, but the model was made for up to "
+            f"{cfg.max_position_embeddings:,} (max_position_embeddings); lower --max-length"
+        )
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
     for told, (size, drawn) in zip(

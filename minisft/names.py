@@ -190,6 +190,13 @@ def refusal(name: str) -> str:
 _ON, _OFF = ("true", "yes", "1", "on", ""), ("false", "no", "0", "off", "none")
 
 
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        return 0.0
+
+
 def translate(name: str, value: str | None, known: Mapping[str, object]) -> tuple[str, str | None]:
     """One setting under Hugging Face's name -> (name here, value), or ("", None) for a switch off.
 
@@ -199,6 +206,10 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
     """
     plain = name.replace("-", "_")
     ours = plain if plain in known else ALIASES.get(plain, "")
+    if plain == "warmup_ratio" and _number(value) >= 1:
+        raise UserError(
+            f"{flag(plain)} is {value}; expected a share of the steps below 1, or --warmup-steps N"
+        )
     if ours in known:
         return name if ours == plain else ours, VALUES.get(ours, {}).get(
             (value or "").lower(), value
@@ -236,11 +247,12 @@ def translate_flags(argv: list[str], known: Mapping[str, object]) -> list[str]:
         values = VALUES.get(ALIASES.get(plain, plain), {})
         following = "--" if equals or not rest else rest[0]
         takes = values if values else _ON[:-1] + _OFF if is_switch else ()
-        if following.lower() in takes or (refused and not following.startswith("--")):
+        looked_at = refused or plain == "warmup_ratio"
+        if following.lower() in takes or (looked_at and not following.startswith("--")):
             value = rest.pop(0)
         elif "true" in values and not equals and following.startswith("--"):
             value = "true"
-        text = value if value or equals or is_switch or refused else None
+        text = value if value or equals or is_switch or looked_at else None
         new, new_value = translate(name, text, known)
         if not new:
             continue

@@ -153,6 +153,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         if config.save_merged:
             model = dataclasses.replace(model, frozen={})  # room for the merged one
             save_merged(out, model.device)
+        elif (out / "merged").exists():
+            say(f"warning: {out / 'merged'} is of an earlier state; --save-merged makes it anew")
         with stop.held():
             return finish(out, state, metrics, config, model)
 
@@ -316,7 +318,7 @@ def take_best_(
     if state.step < total_steps:
         report.say(
             f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations "
-            f"in a row were no better than step {state.best_step}'s {name} {value:.4f}"
+            f"in a row were no better than step {state.best_step}'s {name} {value:.4f}{_by(config)}"
         )
     if config.load_best_model_at_end and state.best_step not in (0, state.step):
         best = out / f"checkpoint-{state.best_step}"
@@ -324,6 +326,11 @@ def take_best_(
         report.say(f"best: step {state.best_step}, {name} {value:.4f}; its weights are the result")
         return state.best_step
     return state.step
+
+
+def _by(config: TrainConfig) -> str:
+    least = config.early_stopping_threshold
+    return f", or by no more than {least:g}" if least else ""
 
 
 def closing_metrics(

@@ -85,6 +85,11 @@ def series(lines: list[dict[str, Any]], field: str) -> tuple[list[int], list[flo
     return [step for step, _ in found], [value for _, value in found]
 
 
+def shown(name: str) -> str:
+    """A label as matplotlib shows it: one that begins with _ would be left out."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def smoothed(values: list[float], width: int) -> list[float]:
     """Means over the last `width` values, fewer at the start."""
     return [
@@ -109,10 +114,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
             few = len(steps) < 40
             axis.plot(
                 steps, values, color=f"C{i}", alpha=0.35 if smooth else 1, linewidth=1.3,
-                marker="o" if few else None, markersize=3, label=None if smooth else name,
+                marker="o" if few else None, markersize=3, label=None if smooth else shown(name),
             )  # fmt: skip
             if smooth:
-                axis.plot(steps, smoothed(values, config.smooth), color=f"C{i}", label=name)
+                axis.plot(steps, smoothed(values, config.smooth), color=f"C{i}", label=shown(name))
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

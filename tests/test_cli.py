@@ -183,6 +183,7 @@ def test_a_list_that_is_given_twice_loses_nothing_silently(second):
 def test_two_names_of_one_setting_are_not_both_given():
     told = refusal("--r", "8", "--lora-r", "16")
     assert told == "--r and --lora-r both give --lora-r; drop one"
+    assert "expected a share of the steps below 1" in refusal("--warmup_ratio", "1")
     told = refusal("--warmup-steps=5", "--warmup_ratio", "0.1")
     assert told == "--warmup-steps and --warmup_ratio both give --warmup-steps; drop one"
     assert parse("--lora-r", "8", "--lora_r", "16").lora_r == 16  # the last word

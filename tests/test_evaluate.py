@@ -304,6 +304,13 @@ def test_the_expected_answer_ends_where_its_turn_ends():
     assert eval_prompts(data, 1) == ([[1, 2]], [[3, 4, 5, 6, 7]])
 
 
+def test_a_threshold_is_named_where_it_stopped_the_run():
+    plain = {"eval_strategy": "steps", "eval_dataset": "e", "early_stopping_patience": 2}
+    assert run_module._by(TrainConfig(**plain)) == ""
+    config = TrainConfig(**plain, early_stopping_threshold=0.5)
+    assert run_module._by(config) == ", or by no more than 0.5"
+
+
 def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):
     settings = {**inputs, **SMALL, "output_dir": tmp_path, "max_steps": 8, "save_steps": 100}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}

@@ -70,3 +70,9 @@ def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch, argv, message):
 
 def test_the_loss_is_smoothed_over_the_last_lines():
     assert script("plot").smoothed([4.0, 2.0, 0.0, 0.0], 2) == [4.0, 3.0, 1.0, 0.0]
+
+
+def test_a_run_that_begins_with_an_underscore_has_a_name_too():
+    """matplotlib leaves labels out that begin with one."""
+    shown = script("plot").shown
+    assert shown("_a").strip() == "_a" and not shown("_a").startswith("_") and shown("a_") == "a_"

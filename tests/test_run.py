@@ -661,3 +661,17 @@ def test_a_setting_with_effect_gives_none(inputs, tmp_path):
     given |= {"optim": "lion_8bit", "embedding_learning_rate": 1e-5, "modules_to_save": "lm_head"}
     given |= {"num_train_epochs": 2, "save_total_limit": 3}
     assert "no effect" not in train(**given).out
+
+
+@pytest.mark.parametrize("positions, told", [(64, False), (20, True)])
+def test_documents_beyond_the_model_s_positions_are_said(inputs, tmp_path, positions, told):
+    place = shutil.copytree(inputs["model"], tmp_path / "model")
+    config = read(place / "config.json") | {"max_position_embeddings": positions}
+    (place / "config.json").write_text(json.dumps(config))
+    settings = inputs | {
+        "model": place,
+        "max_length": 64,
+        "max_steps": 1,
+        "output_dir": tmp_path / "o",
+    }
+    assert ("max_position_embeddings" in call("train", flags(**settings, dry_run=True)).out) == told

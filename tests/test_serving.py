@@ -101,3 +101,12 @@ def test_an_adapter_without_a_whole_target_is_loaded_again(tmp_path, excluded):
     lora, tensors = load_adapter(out, load_model_config(model))
     assert tensors and not any("q_proj" in name for name in tensors)
     assert all("q_proj" not in item for item in lora.target_modules)
+
+
+def test_a_merged_model_of_an_earlier_state_is_said(inputs, tmp_path):
+    settings = {**inputs, "output_dir": tmp_path, "save_steps": 1, "lora_r": 2, "max_steps": 1}
+    train(**settings, save_merged=True)
+    settings |= {"max_steps": 2, "resume_from_checkpoint": "auto"}
+    assert "merged is of an earlier state; --save-merged makes it anew" in train(**settings).out
+    settings |= {"max_steps": 3, "save_merged": True}
+    assert "earlier state" not in train(**settings).out
