@@ -30,7 +30,7 @@ from minisft.llama import (
 )
 from minisft.model import resolve_device, resolve_dtype, token_ids
 from minisft.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, scaling_ratios
-from minisft.tokenizer import load_tokenizer
+from minisft.tokenizer import load_tokenizer, tokenizer_of
 from minisft.weights import (
     Checkpoint,
     four_bit_names,
@@ -118,8 +118,7 @@ def merge(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.merging")
     try:
         temporary.mkdir(parents=True)
-        own = (Path(adapter) / "tokenizer.json").exists()
-        tokenizer = load_tokenizer(Path(adapter) if own else directory)
+        tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
         merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
         save_shards(temporary, merged, kind)
         tied = checkpoint.cfg.tie_word_embeddings and not lora.lora_embeddings

@@ -73,6 +73,13 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
     if differ and which != "auto" and [Path(which).resolve()] != last:
         return None  # from an earlier state, the run would end otherwise
     say(f"{out}: complete already ({steps} steps); nothing to do")
+    done = (out / OUTPUT).stat().st_mtime
+    for name in (*(source for source, _ in config.sources), config.eval_dataset):
+        if name and Path(name).is_file() and Path(name).stat().st_mtime > done:
+            say(
+                f"warning: {name} has changed since: it changes nothing. For a run with it, give a "
+                "new --output-dir"
+            )
     for name in differ:
         say(
             f"warning: {flag(name)} is {now[name]!r} now and was {then[name]!r}: it changes "

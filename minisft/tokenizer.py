@@ -107,6 +107,15 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------- loading
 
 
+def tokenizer_of(adapter: Path, base: Path) -> Path:
+    """Where an adapter's tokenizer lies: beside it, beside its checkpoints, or with the base.
+
+    It may hold another chat template than the base's.
+    """
+    run = [adapter.parent] if adapter.name.startswith("checkpoint-") else []
+    return next((p for p in (adapter, *run) if (p / "tokenizer.json").exists()), base)
+
+
 def load_tokenizer(directory: Path, *, pipeline: str = "hf5", chat_template: str = "") -> Tokenizer:
     """Read tokenizer.json and the small files beside it.
 

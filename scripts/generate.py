@@ -31,6 +31,7 @@ from minisft.tokenizer import (
     encode_chat,
     load_tokenizer,
     mark_special_text,
+    tokenizer_of,
 )
 from minisft.weights import (
     four_bit_names,
@@ -115,6 +116,8 @@ def check(config: GenerateConfig) -> None:
         raise UserError("--prompt and --interactive: give one of the two")
     if not config.prompt and not config.interactive:
         raise UserError("--prompt is missing: give the text to continue, or --interactive to chat")
+    if config.system and not config.chat:
+        raise UserError("--system has no effect with --no-chat; put it into the prompt")
     if not 0 <= config.temperature < math.inf:
         raise UserError(f"--temperature is {config.temperature}; expected 0 or more, and finite")
     if not 0 < config.top_p <= 1:
@@ -160,8 +163,7 @@ def load(config: GenerateConfig) -> Loaded:
         trainable = {n: t.to(device) for n, t in tensors.items()}
         scaling, ratios = lora.scaling, scaling_ratios(lora, cfg)
         in_4bit = in_4bit or bool(base_in_4bit(config.adapter))
-        if (Path(config.adapter) / "tokenizer.json").exists():
-            tokenizer_from = Path(config.adapter)
+        tokenizer_from = tokenizer_of(Path(config.adapter), directory)
     tokenizer = load_tokenizer(tokenizer_from)
     if config.load_in_4bit != "auto":
         in_4bit = config.load_in_4bit == "true"

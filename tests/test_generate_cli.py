@@ -10,6 +10,8 @@ import torch
 from runs import call, flags, pairs, read, script, train, write_model, write_rows
 from safetensors.torch import load_file, save_file
 
+from minisft.tokenizer import tokenizer_of
+
 PROMPTS = ["What is 1 + 1?", "The answer", "hello there, how are you today? I am fine"]
 WORDS = 24
 
@@ -183,6 +185,17 @@ def test_a_system_message_and_no_chat_change_the_prompt(base, trained, rows):
     assert len(texts) == 3
 
 
+def test_a_checkpoint_s_prompt_is_its_run_s(base, trained, rows, tmp_path):
+    """The template of the run, not of the base: it lies beside the checkpoints."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    (checkpoint,) = list(run.glob("checkpoint-*"))[-1:]
+    assert tokenizer_of(checkpoint, base) == run and tokenizer_of(run, base) == run
+    elsewhere = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    assert tokenizer_of(elsewhere, base) == base
+    shutil.move(elsewhere, run / "other")
+    assert tokenizer_of(run / "other", base) == base
+
+
 def test_max_new_tokens_bounds_the_answer(base):
     short = answers(model=base, prompt="a", max_new_tokens=3, chat=False)
     long = answers(model=base, prompt="a", max_new_tokens=12, chat=False)
@@ -253,6 +266,7 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"prompt": "a", "system": "b", "chat": False}, "--system has no effect with --no-chat"),
         ({}, "--prompt is missing"),
         ({"prompt": "", "chat": False, "model": "no_bos"}, "--prompt is empty"),
         ({"prompt": "a", "interactive": True}, "--prompt and --interactive: give one of the two"),

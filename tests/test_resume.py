@@ -401,6 +401,12 @@ def test_a_finished_run_says_what_it_ignores_and_obeys_an_earlier_checkpoint(inp
     finished = train(**changed, resume_from_checkpoint="auto")
     assert "nothing to do" in finished.out
     assert "--learning-rate is 0.002 now and was 0.001" in finished.out
+    assert "has changed since" not in finished.out
+    later = (tmp_path / "train_output.json").stat().st_mtime + 5
+    os.utime(settings["dataset"], (later, later))
+    assert "has changed since: it changes nothing" in (
+        train(**changed, resume_from_checkpoint="auto").out
+    )
     earlier = train(**changed, resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert "nothing to do" not in earlier.out and "at step 2" in earlier.out
 
