@@ -262,51 +262,48 @@ def _stats(
     return stats
 
 
+# What was seen of n of the kept rows, and what to do.
+_SEEN = {
+    "lost_prompt_tokens": (
+        "in {n} of {kept} rows the prompt's last tokens change when the completion "
+        "follows, and count as completion; end the prompt at a token boundary, for instance "
+        "with the blank at the start of the completion"
+    ),
+    "two_bos": (
+        "{n} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
+        "it out of the text"
+    ),
+    "special_text": (
+        "{n} of {kept} chats hold special-token strings in their messages; they are "
+        "encoded as plain text"
+    ),
+    "joined_parts": (
+        "{n} of {kept} chats hold contents in parts that the chat template does not read; "
+        "the texts of the parts are joined"
+    ),
+    "no_answer": (
+        "{n} of {kept} chats hold no assistant message, and every token of them is trained, "
+        "the user's words too; leave them out, or use --assistant-only-loss"
+    ),
+    "no_end": (
+        "in {n} of {kept} chats the last trained token is no special token, so nothing there "
+        "teaches the model to stop; does the chat template end the assistant's turn, inside "
+        "what is trained?"
+    ),
+    "unread_tools": (
+        "{n} of {kept} chats have tools that the chat template does not write, so the model "
+        "does not see them; give a --chat-template that does, or leave the tools out"
+    ),
+    "unread_marks": (
+        "{n} of {kept} chats mark answers with 'weight': 0 or 'train': false, and these are "
+        "trained all the same; with --assistant-only-loss they are not"
+    ),
+}
+
+
 def _warnings(seen: Counter[str]) -> list[str]:
-    kept, warnings = seen["kept"], []
-    if n := seen["lost_prompt_tokens"]:
-        warnings.append(
-            f"in {n} of {kept} rows the prompt's last tokens change when the completion "
-            "follows, and count as completion; end the prompt at a token boundary, for instance "
-            "with the blank at the start of the completion"
-        )
-    if n := seen["two_bos"]:
-        warnings.append(
-            f"{n} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
-            "it out of the text"
-        )
-    if n := seen["special_text"]:
-        warnings.append(
-            f"{n} of {kept} chats hold special-token strings in their messages; they are "
-            "encoded as plain text"
-        )
-    if n := seen["joined_parts"]:
-        warnings.append(
-            f"{n} of {kept} chats hold contents in parts that the chat template does not read; "
-            "the texts of the parts are joined"
-        )
-    if n := seen["no_answer"]:
-        warnings.append(
-            f"{n} of {kept} chats hold no assistant message, and every token of them is trained, "
-            "the user's words too; leave them out, or use --assistant-only-loss"
-        )
-    if n := seen["no_end"]:
-        warnings.append(
-            f"in {n} of {kept} chats the last trained token is no special token, so nothing there "
-            "teaches the model to stop; does the chat template end the assistant's turn, inside "
-            "what is trained?"
-        )
-    if n := seen["unread_tools"]:
-        warnings.append(
-            f"{n} of {kept} chats have tools that the chat template does not write, so the model "
-            "does not see them; give a --chat-template that does, or leave the tools out"
-        )
-    if n := seen["unread_marks"]:
-        warnings.append(
-            f"{n} of {kept} chats mark answers with 'weight': 0 or 'train': false, and these are "
-            "trained all the same; with --assistant-only-loss they are not"
-        )
-    return warnings
+    told = ((seen[name], text) for name, text in _SEEN.items())
+    return [text.format(n=n, kept=seen["kept"]) for n, text in told if n]
 
 
 def _newline_hint(part: str) -> str:

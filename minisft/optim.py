@@ -86,10 +86,8 @@ def update_(
     by the rate, in the groups that are decayed.
     """
     params, optim = trainable.buffer, config.optim
-    clip = None
-    if optim == "adamw" and grads.is_cuda:
-        clip = norm if config.max_grad_norm > 0 else None
-    else:
+    clips_itself = optim == "adamw" and grads.is_cuda and config.max_grad_norm > 0
+    if not clips_itself:
         clip_(grads, norm, config.max_grad_norm)
     if optim == "adafactor":
         _adafactor_(trainable, grads, moments, groups, step, factor, config.weight_decay)
@@ -103,7 +101,7 @@ def update_(
             p.sub_(g.add(p, alpha=decay) if decay else g, alpha=lr)
         elif optim == "adamw":
             m, v = moments["exp_avg"][part], moments["exp_avg_sq"][part]
-            _adamw_(p, g, m, v, step, lr, decay, config, clip)
+            _adamw_(p, g, m, v, step, lr, decay, config, norm if clips_itself else None)
         elif not group.eight_bit and optim == "lion_8bit":
             _lion_(p, g, moments[f"exp_avg.{i}"], lr, decay, config)
         elif not group.eight_bit:
