@@ -576,8 +576,8 @@ class TrainConfig:
     gradient_checkpointing: str = "auto"
     """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
     all (no matrix product is run again). full (or block): its input alone. Between the two:
-    gate_up, gate_up+qkv, all_but_attention. With +offload what is kept waits in host memory;
-    offload: all of it."""
+    gate_up, gate_up+qkv, all_but_attention. With +offload what is kept waits in host memory (with
+    none: the residuals and attention's output); offload: all of it."""
     step_impl: str = "auto"
     """Which pass computes gradients: explicit (written by hand, captured in CUDA graphs), autograd,
     or auto: explicit on a GPU wherever it covers the run."""
@@ -686,6 +686,7 @@ class TrainConfig:
                 "all_but_attention",
                 "full",
                 "block",
+                "none+offload",
                 "offload",
                 "gate_up+offload",
                 "gate_up+qkv+offload",

@@ -9,6 +9,9 @@ T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab
 from __future__ import annotations
 
 import itertools
+import math
+from bisect import bisect
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from minisft.lora import Flat
 from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
 
 _FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 520e12, 3.2e12, 51e9, 70e-6
+_CONTENTION = 0.03  # of a copy's time is lost beside it
 _MOST_TOKENS = 16384  # beyond it a micro-batch gains nothing
 
 
@@ -43,9 +47,9 @@ class Memory(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A policy for all layers, with the numbers of `Choice`."""
+    """Policies of the layers, with the numbers of `Choice`."""
 
-    kind: str
+    policies: tuple[Policy, ...]
     tokens: int
     chunk: int
     mlp_tokens: int
@@ -127,59 +131,43 @@ def choose_on_gpu(
     cfg, itemsize = compute.model, compute.dtype.itemsize
     ranks, room = group_ranks(trainable, cfg), memory.room
     base = memory.used + buffer_bytes(trainable, cfg, itemsize, ranks)
-    names = list(POLICIES) if name == "auto" else [name]
-    sizes = _micro_batches(config.micro_batch_tokens, longest, step_tokens)
-    found = []
-    for kind, tokens, chunk, mlp in itertools.product(
-        names, sizes, (2048, 1024, 512, 256), (8192, 4096, 2048, 1024)
-    ):
-        policies = (POLICIES[kind],) * cfg.num_hidden_layers
+
+    def candidate(policies: tuple[Policy, ...], tokens: int, chunk: int, mlp: int) -> _Candidate:
+        each = step_tokens / math.ceil(step_tokens / tokens)  # what a micro-batch comes to hold
+        seconds = token_seconds(cfg, policies, each, mlp, longest, itemsize, ranks)
         peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
-        seconds = token_seconds(cfg, POLICIES[kind], tokens, mlp, longest, itemsize, ranks)
-        found.append(_Candidate(kind, tokens, chunk, mlp, seconds, peak))
+        return _Candidate(policies, tokens, chunk, mlp, seconds, peak)
 
     def rank(c: _Candidate) -> tuple:
         """Of equally fast ones the largest chunks."""
-        return c.peak > room, c.seconds, -c.chunk, -c.mlp_tokens, c.kind, c.tokens, c.peak
+        return c.peak > room, c.seconds, -c.chunk, -c.mlp_tokens, c.tokens, c.peak
 
+    layers = cfg.num_hidden_layers
+    kinds = [POLICIES[n] for n in (POLICIES if name == "auto" else [name])]
+    found = []
+    for tokens in _micro_batches(config.micro_batch_tokens, longest, step_tokens):
+        numbers = itertools.product(kinds, (2048, 1024, 512, 256), (8192, 4096, 2048, 1024))
+        plain = [candidate((kind,) * layers, tokens, chunk, mlp) for kind, chunk, mlp in numbers]
+        best = min(plain, key=rank)
+        if best.peak > room:
+            found += plain
+            continue
+        found.append(best)
+        for better in kinds:  # in as many of the last layers as there is room for
+            mixed = [best.policies[: layers - n] + (better,) * n for n in range(1, layers)]
+            some = bisect(mixed, room, key=lambda m: candidate(m, *best[1:4]).peak)
+            found += [candidate(mixed[some - 1], *best[1:4])] if some else []
     best = min(found, key=rank)
     if best.peak > room:
         best = min(found, key=lambda c: c.peak)
-    kind, tokens, chunk, mlp = best[:4]
-    policies = _upgraded(kind, names, cfg, tokens, chunk, mlp, itemsize, ranks, room - base)
-    peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
-    kinds = [k for k, p in POLICIES.items() if p in policies]
-    counts = ", ".join(f"{k} in {policies.count(POLICIES[k])} layers" for k in kinds)
+    policies, tokens, chunk, mlp, _, peak = best
+    counts = {k: policies.count(p) for k, p in POLICIES.items() if p in policies}
+    kept = ", ".join(k if n == layers else f"{k} in {n} layers" for k, n in counts.items())
     said = (
-        f"explicit block, {kind if len(kinds) == 1 else counts}, up to {tokens:,} tokens at a "
-        f"time; predicted peak {peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        f"explicit block, {kept}, up to {tokens:,} tokens at a time; predicted peak "
+        f"{peak / 2**30:.2f} of {room / 2**30:.2f} GiB"
     )
     return Choice(True, policies, tokens, chunk, mlp, int(peak), said)
-
-
-def _upgraded(
-    kind: str,
-    names: list[str],
-    cfg: ModelConfig,
-    tokens: int,
-    chunk: int,
-    mlp: int,
-    itemsize: int,
-    ranks: dict[str, int],
-    room: float,
-) -> tuple[Policy, ...]:
-    """As many layers as fit under the next faster policy of `names`, the rest under `kind`."""
-    layers = cfg.num_hidden_layers
-    plain = (POLICIES[kind],) * layers
-    by_speed = sorted(
-        names, key=lambda n: token_seconds(cfg, POLICIES[n], tokens, mlp, tokens, itemsize, ranks)
-    )
-    for better in by_speed[: by_speed.index(kind)]:
-        for n in range(layers - 1, 0, -1):
-            mixed = plain[: layers - n] + (POLICIES[better],) * n
-            if peak_bytes(cfg, mixed, tokens, chunk, mlp, itemsize, ranks) <= room:
-                return mixed
-    return plain
 
 
 def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
@@ -187,10 +175,12 @@ def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
     least = bucket_tokens(longest)
     if asked:
         return [max(least, bucket_tokens(asked))]
-    sizes = [max(least, bucket_tokens(min(step_tokens, _MOST_TOKENS)))]
-    while sizes[-1] > least:
-        sizes.append(max(least, bucket_tokens(sizes[-1] // 2)))
-    return sizes
+    sizes, size = {least}, min(step_tokens, _MOST_TOKENS)
+    sizes.add(max(least, bucket_tokens(size)))
+    while (size := size // 2) > least:
+        for part in (size, size * 3 // 2):  # whole rows, where they are as long as the longest
+            sizes.add(bucket_tokens(max(1, part // longest) * longest))
+    return sorted(sizes, reverse=True)
 
 
 def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
@@ -257,8 +247,8 @@ def peak_bytes(
 
 def token_seconds(
     cfg: ModelConfig,
-    policy: Policy,
-    tokens: int,
+    policies: tuple[Policy, ...],
+    tokens: float,
     mlp: int,
     length: int,
     itemsize: int,
@@ -266,20 +256,22 @@ def token_seconds(
 ) -> float:
     """Rough seconds a token: products, decoding, and what the host link adds."""
     q = cfg.num_attention_heads * cfg.head_dim
-    kept = policy.gpu | policy.host
     weights = {group: O * I for group, (O, I) in group_shapes(cfg).items()}
-    again = {"qkv": "qkv" not in kept, "gate_up": "gate_up" not in kept, "o": "mid" not in kept}
-    redone = sum(weights[g] for g, yes in again.items() if yes)
-    attended = 0 if "attended" in kept else 2 * q * length
     once = sum(weights.values())
-    layers = cfg.num_hidden_layers
-    more = (mlp_chunks(tokens, policy, mlp) - 1) * (3 * weights["gate_up"] + 2 * weights["down"])
-    decode = 2.5 * (2 * once + redone + more) / tokens / _BYTES
-    overhead = _LAYER_S / tokens
-    forward = layers * ((2 * once + 2 * q * length) / _FLOPS + overhead / 2)
-    backward = layers * (
-        (2 * once + 5 * q * length + 2 * redone + attended) / _FLOPS + decode + overhead / 2
-    )
-    host = layers * kept_bytes(policy, cfg, itemsize, ranks)[1] / _HOST_BYTES
-    small = 1e-9 * len(policy.host)  # of equals, the one without copies
-    return max(forward, host) + max(backward, host) + small
+    overhead = _LAYER_S / tokens / 2
+    forward = backward = host = last = 0.0
+    for policy, layers in Counter(policies).items():
+        kept = policy.gpu | policy.host
+        again = {"qkv": "qkv" not in kept, "gate_up": "gate_up" not in kept, "o": "mid" not in kept}
+        redone = sum(weights[g] for g, yes in again.items() if yes)
+        attended = 0 if "attended" in kept else 2 * q * length
+        chunks = mlp_chunks(int(tokens), policy, mlp) - 1
+        more = chunks * (3 * weights["gate_up"] + 2 * weights["down"])
+        decode = 2.5 * (2 * once + redone + more) / tokens / _BYTES
+        forward += layers * ((2 * once + 2 * q * length) / _FLOPS + overhead)
+        flops = 2 * once + 5 * q * length + 2 * redone + attended
+        backward += layers * (flops / _FLOPS + decode + overhead)
+        copied = kept_bytes(policy, cfg, itemsize, ranks)[1] / _HOST_BYTES
+        host += layers * copied
+        last = copied if policy == policies[-1] else last  # nothing hides the last layer's copies
+    return max(forward, host) + max(backward, host) + 2 * last + 2 * _CONTENTION * host

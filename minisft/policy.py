@@ -33,6 +33,7 @@ POLICIES = {
     "gate_up+qkv": _policy("x attended mid"),
     "all_but_attention": _policy("x attended"),
     "full": _policy("x"),
+    "none+offload": _policy("qkv gate_up", "x attended mid"),
     "offload": _policy("", "x qkv attended mid gate_up"),
     "gate_up+offload": _policy("", "x qkv attended mid"),
     "gate_up+qkv+offload": _policy("", "x attended mid"),

@@ -10,8 +10,9 @@ from minisft import planning
 from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.fast import bucket_tokens
 from minisft.llama import Compute
-from minisft.planning import choose, choose_on_gpu, gpu_memory, peak_bytes, token_seconds
-from minisft.policy import POLICIES, mlp_chunks
+from minisft.lora import allocate, trainable_shapes
+from minisft.planning import Memory, choose, choose_on_gpu, gpu_memory, peak_bytes, token_seconds
+from minisft.policy import PARTS, POLICIES, mlp_chunks
 
 # Llama 3.2 1B: the shape that the numbers below are of.
 ONE_B = ModelConfig(
@@ -64,7 +65,7 @@ def test_what_it_does_not_cover_is_refused_only_if_asked_for(compute, lora, reas
 def test_cheaper_policies_need_less_memory_and_more_time():
     names = ["none", "gate_up", "gate_up+qkv", "all_but_attention", "full"]
     peaks = [peak_bytes(ONE_B, (POLICIES[n],) * 16, 4096, 512, 8192, 2, RANKS) for n in names]
-    times = [token_seconds(ONE_B, POLICIES[n], 4096, 8192, 2048, 2, RANKS) for n in names]
+    times = [token_seconds(ONE_B, (POLICIES[n],) * 16, 4096, 8192, 2048, 2, RANKS) for n in names]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
     kept = 16 * 4096 * 2 * (2 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192)
     assert kept < peaks[0] < 1.1 * kept
@@ -75,6 +76,33 @@ def test_offload_moves_the_bytes_of_all_layers_but_those_at_work():
     host = peak_bytes(ONE_B, (POLICIES["full+offload"],) * 16, 4096, 256, 8192, 2, RANKS)
     x = 2048 * 2 * 4096
     assert gpu - host == 14 * x  # but for the layer at work and the one on its way
+
+
+EIGHT_B = dataclasses.replace(
+    ONE_B, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128
+)
+
+
+@pytest.mark.parametrize(
+    "cfg, used, room, tokens, copies",
+    [(EIGHT_B, 5.78, 20.9, 6144, True), (ONE_B, 1.08, 5.45, 4096, False)],
+    ids=["8b", "1b"],
+)
+def test_larger_micro_batches_are_worth_some_copies(cfg, used, room, tokens, copies):
+    """Measured: 1 % at 8B; at 1B the copies take more than fewer decodings save."""
+    adapter = allocate(trainable_shapes(LoraConfig(r=16), cfg), torch.device("meta"))
+    memory = Memory(used * 2**30, room * 2**30)
+    compute = Compute(cfg, torch.bfloat16)
+    choice = choose_on_gpu(settings(), adapter, compute, "auto", 2048, 16384, memory)
+    assert choice.tokens == tokens
+    assert (POLICIES["none+offload"] in choice.policies) == copies
+    assert choice.policies[-1] == POLICIES["none"]  # nothing would hide the last layer's copies
+
+
+@pytest.mark.parametrize("longest, step", [(2048, 16384), (2048, 40000), (600, 5000)])
+def test_a_micro_batch_is_as_large_as_its_rows(longest, step):
+    for size in planning._micro_batches(0, longest, step)[1:]:
+        assert size == bucket_tokens(size // longest * longest)
 
 
 def test_chunks_of_the_mlp():
@@ -113,7 +141,7 @@ def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
     fake_gpu(monkeypatch, free)
     choice = on_gpu(settings(), "auto")
     assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
-    assert (choice.policies == (POLICIES["none"],) * 16) == keeps_all
+    assert all(p.gpu | p.host == frozenset(PARTS) for p in choice.policies) == keeps_all
     assert (choice.tokens == 16384) == (free == 100)
 
 
