@@ -12,7 +12,7 @@ from minisft.fast import bucket_tokens
 from minisft.llama import Compute
 from minisft.lora import allocate, trainable_shapes
 from minisft.planning import Memory, choose, choose_on_gpu, gpu_memory, peak_bytes, token_seconds
-from minisft.policy import PARTS, POLICIES, mlp_chunks
+from minisft.policy import PARTS, POLICIES, kept_bytes, mlp_chunks
 
 # Llama 3.2 1B: the shape that the numbers below are of.
 ONE_B = ModelConfig(
@@ -99,7 +99,15 @@ def test_larger_micro_batches_are_worth_some_copies(cfg, used, room, tokens, cop
     assert choice.policies[-1] == POLICIES["none"]  # nothing would hide the last layer's copies
 
 
-@pytest.mark.parametrize("longest, step", [(2048, 16384), (2048, 40000), (600, 5000)])
+def test_nothing_hides_the_copies_of_the_last_layer():
+    all_but_one = (POLICIES["none"],) * 15
+    last, first = (*all_but_one, POLICIES["offload"]), (POLICIES["offload"], *all_but_one)
+    slow, fast = (token_seconds(ONE_B, p, 4096, 8192, 2048, 2, RANKS) for p in (last, first))
+    copies = kept_bytes(POLICIES["offload"], ONE_B, 2, RANKS)[1] / 51e9
+    assert slow - fast == pytest.approx(2 * copies)
+
+
+@pytest.mark.parametrize("longest, step", [(2048, 16384), (2048, 12288), (600, 5000)])
 def test_a_micro_batch_is_as_large_as_its_rows(longest, step):
     for size in planning._micro_batches(0, longest, step)[1:]:
         assert size == bucket_tokens(size // longest * longest)
