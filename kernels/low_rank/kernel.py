@@ -1,4 +1,4 @@
-"""Triton: the low-rank tile that other kernels add, and ordered sums over tokens."""
+"""Triton: narrow products, ordered sums over tokens, and what other kernels share."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
@@ -7,23 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def low_rank_tile(
-    left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n,
-    rows, row_ok, cols, col_ok, R: tl.constexpr, RP: tl.constexpr,
-):  # fmt: skip
-    """left[rows] @ right[:, cols] in float32, [BLOCK_M, BLOCK_N]; RP is R padded for the dot."""
-    r = tl.arange(0, RP)
-    left = tl.load(
-        left_ptr + rows.to(tl.int64)[:, None] * left_stride + r[None, :],
-        mask=row_ok[:, None] & (r < R)[None, :],
-        other=0.0,
-    )
-    right = tl.load(
-        right_ptr + r[:, None] * right_stride_r + cols[None, :] * right_stride_n,
-        mask=(r < R)[:, None] & col_ok[None, :],
-        other=0.0,
-    )
-    return tl.dot(left, right, input_precision="ieee")
+def computed_once(x, PIN: tl.constexpr):
+    """x. PIN: the compiler cannot make it again; for a store and for a product it would make all of
+    it twice, each in its own layout, where moving it from one to the other is cheaper.
+    """
+    if PIN:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK
+        )
+    return x
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import low_rank_tile, padded_rank
+from kernels.low_rank.kernel import padded_rank
 
 
 @triton.jit
@@ -39,22 +39,30 @@ def add_rms_norm_kernel(
     num_rows, x_stride, y_stride, left_stride, right_stride_r, right_stride_n, out_stride, h_stride,
     scale, eps,
     D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < num_rows
     rows64 = rows.to(tl.int64)[:, None]
+    r = tl.arange(0, RP)
+    left = tl.load(
+        left_ptr + rows64 * left_stride + r[None, :],
+        mask=row_ok[:, None] & (r < R)[None, :],
+        other=0.0,
+    )
     sum_squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_D)
         col_ok = cols < D
         ok = row_ok[:, None] & col_ok[None, :]
         x = tl.load(x_ptr + rows64 * x_stride + cols[None, :], mask=ok, other=0.0).to(tl.float32)
         x += tl.load(y_ptr + rows64 * y_stride + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-        x += scale * low_rank_tile(
-            left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n,
-            rows, row_ok, cols, col_ok, R, RP,
-        )  # fmt: skip
+        right = tl.load(
+            right_ptr + r[:, None] * right_stride_r + cols[None, :] * right_stride_n,
+            mask=(r < R)[:, None] & col_ok[None, :],
+            other=0.0,
+        )
+        x += scale * tl.dot(left, right, input_precision="ieee")
         rounded = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows64 * out_stride + cols[None, :], rounded, mask=ok)
         x = rounded.to(tl.float32)
@@ -62,8 +70,8 @@ def add_rms_norm_kernel(
     rstd = 1.0 / tl.sqrt(sum_squares / D + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
     tl.debug_barrier()  # the second walk reads what other threads of this program wrote
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
+    for start in tl.range(0, D, BLOCK_H, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK_H)
         col_ok = cols < D
         ok = row_ok[:, None] & col_ok[None, :]
         x = tl.load(out_ptr + rows64 * out_stride + cols[None, :], mask=ok, other=0.0)
@@ -111,13 +119,15 @@ def launch_add_rms_norm(x, y, delta, weight, eps, out, h, rstd) -> None:
             D=D, HAS_Y=y is not None, HAS_RSTD=False, BLOCK_D=block, num_warps=warps,
         )  # fmt: skip
         return
-    R = delta.left.shape[1]
+    R, whole = delta.left.shape[1], triton.next_power_of_2(D)
+    padded = padded_rank(R)
+    block = min(512, whole, 32768 // (padded * x.element_size()))  # three stages of it fit
     add_rms_norm_kernel[(triton.cdiv(T, 16),)](
         x, y, weight, delta.left, delta.right, out, h, rstd,
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
         h.stride(0), delta.scale, eps,
-        D=D, R=R, RP=padded_rank(R),
-        BLOCK_M=16, BLOCK_D=min(512, triton.next_power_of_2(D)), num_warps=8,
+        D=D, R=R, RP=padded, BLOCK_M=16, BLOCK_D=block, BLOCK_H=min(1024, whole), STAGES=3,
+        num_warps=8,
     )  # fmt: skip
 
 

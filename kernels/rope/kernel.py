@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import padded_rank, rows_per_split
+from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split
 
 
 @triton.jit
@@ -32,13 +32,13 @@ def _turn_back_head(
     d_ptr, d_stride, u_ptr, u_stride, cos_ptr, sin_ptr, angle_stride,
     out_ptr, out_stride, out_first, partial_ptr, head_first, first_row, last_row,
     HALF: tl.constexpr, TURN: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
     half = tl.arange(0, HALF)
     r = tl.arange(0, RP)
     total1 = tl.zeros((HALF, RP), tl.float32)
     total2 = tl.zeros((HALF, RP), tl.float32)
-    for start in range(first_row, last_row, BLOCK_T):
+    for start in tl.range(first_row, last_row, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         ok = rows < last_row
         rows64 = rows.to(tl.int64)[:, None]
@@ -53,8 +53,8 @@ def _turn_back_head(
             e2 = d2 * cos - d1 * sin
             d1 = e1
             d2 = e2
-        d1 = d1.to(out_ptr.dtype.element_ty)
-        d2 = d2.to(out_ptr.dtype.element_ty)
+        d1 = computed_once(d1.to(out_ptr.dtype.element_ty), PIN)
+        d2 = computed_once(d2.to(out_ptr.dtype.element_ty), PIN)
         to = out_ptr + rows64 * out_stride + out_first + half[None, :]
         tl.store(to, d1, mask=ok[:, None])
         tl.store(to + HALF, d2, mask=ok[:, None])
@@ -64,8 +64,8 @@ def _turn_back_head(
                 mask=ok[:, None] & (r < R)[None, :],
                 other=0.0,
             )
-            total1 += tl.dot(tl.trans(d1), u, input_precision="ieee")
-            total2 += tl.dot(tl.trans(d2), u, input_precision="ieee")
+            total1 = tl.dot(tl.trans(d1), u, total1, input_precision="ieee")
+            total2 = tl.dot(tl.trans(d2), u, total2, input_precision="ieee")
     if R > 0:
         at = partial_ptr + (head_first + half)[:, None] * R + r[None, :]
         mask = ((half >= 0)[:, None]) & (r < R)[None, :]
@@ -81,7 +81,8 @@ def rope_backward_kernel(
     v_u, v_u_stride, v_partial, v_split,
     N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
     RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
-    PQ: tl.constexpr, PK: tl.constexpr, PV: tl.constexpr, BLOCK_T: tl.constexpr,
+    PQ: tl.constexpr, PK: tl.constexpr, PV: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -92,21 +93,21 @@ def rope_backward_kernel(
         _turn_back_head(
             dq_ptr + head * dq_head, dq_stride, q_u, q_u_stride, cos_ptr, sin_ptr, angle_stride,
             out_ptr, out_stride, first, q_partial + split * q_split, first, first_row, last_row,
-            HALF, True, RQ, PQ, BLOCK_T,
+            HALF, True, RQ, PQ, BLOCK_T, STAGES, PIN,
         )  # fmt: skip
     elif head < N + K:
         _turn_back_head(
             dk_ptr + (head - N) * dk_head, dk_stride, k_u, k_u_stride,
             cos_ptr, sin_ptr, angle_stride, out_ptr, out_stride, first,
             k_partial + split * k_split, (head - N) * 2 * HALF, first_row, last_row,
-            HALF, True, RK, PK, BLOCK_T,
+            HALF, True, RK, PK, BLOCK_T, STAGES, PIN,
         )  # fmt: skip
     else:
         _turn_back_head(
             dv_ptr + (head - N - K) * dv_head, dv_stride, v_u, v_u_stride,
             cos_ptr, sin_ptr, angle_stride, out_ptr, out_stride, first,
             v_partial + split * v_split, (head - N - K) * 2 * HALF, first_row, last_row,
-            HALF, False, RV, PV, BLOCK_T,
+            HALF, False, RV, PV, BLOCK_T, STAGES, PIN,
         )  # fmt: skip
 
 
@@ -131,9 +132,11 @@ def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
         else:
             u_args += [u, u.stride(0), partial, partial.stride(0)]
             ranks.append(u.shape[1])
+    padded = [padded_rank(R) for R in ranks]
     rope_backward_kernel[(N + 2 * K, splits)](
         *d_args, cos, sin, cos.stride(0), out, out.stride(0), T, rows_per_split(T, splits), *u_args,
         N=N, K=K, HALF=H // 2, RQ=ranks[0], RK=ranks[1], RV=ranks[2],
-        PQ=padded_rank(ranks[0]), PK=padded_rank(ranks[1]), PV=padded_rank(ranks[2]),
-        BLOCK_T=64, num_warps=4,
+        PQ=padded[0], PK=padded[1], PV=padded[2],
+        BLOCK_T=min(64, max(16, 4096 // H)), STAGES=3, PIN=out.is_cuda,
+        num_warps=4 if max(padded) <= 32 else 8,
     )  # fmt: skip

@@ -5,7 +5,17 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import padded_rank, rows_per_split
+from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + 2^(-x log2 e)), the reciprocal as the square of a reciprocal root.
+
+    tl.sigmoid takes three times the instructions, to guard exponential and division at denormals.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
@@ -18,15 +28,17 @@ def swiglu_kernel(
     at = x_ptr + row * x_stride + cols
     g = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     u = tl.load(at + F, mask=ok, other=0.0).to(tl.float32)
-    a = g * tl.sigmoid(g) * u
+    a = g * sigmoid(g) * u
     tl.store(out_ptr + row * out_stride + cols, a.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _left(ptr, stride, rows64, row_ok, R: tl.constexpr, RP: tl.constexpr):
+def _add(total, left_ptr, left_stride, rows64, row_ok, x, R: tl.constexpr, RP: tl.constexpr):
+    """total + x^T left[rows], [BLOCK_F, RP]."""
     r = tl.arange(0, RP)
     mask = row_ok[:, None] & (r < R)[None, :]
-    return tl.load(ptr + rows64 * stride + r[None, :], mask=mask, other=0.0)
+    left = tl.load(left_ptr + rows64 * left_stride + r[None, :], mask=mask, other=0.0)
+    return tl.dot(tl.trans(x), left, total, input_precision="ieee")
 
 
 @triton.jit
@@ -36,7 +48,7 @@ def swiglu_backward_kernel(
     g_partial, g_split, u_partial, u_split, d_partial, d_split,
     F: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr,
     PG: tl.constexpr, PU: tl.constexpr, PD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1)
@@ -44,10 +56,10 @@ def swiglu_backward_kernel(
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, num_rows)
     dtype = x_ptr.dtype.element_ty
-    total_g = tl.zeros((PG, BLOCK_F), tl.float32)
-    total_u = tl.zeros((PU, BLOCK_F), tl.float32)
-    total_d = tl.zeros((PD, BLOCK_F), tl.float32)
-    for start in range(first, last, BLOCK_T):
+    total_g = tl.zeros((BLOCK_F, PG), tl.float32)
+    total_u = tl.zeros((BLOCK_F, PU), tl.float32)
+    total_d = tl.zeros((BLOCK_F, PD), tl.float32)
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         row_ok = rows < last
         ok = row_ok[:, None] & col_ok[None, :]
@@ -57,33 +69,31 @@ def swiglu_backward_kernel(
         u = tl.load(at + F, mask=ok, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + rows64 * da_stride + cols[None, :], mask=ok, other=0.0)
         da = da.to(tl.float32)
-        sigmoid = tl.sigmoid(g)
-        silu = g * sigmoid
-        du = (da * silu).to(dtype)
-        dg = (da * u * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+        s = sigmoid(g)
+        silu = g * s
+        du = computed_once((da * silu).to(dtype), PIN)
+        dg = computed_once((da * u * (s + silu - silu * s)).to(dtype), PIN)
         tl.store(at, dg, mask=ok)
         tl.store(at + F, du, mask=ok)
         if RG > 0:
-            left = _left(g_left, g_left_stride, rows64, row_ok, RG, PG)
-            total_g += tl.dot(tl.trans(left), dg, input_precision="ieee")
+            total_g = _add(total_g, g_left, g_left_stride, rows64, row_ok, dg, RG, PG)
         if RU > 0:
-            left = _left(u_left, u_left_stride, rows64, row_ok, RU, PU)
-            total_u += tl.dot(tl.trans(left), du, input_precision="ieee")
+            total_u = _add(total_u, u_left, u_left_stride, rows64, row_ok, du, RU, PU)
         if RD > 0:
-            left = _left(d_left, d_left_stride, rows64, row_ok, RD, PD)
-            total_d += tl.dot(tl.trans(left), (silu * u).to(dtype), input_precision="ieee")
+            a = computed_once((silu * u).to(dtype), PIN)
+            total_d = _add(total_d, d_left, d_left_stride, rows64, row_ok, a, RD, PD)
     if RG > 0:
         r = tl.arange(0, PG)
-        at = g_partial + split * g_split + cols[None, :] * RG + r[:, None]
-        tl.store(at, total_g, mask=col_ok[None, :] & (r < RG)[:, None])
+        at = g_partial + split * g_split + cols[:, None] * RG + r[None, :]
+        tl.store(at, total_g, mask=col_ok[:, None] & (r < RG)[None, :])
     if RU > 0:
         r = tl.arange(0, PU)
-        at = u_partial + split * u_split + cols[None, :] * RU + r[:, None]
-        tl.store(at, total_u, mask=col_ok[None, :] & (r < RU)[:, None])
+        at = u_partial + split * u_split + cols[:, None] * RU + r[None, :]
+        tl.store(at, total_u, mask=col_ok[:, None] & (r < RU)[None, :])
     if RD > 0:
         r = tl.arange(0, PD)
-        at = d_partial + split * d_split + r[:, None] * F + cols[None, :]
-        tl.store(at, total_d, mask=(r < RD)[:, None] & col_ok[None, :])
+        at = d_partial + split * d_split + r[None, :] * F + cols[:, None]
+        tl.store(at, total_d, mask=col_ok[:, None] & (r < RD)[None, :])
 
 
 def launch_swiglu(x, F, out) -> None:
@@ -96,16 +106,18 @@ def launch_swiglu(x, F, out) -> None:
 
 
 def launch_swiglu_backward(x, da, lefts, partials) -> None:
-    (T, F), block_f = da.shape, 128
+    T, F = da.shape
     left_args, partial_args, ranks = [], [], []
     for left, partial in zip(lefts, partials, strict=True):
         left_args += [x, 0] if left is None else [left, left.stride(0)]
         partial_args += [x, 0] if partial is None else [partial, partial.stride(0)]
         ranks.append(0 if left is None else left.shape[1])
     padded = [padded_rank(R) for R in ranks]
+    widest = max(padded)
+    block_f = min(128, max(32, 4096 // widest))  # the sums stay in registers
     splits = next((p.shape[0] for p in partials if p is not None), 8)
     swiglu_backward_kernel[(triton.cdiv(F, block_f), splits)](
         x, x.stride(0), da, da.stride(0), T, rows_per_split(T, splits), *left_args, *partial_args,
         F=F, RG=ranks[0], RU=ranks[1], RD=ranks[2], PG=padded[0], PU=padded[1], PD=padded[2],
-        BLOCK_T=32, BLOCK_F=block_f, num_warps=8, num_stages=2,
+        BLOCK_T=32, BLOCK_F=block_f, STAGES=3, PIN=x.is_cuda, num_warps=4 if widest == 16 else 8,
     )  # fmt: skip

@@ -11,7 +11,8 @@ from kernels.low_rank.op import neighbours
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "T, R, N, splits", [(130, 3, 70, 2), (64, 16, 64, 8), (1, 1, 1, 1), (200, 40, 33, 3)]
+    "T, R, N, splits",
+    [(130, 3, 70, 2), (64, 16, 64, 8), (1, 1, 1, 1), (200, 40, 33, 3), (130, 256, 70, 2)],
 )
 @pytest.mark.parametrize("scaled", [False, True])
 def test_outer_sum(T, R, N, splits, dtype, scaled):

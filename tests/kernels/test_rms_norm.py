@@ -8,7 +8,9 @@ from kernels.low_rank import LowRank
 from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 
 EPS = 1e-5
-sizes = pytest.mark.parametrize("T, D, R", [(37, 80, 3), (16, 256, 16), (1, 33, 0), (50, 300, 48)])
+sizes = pytest.mark.parametrize(
+    "T, D, R", [(37, 80, 3), (16, 256, 16), (1, 33, 0), (50, 300, 48), (9, 1030, 256)]
+)
 
 
 def low_rank(T, R, N, dtype, seed):

@@ -8,7 +8,13 @@ from kernels.swiglu import swiglu, swiglu_backward_
 
 CASES = pytest.mark.parametrize(
     "T, F, ranks",
-    [(37, 70, (3, 3, 3)), (80, 128, (16, 0, 8)), (1, 5, (0, 0, 0)), (65, 64, (0, 2, 0))],
+    [
+        (37, 70, (3, 3, 3)),
+        (80, 128, (16, 0, 8)),
+        (1, 5, (0, 0, 0)),
+        (65, 64, (0, 2, 0)),
+        (130, 70, (200, 64, 256)),
+    ],
 )
 
 
@@ -51,3 +57,17 @@ def test_backward(T, F, ranks, dtype):
 def test_a_left_without_its_partial_is_refused():
     with pytest.raises(ValueError, match="every left needs its partial"):
         swiglu_backward_(rand(4, 10), rand(4, 5), lefts=(rand(4, 2), None, None))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # numpy's, of the interpreter
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_the_sigmoid_saturates(impl):
+    """Where exp(-gate) overflows, gate and gradient are 0, not NaN; far above 0, silu is itself."""
+    gate = torch.tensor([[-200.0, -90.0, 90.0, 200.0]])
+    x = torch.cat((gate, torch.ones_like(gate)), 1)
+    if torch.cuda.is_available():
+        x = x.cuda()
+    expected = torch.tensor([[0.0, 0.0, 90.0, 200.0]], device=x.device)
+    assert swiglu(x, 4, impl=impl).allclose(expected)
+    swiglu_backward_(x, torch.ones_like(x[:, :4]), impl=impl)
+    assert x.allclose(torch.cat((expected.clamp(max=1), expected), 1))
