@@ -1,6 +1,6 @@
 """Triton: a row in registers; where a LoRA update is added, 16 rows walked twice in tiles."""
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

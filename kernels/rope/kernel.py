@@ -1,6 +1,6 @@
 """Triton: a program turns one head of some tokens; backward keeps the head's dB in registers."""
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -1,6 +1,6 @@
 """Triton: forward tile by tile; backward column by column, with dB and dA kept in registers."""
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
