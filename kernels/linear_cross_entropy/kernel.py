@@ -6,44 +6,64 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is one instruction
+
+
+@triton.jit
+def _summed(highest, total, z):
+    """The running maximum of each lane and its sum of exp(z - maximum), with WIDTH more logits."""
+    higher = tl.maximum(highest, tl.max(z, axis=1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher) * LOG2_E
+    total = total * tl.exp2(highest * LOG2_E - shift)
+    return higher, total + tl.sum(tl.exp2(z * LOG2_E - shift[:, None]), axis=1)
+
 
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, stride, targets_ptr, losses_ptr, weight_ptr, M, V,
-    BLOCK_V: tl.constexpr, GRADIENT: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """logits[row] = (softmax(logits[row]) - onehot(target)) * weight; a negative target: zeros.
 
     A program takes every so-manieth row. There are as many as the chip has processors: then the
-    rows at work fit into the L2 cache, and the second walk over a row does not go to memory.
+    rows at work fit into the L2 cache, and the second walk over a row does not go to memory. What
+    is left of a row after whole blocks is walked apart, so that they need no mask.
     """
+    BLOCK: tl.constexpr = LANES * WIDTH
+    block = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = V // BLOCK * BLOCK
+    ok = whole + block < V
+    dtype = logits_ptr.dtype.element_ty
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         target = tl.load(targets_ptr + row)
         row_ptr = logits_ptr + row * stride  # below 2^31, says the caller
-        highest = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_V,), tl.float32)
-        for start in range(0, V, BLOCK_V):  # one running maximum and sum per lane
-            cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(highest, z)
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(highest - safe) + tl.exp(z - safe)
-            highest = higher
+        highest = tl.full((LANES,), float("-inf"), tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
+        for start in range(0, whole, BLOCK):
+            z = tl.load(row_ptr + start + block).to(tl.float32)
+            highest, total = _summed(highest, total, z)
+        if whole < V:
+            z = tl.load(row_ptr + whole + block, mask=ok, other=float("-inf")).to(tl.float32)
+            highest, total = _summed(highest, total, z)
         top = tl.max(highest, axis=0)
-        total_all = tl.sum(total * tl.exp(highest - top), axis=0)
-        lse = top + tl.log(total_all)
+        lse = top + tl.log(tl.sum(total * tl.exp2((highest - top) * LOG2_E), axis=0))
         at = tl.where(target < 0, 0, target)
         z_target = tl.load(row_ptr + at).to(tl.float32)
         tl.store(losses_ptr + row, tl.where(target < 0, 0.0, lse - z_target))
         if GRADIENT:
             weight = tl.where(target < 0, 0.0, tl.load(weight_ptr))
-            for start in range(0, V, BLOCK_V):
-                cols = start + tl.arange(0, BLOCK_V)
-                ok = cols < V
-                z = tl.load(row_ptr + cols, mask=ok, other=float("-inf")).to(tl.float32)
-                p = tl.exp(z - lse)
-                d = (p - tl.where(cols == target, 1.0, 0.0)) * weight
-                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=ok)
+            shift = lse * LOG2_E
+            for start in range(0, whole, BLOCK):
+                z = tl.load(row_ptr + start + block).to(tl.float32)
+                d = tl.exp2(z * LOG2_E - shift) * weight
+                tl.store(row_ptr + start + block, d.to(dtype))
+            if whole < V:
+                z = tl.load(row_ptr + whole + block, mask=ok, other=float("-inf")).to(tl.float32)
+                d = tl.exp2(z * LOG2_E - shift) * weight
+                tl.store(row_ptr + whole + block, d.to(dtype), mask=ok)
+            tl.debug_barrier()  # the target's own gradient comes after what was just written there
+            d = (tl.exp2(z_target * LOG2_E - shift) - 1.0) * weight
+            tl.store(row_ptr + at, d.to(dtype), mask=target >= 0)
 
 
 def launch_cross_entropy_(logits, targets, losses, weight, gradient: bool) -> None:
@@ -56,5 +76,5 @@ def launch_cross_entropy_(logits, targets, losses, weight, gradient: bool) -> No
         programs = min(M, processors)
     cross_entropy_kernel[(programs,)](
         logits, logits.stride(0), targets, losses, weight, M, V,
-        BLOCK_V=block, GRADIENT=gradient, num_warps=min(32, max(4, block // 512)),
+        LANES=block // 8, WIDTH=8, GRADIENT=gradient, num_warps=min(32, max(4, block // 512)),
     )  # fmt: skip

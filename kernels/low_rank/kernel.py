@@ -1,6 +1,6 @@
 """Triton: narrow products, ordered sums over tokens, and what other kernels share."""
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -58,17 +58,20 @@ def outer_sum_kernel(
     num_rows, rows_per_split, N,
     left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
     R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of one split's sum, kept in registers over its tokens."""
+    """One program: BLOCK_N columns of one split's sum, kept in registers over its tokens.
+
+    x is the left operand: so the tensor cores read it from where it was copied to.
+    """
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     col_ok = cols < N
     r = tl.arange(0, RP)
-    total = tl.zeros((RP, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N, RP), tl.float32)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, num_rows)
-    for start in range(first, last, BLOCK_T):
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         ok = rows < last
         rows64 = rows.to(tl.int64)
@@ -85,12 +88,12 @@ def outer_sum_kernel(
             mask=ok[:, None] & col_ok[None, :],
             other=0.0,
         )
-        total += tl.dot(tl.trans(left), x, input_precision="ieee")
+        total = tl.dot(tl.trans(x), left, total, input_precision="ieee")
     if COLUMN_SCALE:
         column = tl.load(column_scale_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
-        total *= column[None, :]
-    at = split * out_stride_s + r[:, None] * out_stride_r + cols[None, :] * out_stride_n
-    tl.store(out_ptr + at, total, mask=(r < R)[:, None] & col_ok[None, :])
+        total *= column[:, None]
+    at = split * out_stride_s + r[None, :] * out_stride_r + cols[:, None] * out_stride_n
+    tl.store(out_ptr + at, total, mask=(r < R)[None, :] & col_ok[:, None])
 
 
 @triton.jit
@@ -130,16 +133,15 @@ def launch_narrow_products(x, right, sizes, out) -> None:
 def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:
     """partials: a view [S, R, N] with any strides."""
     splits, R, N = partials.shape
-    num_rows = left.shape[0]
-    block_n = 64
+    num_rows, padded = left.shape[0], padded_rank(R)
+    block_n = 128 if padded <= 64 else 64
     outer_sum_kernel[(triton.cdiv(N, block_n), splits)](
         left, x, left if row_scale is None else row_scale,
         left if column_scale is None else column_scale, partials,
         num_rows, rows_per_split(num_rows, splits), N,
         left.stride(0), x.stride(0), *partials.stride(),
-        R=R, RP=padded_rank(R),
-        ROW_SCALE=row_scale is not None, COLUMN_SCALE=column_scale is not None,
-        BLOCK_T=64, BLOCK_N=block_n, num_warps=4, num_stages=3,
+        R=R, RP=padded, ROW_SCALE=row_scale is not None, COLUMN_SCALE=column_scale is not None,
+        BLOCK_T=64 if padded <= 64 else 32, BLOCK_N=block_n, STAGES=3, num_warps=4,
     )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ def forward(
 
     x, bias, A, B: one dtype (bfloat16, float16, float32), x's columns contiguous, A and B
     contiguous; A and B both or neither. Neither autograd nor the decoded matrix is left behind.
-    impl: "fused" (at most 64 rows), "decode" (decode, then cuBLAS), "reference", or "auto".
+    impl: "fused" (at most 64 rows), "joined" (decode, then one product of our own with LoRA in it),
+    "decode" (decode, then cuBLAS), "reference", or "auto".
     """
-    impl = _impl(impl, x_MI, weight)
+    impl = _impl(impl, x_MI, weight, A_RI, weight.shape[0])
     if impl == "reference":
         return forward_reference(x_MI, weight, bias_O, A_RI, B_OR, scaling)
     if impl == "fused":
@@ -37,6 +38,13 @@ def forward(
     if A_RI is None or B_OR is None:
         w_OI = dequantize(weight, x_MI.dtype)
         return torch.nn.functional.linear(x_MI, w_OI, bias_O), None
+    if impl == "joined":
+        from kernels.nf4_lora_linear.many_rows import product
+
+        u_MR = x_MI @ A_RI.T
+        w_OI = dequantize(weight, x_MI.dtype, early=True)
+        y_MO = product(x_MI, w_OI, u_MR, B_OR.T, scaling, w_is_nk=True)
+        return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
     O, I = weight.shape
     if O >= 4 * I:  # many outputs: [x, u] times [W, scaling * B] writes y once
         R = A_RI.shape[0]
@@ -69,13 +77,20 @@ def backward(
 
     u: what `forward` returned. impl as there.
     """
-    impl = _impl(impl, dy_MO, weight)
+    impl = _impl(impl, dy_MO, weight, A_RI, weight.shape[1])
     if impl == "reference":
         return backward_reference(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling, need_dx)
     if impl == "fused" and need_dx:
         from kernels.nf4_lora_linear.kernel import fused_backward
 
         return fused_backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
+    if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
+        from kernels.nf4_lora_linear.many_rows import product, sums
+
+        t_MR = dy_MO @ B_OR
+        w_OI = dequantize(weight, dy_MO.dtype, early=True)
+        dx_MI = product(dy_MO, w_OI, t_MR, A_RI, scaling, w_is_nk=False)
+        return dx_MI, *sums(t_MR, x_MI, u_MR, dy_MO, scaling)
     dx_MI = t_MR = None
     if B_OR is not None and A_RI is not None:
         t_MR = dy_MO @ B_OR
@@ -95,21 +110,33 @@ def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
-def _impl(impl: str, x: Tensor, weight: NF4Weight) -> str:
-    if impl not in ("auto", "fused", "decode", "reference"):
-        raise ValueError(f"impl is {impl!r}; expected auto, fused, decode or reference")
-    covered = weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < x.shape[0] <= FUSED_ROWS
-    if impl == "fused" and not covered:
+def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: int) -> str:
+    """The way to go, for a result of that many columns."""
+    if impl not in ("auto", "fused", "joined", "decode", "reference"):
+        raise ValueError(f"impl is {impl!r}; expected auto, fused, joined, decode or reference")
+    fused = weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < x.shape[0] <= FUSED_ROWS
+    if impl == "fused" and not fused:
         raise ValueError(
             f"nf4_lora_linear: the fused product takes 1 to {FUSED_ROWS} rows and whole blocks of "
             f"64 inputs; got {x.shape[0]} rows, a weight {weight.shape}, blocks of "
             f"{weight.blocksize}"
         )
-    if impl != "auto":
+    if impl in ("fused", "decode", "reference"):
         return impl
-    if not x.is_cuda:
+    if impl == "auto" and not x.is_cuda:
         return "reference"
-    return "fused" if covered else "decode"
+    if impl == "auto" and fused:
+        return "fused"
+    from kernels.nf4_lora_linear.many_rows import suits, takes
+
+    joined = takes(x, weight, 0 if A is None else A.shape[0])
+    if impl == "joined" and not joined:
+        raise ValueError(
+            "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and rows of "
+            f"whole 16 bytes, on a GPU in half precision; got x {tuple(x.shape)} {x.dtype}, a "
+            f"weight {weight.shape}, {'no adapter' if A is None else f'rank {A.shape[0]}'}"
+        )
+    return "joined" if joined and (impl == "joined" or suits(x, columns)) else "decode"
 
 
 # --------------------------------------------------------------------------------- registration

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.nf4 import NF4Weight, dequantize, quantize
 from kernels.nf4_lora_linear import backward, forward, nf4_lora_linear
-from kernels.nf4_lora_linear.cases import DECODED_ONLY, RAGGED_RANK, SMALL
+from kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
+from kernels.nf4_lora_linear.many_rows import _processors, suits
 
 IMPLS = ("fused", "decode")
 
@@ -35,10 +36,14 @@ def exact(x, weight, bias, A, B, s):
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize(
     "case, impl",
-    [(c, i) for c in SMALL for i in IMPLS] + [(c, "decode") for c in (*DECODED_ONLY, RAGGED_RANK)],
+    [(c, i) for c in SMALL for i in IMPLS]
+    + [(c, "decode") for c in (*DECODED_ONLY, RAGGED_RANK)]
+    + [(c, "joined") for c in JOINED],
     ids=str,
 )
 def test_forward_and_backward(case, impl, double_quant, dtype):
+    if GPU and impl == "joined" and dtype == torch.float32:
+        pytest.skip("the joined product takes half precision")
     x, weight, bias, A, B = make(*case, dtype, double_quant, bias=case[0] % 2 == 1)
     y, u = forward(x, weight, bias, A, B, 0.5, impl=impl)
     y_ref, u_ref = forward(x, weight, bias, A, B, 0.5, impl="reference")
@@ -58,7 +63,7 @@ def test_forward_and_backward(case, impl, double_quant, dtype):
     assert nothing[0] is None
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", (*IMPLS, "joined"))
 def test_nothing_is_read_that_was_not_written(impl, monkeypatch):
     """Memory handed out holds NaN."""
     real = torch.empty
@@ -68,7 +73,7 @@ def test_nothing_is_read_that_was_not_written(impl, monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-    x, weight, bias, A, B = make(16, 128, 70, 4, torch.float32)
+    x, weight, bias, A, B = make(16, 128, 72, 4, torch.float16)
     y, u = forward(x, weight, bias, A, B, 0.5, impl=impl)
     assert y.isfinite().all()
     for grad in backward(y, x, u, weight, A, B, 0.5, impl=impl):
@@ -164,6 +169,15 @@ def test_a_policy_can_name_the_op():
     assert (True, False) in calls
 
 
+def test_the_joined_product_suits_whole_rounds_of_tiles():
+    """Of 128 x 256; the processors are two where there is no GPU."""
+    many = _processors(torch.device(DEVICE)) // 2
+    x = torch.empty(128, 8, device=DEVICE)
+    assert suits(x, 2 * many * 256) and suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256)
+    assert not suits(x, 256) and not suits(x, (2 * many + 1) * 256)
+    assert suits(x, 2 * many * 256 * 9 + 1)  # nine rounds and a little
+
+
 def test_what_does_not_fit_is_refused():
     x, weight, A, B = leaf_inputs()
     with pytest.raises(ValueError, match=r"x is \(16, 64\); expected \[rows, 128\]"):
@@ -174,6 +188,10 @@ def test_what_does_not_fit_is_refused():
         linear(x, weight, A[:, :64], B)
     with pytest.raises(ValueError, match="expected one"):
         linear(x, weight, A.half(), B)
+    with pytest.raises(ValueError, match=r"rows of whole 16 bytes.* a weight \(70, 128\), rank 4"):
+        forward(x.half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
+    with pytest.raises(ValueError, match="no adapter"):
+        forward(x.half(), weight, None, None, None, 1.0, impl="joined")
     with pytest.raises(ValueError, match="takes 1 to 64 rows"):
         forward(rand(65, 128), weight, None, None, None, 1.0, impl="fused")
     assert isinstance(weight, NF4Weight) and weight.packed.device.type == DEVICE.split(":")[0]
