@@ -26,7 +26,7 @@ def cross_entropy_kernel(
     """logits[row] = (softmax(logits[row]) - onehot(target)) * weight; a negative target: zeros.
 
     A program takes every so-manieth row. There are as many as the chip has processors: then the
-    rows at work fit into the L2 cache, and the second walk over a row does not go to memory. What
+    rows at work fit into the L2 cache, which the first walk is told to keep for the second. What
     is left of a row after whole blocks is walked apart, so that they need no mask.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
@@ -40,7 +40,7 @@ def cross_entropy_kernel(
         highest = tl.full((LANES,), float("-inf"), tl.float32)
         total = tl.zeros((LANES,), tl.float32)
         for start in range(0, whole, BLOCK):
-            z = tl.load(row_ptr + start + block).to(tl.float32)
+            z = tl.load(row_ptr + start + block, eviction_policy="evict_last").to(tl.float32)
             highest, total = _summed(highest, total, z)
         if whole < V:
             z = tl.load(row_ptr + whole + block, mask=ok, other=float("-inf")).to(tl.float32)
@@ -54,9 +54,9 @@ def cross_entropy_kernel(
             weight = tl.where(target < 0, 0.0, tl.load(weight_ptr))
             shift = lse * LOG2_E
             for start in range(0, whole, BLOCK):
-                z = tl.load(row_ptr + start + block).to(tl.float32)
-                d = tl.exp2(z * LOG2_E - shift) * weight
-                tl.store(row_ptr + start + block, d.to(dtype))
+                z = tl.load(row_ptr + start + block, eviction_policy="evict_first")
+                d = tl.exp2(z.to(tl.float32) * LOG2_E - shift) * weight
+                tl.store(row_ptr + start + block, d.to(dtype), eviction_policy="evict_first")
             if whole < V:
                 z = tl.load(row_ptr + whole + block, mask=ok, other=float("-inf")).to(tl.float32)
                 d = tl.exp2(z * LOG2_E - shift) * weight

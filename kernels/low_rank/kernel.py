@@ -1,7 +1,11 @@
 """Triton: narrow products, ordered sums over tokens, and what other kernels share."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -23,9 +27,11 @@ def computed_once(x, PIN: tl.constexpr):
 def narrow_products_kernel(
     x_ptr, x_stride, right_ptr, out_ptr, out_stride, num_rows,
     first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a matrix's R columns of BLOCK_T rows of out."""
+    if EARLY:  # a decode that follows may run beside it
+        tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     matrix = tl.program_id(1)
     first = tl.where(matrix == 0, 0, tl.where(matrix == 1, first_end, second_end))
@@ -109,6 +115,17 @@ def reduce_partials_kernel(
     tl.store(grads_ptr + at, grad + scale * total, mask=ok)
 
 
+@functools.cache
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """The launch option by which a kernel starts before the one before has ended, if there is one.
+
+    Its first wait (gdc_wait) must come before it reads what that kernel writes, or writes at all.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return {}
+    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}
+
+
 def padded_rank(rank: int) -> int:
     """The width of a tensor-core product that holds the rank: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(max(1, rank)))
@@ -125,7 +142,7 @@ def launch_narrow_products(x, right, sizes, out) -> None:
     R, block_t = right.shape[1], 64
     narrow_products_kernel[(triton.cdiv(x.shape[0], block_t), len(sizes))](
         x, x.stride(0), right, out, out.stride(0), x.shape[0], *ends[:3],
-        R=R, RP=padded_rank(R), BLOCK_T=block_t, BLOCK_N=128,
+        R=R, RP=padded_rank(R), EARLY=bool(overlapping(x.device)), BLOCK_T=block_t, BLOCK_N=128,
         num_warps=8, num_stages=4 if x.element_size() == 2 else 2,
     )  # fmt: skip
 

@@ -7,11 +7,11 @@ short, and what it waits for at its start is a tenth of it.
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from kernels.low_rank.kernel import overlapping
 
 
 @triton.jit
@@ -156,17 +156,6 @@ def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
 
 
 BLOCK_WORDS = 512  # of eight weights, to a program
-
-
-@functools.cache
-def overlapping(device: torch.device) -> dict[str, bool]:
-    """The launch option by which a kernel starts before the one before has ended, if there is one.
-
-    Its first wait (gdc_wait) must come before it reads what that kernel writes, or writes at all.
-    """
-    if device.type != "cuda" or torch.version.hip:
-        return {}
-    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}
 
 
 def launch_dequantize(weight, out, early: bool) -> None:

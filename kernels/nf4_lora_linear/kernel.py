@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import padded_rank
-from kernels.nf4.kernel import block_scale, overlapping, quantised_arguments
+from kernels.low_rank.kernel import overlapping, padded_rank
+from kernels.nf4.kernel import block_scale, quantised_arguments
 
 
 @triton.jit

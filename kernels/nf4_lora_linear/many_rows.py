@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.low_rank.kernel import padded_rank, rows_per_split
-from kernels.nf4.kernel import overlapping
+from kernels.low_rank.kernel import overlapping, padded_rank, rows_per_split
 
 
 @triton.jit
