@@ -232,13 +232,13 @@ def announce(config: StepConfig, cfg: ModelConfig, device: torch.device) -> None
 
 # The README's rows: the work, and the memory it may take.
 ROWS = (
-    "--shape 8b --max-memory-gib 6.77 --optim adamw_8bit --steps 6",
+    "--shape 8b --max-memory-gib 6.78 --optim adamw_8bit --steps 6",
     "--shape 8b --max-memory-gib 20.9 --steps 6",
-    "--shape 8b --max-memory-gib 11.5 --batch-size 1 --accumulation 1 --length 32768 --steps 3",
-    "--shape 1b --max-memory-gib 1.605 --optim adamw_8bit",
+    "--shape 8b --max-memory-gib 11.65 --batch-size 1 --accumulation 1 --length 32768 --steps 3",
+    "--shape 1b --max-memory-gib 1.61 --optim adamw_8bit",
     "--shape 1b --max-memory-gib 5.45",
     "--shape 1b --max-memory-gib 17.8 --batch-size 8 --accumulation 1",
-    "--shape 1b --max-memory-gib 1.64 --optim adamw_8bit --rows short --packing --steps 30",
+    "--shape 1b --max-memory-gib 1.65 --optim adamw_8bit --rows short --packing --steps 30",
     "--shape 1b --max-memory-gib 3.04 --rows short --steps 60",
 )
 
