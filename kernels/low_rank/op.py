@@ -20,6 +20,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+MANY_ROWS = 8192  # blocks of 64 of them keep every processor busy
+
+
 def use_triton(x: Tensor, impl: str) -> bool:
     """Whether `impl` ("auto", "triton" or "reference") means Triton for this tensor."""
     if impl not in ("auto", "triton", "reference"):
@@ -54,8 +57,9 @@ def narrow_products(
     x [T, N]: cut into columns of `sizes`, the further ones are not read. rights: M_j [size_j, R_j]
     with any strides, or None, which has no columns in out. out [T, sum of R_j]: overwritten;
     columns contiguous, as x's. One launch for two or three neighbours of one storage and one rank
-    up to 64; else a product each, by cuBLAS, which is as fast for one alone. impl: "triton" also
-    for one alone, "reference" (a product each), or "auto". ValueError if shapes do not fit.
+    up to 64, and for one alone from MANY_ROWS on; else a product each, by cuBLAS, which is as fast.
+    impl: "triton" also for one alone of few rows, "reference" (a product each), or "auto".
+    ValueError if shapes do not fit.
     """
     columns = sum(right.shape[1] for right in rights if right is not None)
     pairs = zip(sizes, rights, strict=True)
@@ -66,7 +70,7 @@ def narrow_products(
             f"columns, sizes {tuple(sizes)} and out {tuple(out_TR.shape)} do not fit"
         )
     matrix = neighbours(rights)
-    alone = len(rights) == 1 and impl == "auto"
+    alone = len(rights) == 1 and impl == "auto" and x_TN.shape[0] < MANY_ROWS
     if alone or matrix is None or matrix.shape[1] > 64 or not use_triton(x_TN, impl):
         narrow_products_reference(x_TN, rights, sizes, out_TR)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.low_rank import narrow_products
 from kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
 from kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 
@@ -87,7 +88,8 @@ def backward(
     if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
         from kernels.nf4_lora_linear.many_rows import product, sums
 
-        t_MR = dy_MO @ B_OR
+        t_MR = dy_MO.new_empty((dy_MO.shape[0], B_OR.shape[1]))
+        narrow_products(dy_MO, (B_OR,), (B_OR.shape[0],), t_MR)
         w_OI = dequantize(weight, dy_MO.dtype, early=True)
         dx_MI = product(dy_MO, w_OI, t_MR, A_RI, scaling, w_is_nk=False)
         return dx_MI, *sums(t_MR, x_MI, u_MR, dy_MO, scaling)

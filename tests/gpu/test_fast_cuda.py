@@ -52,8 +52,8 @@ def as_float(w):
     return (dequantize(w, torch.bfloat16) if isinstance(w, NF4Weight) else w).float()
 
 
-def adapter(cfg):
-    flat = allocate(trainable_shapes(LORA, cfg), torch.device("cuda"))
+def adapter(cfg, lora=LORA):
+    flat = allocate(trainable_shapes(lora, cfg), torch.device("cuda"))
     init_lora_(flat, 0)
     generator = torch.Generator("cuda").manual_seed(1)
     for name, view in flat.views.items():
@@ -120,10 +120,14 @@ def error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_stay_within_three_times_autograd_s_error(layout, four_bit):
-    frozen, flat = weights(CFG, four_bit), adapter(CFG)
+@pytest.mark.parametrize(
+    "layout, four_bit, rank",
+    [(name, four_bit, 8) for name in LAYOUTS for four_bit in (False, True)]
+    + [("packed", True, rank) for rank in (1, 64, 256)],
+)
+def test_loss_and_gradients_stay_within_three_times_autograd_s_error(layout, four_bit, rank):
+    lora = dataclasses.replace(LORA, r=rank, lora_alpha=LORA.scaling * rank)
+    frozen, flat = weights(CFG, four_bit), adapter(CFG, lora)
     micro = micro_batch(LAYOUTS[layout], CFG)
     loss32, grads32 = by_autograd(CFG, frozen, flat, micro, torch.float32)
     _, grads16 = by_autograd(CFG, frozen, flat, micro, torch.bfloat16)
