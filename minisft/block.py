@@ -24,6 +24,7 @@ from minisft.nn import (
     dequantize_into,
     dequantize_with_A_below,
     dequantize_with_B_beside,
+    empty_rows,
     narrow_products,
     normalise,
     outer_sum,
@@ -32,6 +33,7 @@ from minisft.nn import (
     rms_norm_backward,
     rope_,
     rope_backward,
+    row_stride,
     swiglu_backward_,
     swiglu_kernel,
 )
@@ -117,7 +119,8 @@ def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor, early: bool = False
 def with_B_beside(group: Group, scaling: float, scratch: Tensor) -> Tensor:
     """[W, scaling * B], [O, I + R]; B of linears side by side is block diagonal."""
     O, I = group.weight.shape
-    w = scratch[: O * (I + group.rank)].view(O, I + group.rank)
+    stride = row_stride(I + group.rank)
+    w = scratch[: O * stride].view(O, stride)[:, : I + group.rank]
     if isinstance(group.weight, NF4Weight) and group.rank:
         dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w, early=True)
         return w
@@ -150,7 +153,7 @@ def product(x_ext: Tensor, u: Tensor | None, group: Group, at: Setting) -> tuple
         torch.mm(x_ext[:, :I], group.A.T, out=room)
     elif u is not None:
         room.copy_(u)
-    y = torch.empty((x_ext.shape[0], O + group.rank), dtype=x_ext.dtype, device=x_ext.device)
+    y = empty_rows(x_ext.shape[0], O + group.rank, x_ext)
     torch.mm(x_ext, with_B_beside(group, at.scaling, at.scratch).T, out=y[:, :O])
     return y, room if u is None else u
 
@@ -163,7 +166,8 @@ def product_and_update(
     A lies below the weight here, so that u comes with the product and x is read once.
     """
     O = group.weight.shape[0]
-    y = x_TI @ with_A_below(group, 1.0, at.scratch).T
+    y = empty_rows(x_TI.shape[0], O + group.rank, x_TI)
+    torch.mm(x_TI, with_A_below(group, 1.0, at.scratch).T, out=y)
     (B,) = group.B
     if B is None:
         return y, None, None
@@ -263,7 +267,7 @@ def make_mlp(
         y, update, u_down = product_and_update(swiglu_kernel(gate_up, F), down, at)
         return y, update, gate_up, u.contiguous(), u_down
     T, (D, _) = h_ext.shape[0], down.weight.shape
-    y_ext = torch.empty((T, D + down.rank), dtype=h_ext.dtype, device=h_ext.device)
+    y_ext = empty_rows(T, D + down.rank, h_ext)
     for rows in mlp_rows(T, at):
         a = swiglu_kernel(product(h_ext[rows], None, layer.gate_up, at)[0], F)
         torch.mm(a, with_A_below(down, 1.0, at.scratch).T, out=y_ext[rows])

@@ -28,6 +28,7 @@ from minisft.nn import (
     linear_cross_entropy_grad,
     rms_norm_backward,
     rope_inverse_frequencies,
+    row_stride,
     side_by_side,
 )
 from minisft.offload import Host
@@ -186,7 +187,7 @@ def prepare(
         }
         for group in groups.values():
             O, I = group.weight.shape
-            largest = max(largest, (O + group.rank) * I, O * (I + group.rank))
+            largest = max(largest, (O + group.rank) * I, O * row_stride(I + group.rank))
         layers.append(
             FastLayer(
                 norm1=_tensor(frozen, prefix + "input_layernorm.weight"),

@@ -30,10 +30,12 @@ from kernels.adamw import adamw_, global_norm
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
 from kernels.low_rank import (
     LowRank,
+    empty_rows,
     narrow_products,
     outer_sum,
     place_block_diagonal,
     reduce_partials,
+    row_stride,
 )
 from kernels.nf4 import (
     NF4Weight,
@@ -54,12 +56,12 @@ from kernels.swiglu import swiglu_backward_
 __all__ = [
     "BLOCK", "CODES", "NESTED_BLOCK", "Documents", "Linear", "Lora", "LowRank", "NF4Weight",
     "adamw_", "add_rms_norm", "apply_rope", "cos_and_sin", "dequantize", "dequantize_into",
-    "dequantize_with_A_below", "dequantize_with_B_beside", "dropout", "frozen_linear",
+    "dequantize_with_A_below", "dequantize_with_B_beside", "dropout", "empty_rows", "frozen_linear",
     "global_norm", "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "narrow_products",
     "normalise", "outer_sum", "packed_attention", "place_block_diagonal", "quantize",
     "reduce_partials", "rms_norm", "rms_norm_backward", "rope_", "rope_backward",
-    "rope_inverse_frequencies", "rope_table", "side_by_side", "swiglu", "swiglu_backward_",
-    "swiglu_kernel",
+    "rope_inverse_frequencies", "rope_table", "row_stride", "side_by_side", "swiglu",
+    "swiglu_backward_", "swiglu_kernel",
 ]  # fmt: skip
 
 

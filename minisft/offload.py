@@ -25,7 +25,9 @@ class Host:
     buffers: dict[tuple, Tensor] = field(default_factory=dict)
     leaving: list[tuple] = field(default_factory=list)  # (event, tensors) still being copied out
     coming: dict[int, tuple] = field(default_factory=dict)  # layer -> (event, parts)
-    waiting: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # layer -> pinned parts
+    waiting: dict[int, dict[str, tuple[Tensor, int]]] = field(
+        default_factory=dict
+    )  # layer -> pinned parts, and the columns of each that are its own
     stream: torch.cuda.Stream | None = None
 
     def keep(self, i: int, saved: Saved, policy: Policy) -> Saved:
@@ -81,8 +83,10 @@ class Host:
         waiting = {}
         with torch.cuda.stream(self.stream):
             for name, tensor in parts.items():
-                waiting[name] = self._buffer(i, name, tensor)
-                waiting[name].copy_(tensor, non_blocking=True)
+                whole = _whole_rows(tensor)
+                pinned = self._buffer(i, name, whole)
+                waiting[name] = pinned, tensor.shape[1]
+                pinned.copy_(whole, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
         self.waiting[i] = waiting
@@ -92,17 +96,18 @@ class Host:
         if i < 0 or i not in self.waiting:
             return
         assert self.stream is not None
-        pinned = self.waiting.pop(i)
-        parts = {
-            n: torch.empty(t.shape, dtype=t.dtype, device=self.device) for n, t in pinned.items()
+        waiting = self.waiting.pop(i)
+        wholes = {
+            n: torch.empty(t.shape, dtype=t.dtype, device=self.device)
+            for n, (t, _) in waiting.items()
         }
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for name, tensor in parts.items():
-                tensor.copy_(pinned[name], non_blocking=True)
+            for name, whole in wholes.items():
+                whole.copy_(waiting[name][0], non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
-        self.coming[i] = (event, parts)
+        self.coming[i] = (event, {n: w[:, : waiting[n][1]] for n, w in wholes.items()})
 
     def _buffer(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """Pinned memory of that shape, kept for the run: a graph holds its address."""
@@ -111,6 +116,13 @@ class Host:
             numel = tensor.numel() // tensor.shape[0] * self.tokens
             self.buffers[key] = torch.empty(numel, dtype=tensor.dtype, pin_memory=True)
         return self.buffers[key][: tensor.numel()].view(tensor.shape)
+
+
+def _whole_rows(part: Tensor) -> Tensor:
+    """A matrix with what lies unused between its rows: one piece of memory. Other parts as is."""
+    if part.dim() != 2 or part.is_contiguous():
+        return part
+    return part.as_strided((part.shape[0], part.stride(0)), (part.stride(0), 1))
 
 
 def _parts(saved: Saved) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from minisft.config import ModelConfig, TrainConfig, UserError
 from minisft.fast import GROUPS, SPLITS, bucket_tokens, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
+from minisft.nn import row_stride
 from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
 
 _FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 520e12, 3.2e12, 51e9, 70e-6
@@ -205,9 +206,8 @@ def group_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
 def buffer_bytes(trainable: Flat, cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> int:
     """Gradient, adapters in the compute dtype, partial sums of a layer, decoded weights."""
     n = trainable.buffer.numel()
-    scratch = max(
-        max((O + ranks[g]) * I, O * (I + ranks[g])) for g, (O, I) in group_shapes(cfg).items()
-    )
+    shapes = [(O, I, ranks[group]) for group, (O, I) in group_shapes(cfg).items()]
+    scratch = max(max((O + R) * I, O * row_stride(I + R)) for O, I, R in shapes)
     partials = SPLITS * (n // cfg.num_hidden_layers)
     workspace = 36 << 20  # cuBLAS
     return n * (4 + itemsize) + 4 * partials + scratch * itemsize + workspace

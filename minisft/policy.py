@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minisft.config import ModelConfig
+from minisft.nn import row_stride
 
 PARTS = ("x", "qkv", "attended", "mid", "gate_up")
 
@@ -47,10 +48,10 @@ def part_bytes(cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> dict[s
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     return {
         "x": D * itemsize,
-        "qkv": ((N + 2 * K) * H + ranks["qkv"]) * itemsize,
+        "qkv": row_stride((N + 2 * K) * H + ranks["qkv"]) * itemsize,
         "attended": N * H * itemsize + N * 4,  # and the log-sum-exp of every head
         "mid": D * itemsize,
-        "gate_up": (2 * F + ranks["gate_up"]) * itemsize,
+        "gate_up": row_stride(2 * F + ranks["gate_up"]) * itemsize,
         "small": sum(ranks.values()) * itemsize + 8,  # always on the GPU
     }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, random_weights, relative
 
+from minisft import block as block_module
 from minisft import fast as fast_module
 from minisft.config import LoraConfig, RopeConfig
 from minisft.fast import Policy, micro_step_, pad, prepare, why_not
@@ -180,12 +181,33 @@ def test_the_bytes_kept_are_those_of_the_formula(name, monkeypatch):
         D, NH, KH, F = CFG.hidden_size, 4 * 14, 2 * 14, CFG.intermediate_size
         u, heads = 7 * LORA.r, CFG.num_attention_heads
         plain = 2 * D + 2 * NH + 2 * KH + 2 * F
-        assert sum(sizes.values()) == 4 * (plain + 5 * LORA.r + u) + 4 * heads + 8
+        to_16_bytes = -(NH + 2 * KH + 3 * LORA.r) % 8 + -(2 * F + 2 * LORA.r) % 8
+        assert to_16_bytes == 7 + 2  # so that rows begin on 16 bytes
+        assert sum(sizes.values()) == 4 * (plain + 5 * LORA.r + u + to_16_bytes) + 4 * heads + 8
     for saved in found:
         kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(saved)}
         expected = sizes["small"] + sum(sizes[p] for p in policy.gpu | policy.host)
         lse = 4 * CFG.num_attention_heads if "attended" in policy.gpu | policy.host else 0
         assert sum(kept.values()) == tokens * (expected - lse)  # a CPU's attention has none
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 8])
+def test_rows_begin_on_16_bytes(rank, monkeypatch):
+    """Flash attention reads q, k and v there, and does not say so."""
+    seen = []
+
+    def attend(q, k, v, layout, real=block_module.attend):
+        seen.extend((q, k, v))
+        return real(q, k, v, layout)
+
+    monkeypatch.setattr(block_module, "attend", attend)
+    weights = random_weights(WIDE)
+    lora = dataclasses.replace(LORA, r=rank)
+    loss, grads = run(WIDE, lora, weights, everything(WIDE))
+    assert len(seen) == 3 * WIDE.num_hidden_layers
+    for t in seen:
+        assert t.stride(0) % 8 == 0 and t.storage_offset() % 8 == 0 and t.stride(2) == 1
+    assert relative(grads, truth(WIDE, lora, weights)[1]) < 1e-5
 
 
 def leaves(x):

@@ -2,10 +2,15 @@
 
 from kernels.low_rank.op import (
     LowRank,
+    empty_rows,
     narrow_products,
     outer_sum,
     place_block_diagonal,
     reduce_partials,
+    row_stride,
 )
 
-__all__ = ["LowRank", "narrow_products", "outer_sum", "place_block_diagonal", "reduce_partials"]
+__all__ = [
+    "LowRank", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",
+    "reduce_partials", "row_stride",
+]  # fmt: skip

@@ -15,8 +15,8 @@ from kernels.low_rank.reference import (
 )
 
 __all__ = [
-    "LowRank", "narrow_products", "neighbours", "outer_sum", "place_block_diagonal",
-    "reduce_partials", "use_triton",
+    "LowRank", "empty_rows", "narrow_products", "neighbours", "outer_sum", "place_block_diagonal",
+    "reduce_partials", "row_stride", "use_triton",
 ]  # fmt: skip
 
 
@@ -28,6 +28,21 @@ def use_triton(x: Tensor, impl: str) -> bool:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl is {impl!r}; expected auto, triton or reference")
     return x.is_cuda if impl == "auto" else impl == "triton"
+
+
+def row_stride(width: int) -> int:
+    """Numbers from one row of `empty_rows` to the next."""
+    return -(-width // 8) * 8
+
+
+def empty_rows(rows: int, width: int, like: Tensor) -> Tensor:
+    """[rows, width] in the dtype and on the device of `like`, not filled; rows begin on 16 bytes.
+
+    Attention asks for that (flash attention reads elsewhere without a word), and products are
+    slower without: a rank beside a matrix need not be a multiple of eight.
+    """
+    out = torch.empty((rows, row_stride(width)), dtype=like.dtype, device=like.device)
+    return out[:, :width]
 
 
 def neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.low_rank.op import LowRank, use_triton
+from kernels.low_rank.op import LowRank, empty_rows, use_triton
 from kernels.rms_norm.reference import (
     add_rms_norm_reference,
     normalise_reference,
@@ -26,11 +26,12 @@ def add_rms_norm(
     """x + y + delta [T, D], its RMSNorm times weight [T, D + extra], and 1 / rms float32 [T].
 
     y None: the norm of x alone, and x itself is returned. Rows may be strided, columns contiguous.
-    The last `extra` columns of the norm are room for the caller, not written. Statistics are
+    The last `extra` columns of the norm are room for the caller, not written; its rows begin on 16
+    bytes. Statistics are
     float32. Source of the norm: arXiv:1910.07467.
     """
     T, D = x_TD.shape
-    h = torch.empty((T, D + extra), dtype=x_TD.dtype, device=x_TD.device)
+    h = empty_rows(T, D + extra, x_TD)
     if not use_triton(x_TD, impl):
         out, h[:, :D], rstd = add_rms_norm_reference(x_TD, y_TD, delta, weight_D, eps)
         return out, h, rstd
@@ -47,7 +48,7 @@ def normalise(
 ) -> Tensor:
     """The norm again from what add_rms_norm returned, bit for bit: [T, D + extra]."""
     T, D = x_TD.shape
-    h = torch.empty((T, D + extra), dtype=x_TD.dtype, device=x_TD.device)
+    h = empty_rows(T, D + extra, x_TD)
     if not use_triton(x_TD, impl):
         h[:, :D] = normalise_reference(x_TD, weight_D, rstd_T)
         return h
@@ -72,7 +73,7 @@ def rms_norm_backward(
     [T, D + extra]: the last `extra` columns are room for the caller, not written.
     """
     T, D = x_TD.shape
-    dx = torch.empty((T, D + extra), dtype=x_TD.dtype, device=x_TD.device)
+    dx = empty_rows(T, D + extra, x_TD)
     if not use_triton(x_TD, impl):
         dx[:, :D] = rms_norm_backward_reference(dh_TD, x_TD, weight_D, rstd_T, dresidual_TD)
         return dx

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.low_rank.op import use_triton
+from kernels.low_rank.op import empty_rows, use_triton
 from kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
 
 
@@ -16,7 +15,7 @@ def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Te
     Source: arXiv:2002.05202.
     """
     T = gate_up.shape[0]
-    out = torch.empty((T, F + extra), dtype=gate_up.dtype, device=gate_up.device)
+    out = empty_rows(T, F + extra, gate_up)
     if not use_triton(gate_up, impl):
         out[:, :F] = swiglu_reference(gate_up, F)
         return out
