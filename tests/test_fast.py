@@ -203,7 +203,7 @@ def test_rows_begin_on_16_bytes(rank, monkeypatch):
     monkeypatch.setattr(block_module, "attend", attend)
     weights = random_weights(WIDE)
     lora = dataclasses.replace(LORA, r=rank)
-    loss, grads = run(WIDE, lora, weights, everything(WIDE))
+    _, grads = run(WIDE, lora, weights, everything(WIDE))
     assert len(seen) == 3 * WIDE.num_hidden_layers
     for t in seen:
         assert t.stride(0) % 8 == 0 and t.storage_offset() % 8 == 0 and t.stride(2) == 1
