@@ -9,6 +9,7 @@ T tokens  M targets  D hidden  V vocab
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from minisft.attention import Layout
 from minisft.batches import MicroBatch, StepBatch
 from minisft.block import FastLayer, Group, Saved, Setting, backward, forward, place_weight
 from minisft.llama import Compute, Weights, head_weight
-from minisft.lora import Flat, viewed
+from minisft.lora import Flat, allocate, viewed
 from minisft.nn import (
     NF4Weight,
     add_rms_norm,
@@ -52,8 +53,9 @@ class Fast:
     embedding: Tensor
     norm: Tensor
     head: Tensor
-    shadow: Flat  # the adapters in the compute dtype
-    grads: Tensor  # float32 [n], in the order of the trainable buffer
+    shadow: Flat  # the adapters in the compute dtype, their ranks as in `whole_ranks`
+    sums: Flat  # float32: the gradient of these, which the layers add to
+    grads: Flat  # the same in the shapes of the trainable buffer; `sums` itself where they agree
     loss: Tensor  # float32 []: sum over the targets so far
     weight: Tensor  # float32 [1]: what the loss is multiplied by before the backward pass
     scratch: Tensor
@@ -155,6 +157,18 @@ def why_not(
     return ""
 
 
+def whole_ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of A and B that the pass computes with: ranks rounded up to a multiple of eight.
+
+    The rows of A and columns of B beyond the rank are zeros, and so are their gradients. A step
+    whose products have another inner dimension takes half as long again (scripts/LOG.md).
+    """
+    return {
+        name: (row_stride(rows), columns) if ".lora_A." in name else (rows, row_stride(columns))
+        for name, (rows, columns) in shapes.items()
+    }
+
+
 def prepare(
     trainable: Flat,
     frozen: dict[str, Tensor | NF4Weight],
@@ -172,8 +186,10 @@ def prepare(
     """
     cfg, dtype = compute.model, compute.dtype
     device = trainable.buffer.device
-    grads = torch.zeros_like(trainable.buffer)
-    shadow = viewed(torch.empty_like(trainable.buffer, dtype=dtype), trainable.shapes)
+    shapes = whole_ranks(trainable.shapes)
+    sums = allocate(shapes, device)
+    grads = sums if shapes == trainable.shapes else allocate(trainable.shapes, device)
+    shadow = viewed(torch.zeros_like(sums.buffer, dtype=dtype), shapes)
     spans = [_layer_span(shadow, i) for i in range(cfg.num_hidden_layers)]
     most = max(stop - start for start, stop in spans)
     partials = torch.empty((SPLITS, most), dtype=torch.float32, device=device)
@@ -193,7 +209,7 @@ def prepare(
                 norm1=_tensor(frozen, prefix + "input_layernorm.weight"),
                 norm2=_tensor(frozen, prefix + "post_attention_layernorm.weight"),
                 partials=mine,
-                grads=grads[start:stop],
+                grads=sums.buffer[start:stop],
                 **groups,
             )
         )
@@ -207,6 +223,7 @@ def prepare(
         norm=_tensor(frozen, "model.norm.weight"),
         head=head_weight({}, frozen, cfg, dtype),
         shadow=shadow,
+        sums=sums,
         grads=grads,
         loss=torch.zeros((), dtype=torch.float32, device=device),
         weight=torch.ones(1, dtype=torch.float32, device=device),
@@ -298,25 +315,48 @@ _MOST_GRAPHS = 32  # further buckets are launched kernel by kernel
 def loss_and_grads_by_hand(
     fast: Fast, trainable: Flat, batch: StepBatch, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The token-mean loss of a step, [] float32, and its gradient in fast.grads, float32 [n].
+    """The token-mean loss of a step, [] float32, and its gradient, float32 [n].
 
     The micro-batches lie on the CPU. Nothing is read back from the device.
     """
-    fast.shadow.buffer.copy_(trainable.buffer)
-    fast.grads.zero_()
+    load_(fast, trainable)
+    fast.sums.buffer.zero_()
     fast.loss.zero_()
     fast.weight.fill_(loss_scale / max(1, batch.num_loss_tokens))
     for micro in batch.micro_batches:
         if micro.targets_M.numel():
             run_(fast, bucketed(micro))
+    grads = gathered(fast)
     if loss_scale != 1:
-        fast.grads.mul_(1 / loss_scale)
-    return fast.loss / max(1, batch.num_loss_tokens), fast.grads
+        grads.mul_(1 / loss_scale)
+    return fast.loss / max(1, batch.num_loss_tokens), grads
+
+
+def load_(fast: Fast, trainable: Flat) -> None:
+    """The trained adapters into fast.shadow, in its dtype."""
+    if fast.shadow.shapes == trainable.shapes:
+        fast.shadow.buffer.copy_(trainable.buffer)
+        return
+    for name, view in trainable.views.items():
+        _corner(fast.shadow.views[name], view).copy_(view)
+
+
+def gathered(fast: Fast) -> Tensor:
+    """The gradient that the layers have added up, float32 [n] as the trainable buffer."""
+    if fast.grads is not fast.sums:
+        for name, view in fast.grads.views.items():
+            view.copy_(_corner(fast.sums.views[name], view))
+    return fast.grads.buffer
+
+
+def _corner(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a matrix of a rank rounded up that is of the rank itself."""
+    return whole[: like.shape[0], : like.shape[1]]
 
 
 def run_(fast: Fast, batch: StaticBatch) -> None:
     """One micro-batch: kernel by kernel the first time its bucket is seen, then as a graph."""
-    device = fast.grads.device
+    device = fast.loss.device
     if device.type != "cuda":
         micro_step_(fast, batch)
         return

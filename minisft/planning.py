@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from minisft.config import ModelConfig, TrainConfig, UserError
-from minisft.fast import GROUPS, SPLITS, bucket_tokens, why_not
+from minisft.fast import GROUPS, SPLITS, bucket_tokens, whole_ranks, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 from minisft.nn import row_stride
@@ -186,11 +186,11 @@ def _micro_batches(asked: int, longest: int, step_tokens: int) -> list[int]:
 
 
 def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
-    """Columns of u = x A^T beside each group of linears, the most of any layer."""
+    """Columns of u = x A^T beside each group of linears, the most of any layer; `whole_ranks`."""
 
     def rank(i: int, paths: tuple[str, ...]) -> int:
         names = (f"model.layers.{i}.{path}.lora_A.weight" for path in paths)
-        return sum(trainable.views[n].shape[0] for n in names if n in trainable.views)
+        return sum(row_stride(trainable.views[n].shape[0]) for n in names if n in trainable.views)
 
     layers = range(cfg.num_hidden_layers)
     return {group: max(rank(i, paths) for i in layers) for group, paths in GROUPS.items()}
@@ -205,12 +205,14 @@ def group_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def buffer_bytes(trainable: Flat, cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> int:
     """Gradient, adapters in the compute dtype, partial sums of a layer, decoded weights."""
-    n = trainable.buffer.numel()
+    n = sum(math.prod(shape) for shape in whole_ranks(trainable.shapes).values())
+    own = trainable.buffer.numel()
+    gathered = 4 * own if own != n else 0
     shapes = [(O, I, ranks[group]) for group, (O, I) in group_shapes(cfg).items()]
     scratch = max(max((O + R) * I, O * row_stride(I + R)) for O, I, R in shapes)
     partials = SPLITS * (n // cfg.num_hidden_layers)
     workspace = 36 << 20  # cuBLAS
-    return n * (4 + itemsize) + 4 * partials + scratch * itemsize + workspace
+    return gathered + n * (4 + itemsize) + 4 * partials + scratch * itemsize + workspace
 
 
 def peak_bytes(

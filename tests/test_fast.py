@@ -9,11 +9,11 @@ from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, rand
 from minisft import block as block_module
 from minisft import fast as fast_module
 from minisft.config import LoraConfig, RopeConfig
-from minisft.fast import Policy, micro_step_, pad, prepare, why_not
+from minisft.fast import Policy, gathered, load_, micro_step_, pad, prepare, whole_ranks, why_not
 from minisft.llama import Compute
 from minisft.nn import NF4Weight, quantize
 from minisft.offload import Host
-from minisft.planning import group_ranks
+from minisft.planning import buffer_bytes, group_ranks
 from minisft.policy import POLICIES, part_bytes
 from minisft.step import Plan, loss_and_grads
 
@@ -40,11 +40,11 @@ def run(cfg, lora, weights, policies, *, tokens=64, targets=None, documents=12, 
     step = all_rows(random_dataset(ROWS, vocab=cfg.vocab_size))
     (micro,) = step.micro_batches
     fast = prepare(trainable, dict(weights), compute, policies, chunk=chunk, max_tokens=tokens)
-    fast.shadow.buffer.copy_(trainable.buffer)
+    load_(fast, trainable)
     fast.weight.fill_(1 / step.num_loss_tokens)
     batch = pad(micro, tokens, documents, targets or tokens, longest=16)
     micro_step_(fast, batch)
-    return fast.loss / step.num_loss_tokens, fast.grads
+    return fast.loss / step.num_loss_tokens, gathered(fast)
 
 
 def truth(cfg, lora, weights):
@@ -179,11 +179,9 @@ def test_the_bytes_kept_are_those_of_the_formula(name, monkeypatch):
     sizes = part_bytes(CFG, 4, group_ranks(trainable, CFG))
     if name == "none":  # half precision would be 4 D + 4 N H + 4 K H + 4 F, and LoRA's columns
         D, NH, KH, F = CFG.hidden_size, 4 * 14, 2 * 14, CFG.intermediate_size
-        u, heads = 7 * LORA.r, CFG.num_attention_heads
+        rank, heads = 8, CFG.num_attention_heads  # 3, in whole ranks
         plain = 2 * D + 2 * NH + 2 * KH + 2 * F
-        to_16_bytes = -(NH + 2 * KH + 3 * LORA.r) % 8 + -(2 * F + 2 * LORA.r) % 8
-        assert to_16_bytes == 7 + 2  # so that rows begin on 16 bytes
-        assert sum(sizes.values()) == 4 * (plain + 5 * LORA.r + u + to_16_bytes) + 4 * heads + 8
+        assert sum(sizes.values()) == 4 * (plain + 5 * rank + 7 * rank) + 4 * heads + 8
     for saved in found:
         kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(saved)}
         expected = sizes["small"] + sum(sizes[p] for p in policy.gpu | policy.host)
@@ -208,6 +206,43 @@ def test_rows_begin_on_16_bytes(rank, monkeypatch):
     for t in seen:
         assert t.stride(0) % 8 == 0 and t.storage_offset() % 8 == 0 and t.stride(2) == 1
     assert relative(grads, truth(WIDE, lora, weights)[1]) < 1e-5
+
+
+def test_ranks_are_rounded_up_and_their_gradients_cut_out():
+    trainable = random_adapter(CFG, LORA)
+    shapes = whole_ranks(trainable.shapes)
+    assert {s[0] for n, s in shapes.items() if ".lora_A." in n} == {8}
+    assert {s[1] for n, s in shapes.items() if ".lora_B." in n} == {8}
+    compute = Compute(CFG, lora_scaling=LORA.scaling)
+    fast = prepare(trainable, random_weights(CFG), compute, everything(CFG), chunk=7, max_tokens=64)
+    for _ in range(2):  # again, and nothing of before is left
+        load_(fast, trainable)
+        for name, view in trainable.views.items():
+            whole = fast.shadow.views[name]
+            assert torch.equal(whole[: view.shape[0], : view.shape[1]], view)
+            assert whole.count_nonzero() == view.count_nonzero()
+        trainable.buffer.mul_(-0.5)
+    fast.sums.buffer.copy_(torch.arange(fast.sums.buffer.numel()))
+    parts = [fast.sums.views[n][:3] for n in shapes if ".lora_A." in n]
+    parts += [fast.sums.views[n][:, :3] for n in shapes if ".lora_B." in n]
+    assert gathered(fast).numel() == trainable.buffer.numel()
+    assert gathered(fast).double().sum() == sum(p.double().sum() for p in parts)
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_the_buffers_are_those_of_the_formula(rank):
+    lora = dataclasses.replace(LORA, r=rank)
+    trainable = random_adapter(CFG, lora)
+    fast = prepare(
+        trainable, random_weights(CFG), Compute(CFG), everything(CFG), chunk=7, max_tokens=64
+    )
+    buffers = (
+        fast.shadow.buffer, fast.sums.buffer, fast.grads.buffer, fast.layers[0].partials,
+        fast.scratch,
+    )  # fmt: skip
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers}
+    expected = buffer_bytes(trainable, CFG, 4, group_ranks(trainable, CFG))
+    assert expected - sum(found.values()) == 36 << 20  # cuBLAS's
 
 
 def leaves(x):

@@ -8,7 +8,7 @@ import torch
 
 from minisft.batches import MicroBatch
 from minisft.config import LoraConfig, ModelConfig
-from minisft.fast import bucketed, micro_step_, prepare, run_
+from minisft.fast import bucketed, gathered, load_, micro_step_, prepare, run_
 from minisft.llama import Compute, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.loss import loss_sum
@@ -95,16 +95,16 @@ def prepared(cfg, frozen, flat, name="none", tokens=1024):
     fast = prepare(
         flat, cast(frozen, torch.bfloat16), compute, policies, chunk=128, max_tokens=tokens
     )
-    fast.shadow.buffer.copy_(flat.buffer)
+    load_(fast, flat)
     return fast
 
 
 def by_hand(fast, micro):
-    fast.grads.zero_()
+    fast.sums.buffer.zero_()
     fast.loss.zero_()
     fast.weight.fill_(1 / len(micro.targets_M))
     micro_step_(fast, bucketed(micro).to(torch.device("cuda")))
-    return fast.loss.clone(), fast.grads.clone()
+    return fast.loss.clone(), gathered(fast).clone()
 
 
 @pytest.fixture
@@ -155,11 +155,11 @@ def test_a_captured_step_is_the_one_it_was_captured_from(name, deterministic):
     found = {}
     for turn in range(3):  # kernel by kernel, captured, replayed
         for i, batch in enumerate(batches):
-            fast.grads.zero_()
+            fast.sums.buffer.zero_()
             fast.loss.zero_()
             run_(fast, batch)
             torch.cuda.synchronize()
-            found[turn, i] = (fast.loss.item(), fast.grads.clone())
+            found[turn, i] = (fast.loss.item(), gathered(fast).clone())
     assert len(fast.graphs) == 2 and all(g.captured for g in fast.graphs.values())
     for turn in (1, 2):
         for i in range(3):
@@ -192,7 +192,7 @@ def test_the_predicted_peak_is_within_five_percent(name, mlp, layout):
     fast = prepare(
         flat, frozen, compute, list(policies), chunk=256, max_tokens=tokens, mlp_tokens=mlp
     )
-    fast.shadow.buffer.copy_(flat.buffer)
+    load_(fast, flat)
     for _ in range(3):
         run_(fast, bucketed(micro_batch(layout, cfg, "cpu")))
     torch.cuda.synchronize()
