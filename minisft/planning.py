@@ -12,6 +12,8 @@ import itertools
 import math
 from bisect import bisect
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from minisft.fast import GROUPS, SPLITS, bucket_tokens, whole_ranks, why_not
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 from minisft.nn import row_stride
-from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes
+from minisft.policy import POLICIES, Policy, kept_bytes, mlp_chunks, part_bytes, pinned_bytes
 
 _FLOPS, _BYTES, _HOST_BYTES, _LAYER_S = 520e12, 3.2e12, 51e9, 70e-6
 _CONTENTION = 0.03  # of a copy's time is lost beside it
@@ -42,10 +44,11 @@ class Choice(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a GPU."""
+    """Bytes of a GPU, and of the host beside it."""
 
     used: float  # by weights and the state of training, once they are there
     room: float  # what the run may use, those included
+    host: float = math.inf  # what it may pin of the host's
 
 
 class _Candidate(NamedTuple):
@@ -57,6 +60,7 @@ class _Candidate(NamedTuple):
     mlp_tokens: int
     seconds: float
     peak: float
+    pinned: float
 
 
 def choose(
@@ -109,15 +113,34 @@ def choose(
 def gpu_memory(device: torch.device, limit_gib: float, to_load: int = 0) -> Memory:
     """What is used and what may be, of a GPU that to_load bytes are still to come to.
 
-    limit_gib: of --max-memory-gib; 0 is 95 % of what is free.
+    limit_gib: of --max-memory-gib; 0 is 95 % of what is free. Of the host's, 60 %.
     """
     allocated = torch.cuda.memory_allocated(device)
-    used = allocated + to_load
+    used, host = allocated + to_load, 0.6 * available_host_bytes()
     if limit_gib:
-        return Memory(used, limit_gib * 2**30)
+        return Memory(used, limit_gib * 2**30, host)
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - allocated
-    return Memory(used, used + 0.95 * (free + unused - to_load))
+    return Memory(used, used + 0.95 * (free + unused - to_load), host)
+
+
+def available_host_bytes(root: Path = Path("/")) -> float:
+    """What processes here may still use: the kernel's own estimate, and a container's limit.
+
+    Infinite where neither is told.
+    """
+    found = [math.inf]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        found.append(1024 * float(line.split()[1]))
+    with suppress(OSError, ValueError, StopIteration):
+        group = root / "sys/fs/cgroup"
+        limit, used = (float((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = next(line for line in lines if line.startswith("inactive_file "))
+        found.append(limit - used + float(cached.split()[1]))
+    return min(found)
 
 
 def choose_on_gpu(
@@ -129,7 +152,10 @@ def choose_on_gpu(
     step_tokens: int,
     memory: Memory,
 ) -> Choice:
-    """The fastest of all choices that fit, or the least; arithmetic alone, no GPU is asked."""
+    """The fastest of all choices that fit, or the least; arithmetic alone, no GPU is asked.
+
+    UserError if what was asked for by name needs more of the host than there is.
+    """
     cfg, itemsize = compute.model, compute.dtype.itemsize
     ranks, room = group_ranks(trainable, cfg), memory.room / _SLACK
     base = memory.used + buffer_bytes(trainable, cfg, itemsize, ranks)
@@ -138,11 +164,15 @@ def choose_on_gpu(
         each = step_tokens / math.ceil(step_tokens / tokens)  # what a micro-batch comes to hold
         seconds = token_seconds(cfg, policies, each, mlp, longest, itemsize, ranks)
         peak = base + peak_bytes(cfg, policies, tokens, chunk, mlp, itemsize, ranks)
-        return _Candidate(policies, tokens, chunk, mlp, seconds, peak)
+        pinned = pinned_bytes(policies, cfg, itemsize, ranks, tokens)
+        return _Candidate(policies, tokens, chunk, mlp, seconds, peak, pinned)
+
+    def fits(c: _Candidate) -> bool:
+        return c.peak <= room and c.pinned <= memory.host
 
     def rank(c: _Candidate) -> tuple:
         """Of equally fast ones the largest chunks."""
-        return c.peak > room, c.seconds, -c.chunk, -c.mlp_tokens, c.tokens, c.peak
+        return not fits(c), c.seconds, -c.chunk, -c.mlp_tokens, c.tokens, c.peak
 
     layers = cfg.num_hidden_layers
     kinds = [POLICIES[n] for n in (POLICIES if name == "auto" else [name])]
@@ -151,7 +181,7 @@ def choose_on_gpu(
         numbers = itertools.product(kinds, (2048, 1024, 512, 256), (8192, 4096, 2048, 1024))
         plain = [candidate((kind,) * layers, tokens, chunk, mlp) for kind, chunk, mlp in numbers]
         best = min(plain, key=rank)
-        if best.peak > room:
+        if not fits(best):
             found += plain
             continue
         found.append(best)
@@ -160,15 +190,23 @@ def choose_on_gpu(
             some = bisect(mixed, room, key=lambda m: candidate(m, *best[1:4]).peak)
             found += [candidate(mixed[some - 1], *best[1:4])] if some else []
     best = min(found, key=rank)
-    if best.peak > room:
-        best = min(found, key=lambda c: c.peak)
-    policies, tokens, chunk, mlp, _, peak = best
+    if not fits(best):
+        best = min(found, key=lambda c: (c.pinned > memory.host, c.peak))
+    policies, tokens, chunk, mlp, _, peak, pinned = best
+    if pinned > memory.host:
+        raise UserError(
+            f"--gradient-checkpointing {name} would keep {pinned / 2**30:.1f} GiB in host memory, "
+            f"where {memory.host / 2**30:.1f} GiB may be used; use auto, or a smaller "
+            "--max-length or --micro-batch-tokens"
+        )
     counts = {k: policies.count(p) for k, p in POLICIES.items() if p in policies}
     kept = ", ".join(k if n == layers else f"{k} in {n} layers" for k, n in counts.items())
     said = (
         f"explicit block, {kept}, up to {tokens:,} tokens at a time; predicted peak "
         f"{peak / 2**30:.2f} of {memory.room / 2**30:.2f} GiB"
     )
+    if pinned:
+        said += f", and {pinned / 2**30:.1f} GiB of host memory"
     return Choice(True, policies, tokens, chunk, mlp, int(peak), said)
 
 

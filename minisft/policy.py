@@ -5,6 +5,7 @@ T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from minisft.config import ModelConfig
@@ -70,3 +71,17 @@ def kept_bytes(
     sizes = part_bytes(cfg, itemsize, ranks)
     gpu = sizes["small"] + sum(sizes[name] for name in policy.gpu)
     return gpu, sum(sizes[name] for name in policy.host)
+
+
+def pinned_bytes(
+    policies: Iterable[Policy],
+    cfg: ModelConfig,
+    itemsize: int,
+    ranks: dict[str, int],
+    tokens: int,
+) -> int:
+    """Host memory that micro-batches of so many tokens take, with what its allocator rounds up."""
+    sizes = part_bytes(cfg, itemsize, ranks)
+    sizes["attended"] -= cfg.num_attention_heads * 4  # the log-sum-exp stays on the GPU
+    each = {name: 1 << (size * tokens - 1).bit_length() for name, size in sizes.items()}
+    return sum(each[name] for policy in policies for name in policy.host)

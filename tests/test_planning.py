@@ -1,6 +1,7 @@
 """Which pass, policy and micro-batch a run gets: arithmetic alone, no device."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
 from minisft.fast import bucket_tokens
 from minisft.llama import Compute
 from minisft.lora import allocate, trainable_shapes
-from minisft.planning import Memory, choose, choose_on_gpu, gpu_memory, peak_bytes, token_seconds
-from minisft.policy import PARTS, POLICIES, kept_bytes, mlp_chunks
+from minisft.planning import (
+    Memory,
+    available_host_bytes,
+    choose,
+    choose_on_gpu,
+    gpu_memory,
+    peak_bytes,
+    token_seconds,
+)  # fmt: skip
+from minisft.policy import PARTS, POLICIES, kept_bytes, mlp_chunks, pinned_bytes
 
 # Llama 3.2 1B: the shape that the numbers below are of.
 ONE_B = ModelConfig(
@@ -105,6 +114,46 @@ def test_nothing_hides_the_copies_of_the_last_layer():
     slow, fast = (token_seconds(ONE_B, p, 4096, 8192, 2048, 2, RANKS) for p in (last, first))
     copies = kept_bytes(POLICIES["offload"], ONE_B, 2, RANKS)[1] / 51e9
     assert slow - fast == pytest.approx(2 * copies)
+
+
+def long_rows(host_gib, name="auto"):
+    """8B in 20 GiB, rows of 32,768 tokens."""
+    adapter = allocate(trainable_shapes(LoraConfig(r=16), EIGHT_B), torch.device("meta"))
+    memory = Memory(5.78 * 2**30, 20 * 2**30, host_gib * 2**30)
+    compute = Compute(EIGHT_B, torch.bfloat16)
+    return choose_on_gpu(settings(), adapter, compute, name, 32768, 32768, memory)
+
+
+def test_no_more_is_pinned_than_the_host_has():
+    plenty, little, none = long_rows(1000), long_rows(20), long_rows(0)
+    found = [pinned_bytes(c.policies, EIGHT_B, 2, RANKS, c.tokens) for c in (plenty, little, none)]
+    assert found[0] > 20 * 2**30 >= found[1] > 0 == found[2]
+    assert f"and {found[1] / 2**30:.1f} GiB of host memory" in little.said
+    assert "host" not in none.said and none.peak_bytes <= 20 * 2**30
+    with pytest.raises(UserError, match=r"--gradient-checkpointing offload would .* 1.0 GiB may"):
+        long_rows(1, "offload")
+
+
+def test_pinned_memory_is_counted_as_it_is_handed_out():
+    x, qkv = 4096 * 2 * 3000, (4096 + 2 * 1024 + 48) * 2 * 3000
+    two = [POLICIES["full+offload"], POLICIES["gate_up+offload"]]
+    expected = 4 * 2**25 + 2**26  # x; x, attention's output and mid; q, k and v: powers of two
+    assert 2**24 < x <= 2**25 < qkv <= 2**26
+    assert pinned_bytes(two, EIGHT_B, 2, RANKS, 3000) == expected
+
+
+def test_what_the_host_has_left(tmp_path):
+    assert available_host_bytes(tmp_path) == math.inf
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   5000 kB\n")
+    assert available_host_bytes(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
+    for limit, left in (("max", 5000 * 1024), ("4000000", 1500000), ("99000000", 5000 * 1024)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert available_host_bytes(tmp_path) == left
 
 
 @pytest.mark.parametrize("longest, step", [(2048, 16384), (2048, 12288), (600, 5000)])
