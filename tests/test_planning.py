@@ -125,9 +125,9 @@ def long_rows(host_gib, name="auto"):
 
 
 def test_no_more_is_pinned_than_the_host_has():
-    plenty, little, none = long_rows(1000), long_rows(20), long_rows(0)
+    plenty, little, none = long_rows(1000), long_rows(30), long_rows(0)
     found = [pinned_bytes(c.policies, EIGHT_B, 2, RANKS, c.tokens) for c in (plenty, little, none)]
-    assert found[0] > 20 * 2**30 >= found[1] > 0 == found[2]
+    assert found[0] > 30 * 2**30 >= found[1] > 0 == found[2]
     assert f"and {found[1] / 2**30:.1f} GiB of host memory" in little.said
     assert "host" not in none.said and none.peak_bytes <= 20 * 2**30
     with pytest.raises(UserError, match=r"--gradient-checkpointing offload would .* 1.0 GiB may"):
