@@ -577,7 +577,8 @@ class TrainConfig:
     """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
     all (no matrix product is run again). full (or block): its input alone. Between the two:
     gate_up, gate_up+qkv, all_but_attention. With +offload what is kept waits in host memory (with
-    none: the residuals and attention's output); offload: all of it."""
+    none: the residuals and attention's output); offload: all of it. At most 60 % of the memory that
+    the host has left is used so."""
     step_impl: str = "auto"
     """Which pass computes gradients: explicit (written by hand, captured in CUDA graphs), autograd,
     or auto: explicit on a GPU wherever it covers the run."""
