@@ -37,6 +37,8 @@ def cross_entropy_kernel(
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         target = tl.load(targets_ptr + row)
         row_ptr = logits_ptr + row * stride  # below 2^31, says the caller
+        at = tl.where(target < 0, 0, target)
+        z_target = tl.load(row_ptr + at).to(tl.float32)  # before the sums, whose barriers part it
         highest = tl.full((LANES,), float("-inf"), tl.float32)
         total = tl.zeros((LANES,), tl.float32)
         for start in range(0, whole, BLOCK):
@@ -47,8 +49,6 @@ def cross_entropy_kernel(
             highest, total = _summed(highest, total, z)
         top = tl.max(highest, axis=0)
         lse = top + tl.log(tl.sum(total * tl.exp2((highest - top) * LOG2_E), axis=0))
-        at = tl.where(target < 0, 0, target)
-        z_target = tl.load(row_ptr + at).to(tl.float32)
         tl.store(losses_ptr + row, tl.where(target < 0, 0.0, lse - z_target))
         if GRADIENT:
             weight = tl.where(target < 0, 0.0, tl.load(weight_ptr))

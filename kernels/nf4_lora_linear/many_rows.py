@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.low_rank.kernel import overlapping, padded_rank, rows_per_split
+from kernels.low_rank.kernel import overlapping, padded_rank, rows_per_split, shared_memory
 
 
 @triton.jit
@@ -138,13 +138,13 @@ def _processors(device: torch.device) -> int:
 
 
 def takes(x, weight, rank: int) -> bool:
-    """Whether `product` takes them: ranks up to 256, rows of whole 16 bytes; on a GPU also half
-    precision and compute capability 9.
+    """Whether `product` takes them: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
+    also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
     """
     sizes = (*weight.shape, x.stride(0))
     aligned = x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
-    able = not x.is_cuda or (x.element_size() == 2 and bool(overlapping(x.device)))
-    return aligned and able and 0 < rank <= 256
+    able = overlapping(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
+    return aligned and (not x.is_cuda or bool(able)) and 0 < rank <= 256 and x.shape[0] > 0
 
 
 def suits(x, columns: int) -> bool:

@@ -134,9 +134,10 @@ def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: in
     joined = takes(x, weight, 0 if A is None else A.shape[0])
     if impl == "joined" and not joined:
         raise ValueError(
-            "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and rows of "
-            f"whole 16 bytes, on a GPU in half precision; got x {tuple(x.shape)} {x.dtype}, a "
-            f"weight {weight.shape}, {'no adapter' if A is None else f'rank {A.shape[0]}'}"
+            "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and one row or "
+            "more of whole 16 bytes, on a GPU in half precision and with 227 KiB of shared memory; "
+            f"got x {tuple(x.shape)} {x.dtype}, a weight {weight.shape}, "
+            f"{'no adapter' if A is None else f'rank {A.shape[0]}'}"
         )
     return "joined" if joined and (impl == "joined" or suits(x, columns)) else "decode"
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import padded_rank
+from kernels.low_rank.kernel import padded_rank, stages
 
 
 @triton.jit
@@ -126,7 +126,8 @@ def launch_add_rms_norm(x, y, delta, weight, eps, out, h, rstd) -> None:
         x, y, weight, delta.left, delta.right, out, h, rstd,
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
         h.stride(0), delta.scale, eps,
-        D=D, R=R, RP=padded, BLOCK_M=16, BLOCK_D=block, BLOCK_H=min(1024, whole), STAGES=3,
+        D=D, R=R, RP=padded, BLOCK_M=16, BLOCK_D=block, BLOCK_H=min(1024, whole),
+        STAGES=stages(x.device, padded),
         num_warps=8,
     )  # fmt: skip
 

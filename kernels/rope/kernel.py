@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split
+from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit
@@ -137,6 +137,7 @@ def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
         *d_args, cos, sin, cos.stride(0), out, out.stride(0), T, rows_per_split(T, splits), *u_args,
         N=N, K=K, HALF=H // 2, RQ=ranks[0], RK=ranks[1], RV=ranks[2],
         PQ=padded[0], PK=padded[1], PV=padded[2],
-        BLOCK_T=min(64, max(16, 4096 // H)), STAGES=3, PIN=out.is_cuda,
+        BLOCK_T=min(64, max(16, 4096 // H)), STAGES=stages(out.device, max(padded)),
+        PIN=out.is_cuda,
         num_warps=4 if max(padded) <= 32 else 8,
     )  # fmt: skip

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split
+from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit
@@ -119,5 +119,6 @@ def launch_swiglu_backward(x, da, lefts, partials) -> None:
     swiglu_backward_kernel[(triton.cdiv(F, block_f), splits)](
         x, x.stride(0), da, da.stride(0), T, rows_per_split(T, splits), *left_args, *partial_args,
         F=F, RG=ranks[0], RU=ranks[1], RD=ranks[2], PG=padded[0], PU=padded[1], PD=padded[2],
-        BLOCK_T=32, BLOCK_F=block_f, STAGES=3, PIN=x.is_cuda, num_warps=4 if widest == 16 else 8,
+        BLOCK_T=32, BLOCK_F=block_f, STAGES=stages(x.device, widest), PIN=x.is_cuda,
+        num_warps=4 if widest == 16 else 8,
     )  # fmt: skip

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fused import DTYPES, close, poisoned, rand, wide
+from fused import DEVICE, DTYPES, close, poisoned, rand, wide
 
-from kernels.low_rank import narrow_products, outer_sum, reduce_partials
+from kernels.low_rank import kernel, narrow_products, outer_sum, reduce_partials
 from kernels.low_rank.op import neighbours
 
 
@@ -115,3 +115,12 @@ def test_what_does_not_fit_is_refused():
         outer_sum(rand(4, 2), rand(5, 3), poisoned(1, 2, 3))
     with pytest.raises(ValueError, match="impl is 'fast'"):
         outer_sum(rand(4, 2), rand(4, 3), poisoned(1, 2, 3), impl="fast")
+
+
+@pytest.mark.parametrize(
+    "kib, rank, expected", [(227, 256, 3), (163, 256, 3), (99, 16, 2), (99, 64, 2), (99, 128, 1)]
+)
+def test_fewer_tiles_are_under_way_where_shared_memory_is_little(kib, rank, expected, monkeypatch):
+    """What fits was read from the kernels as compiled for 8.0, 8.9, 9.0 and 12.0."""
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: kib << 10)
+    assert kernel.stages(torch.device(DEVICE), rank) == expected

@@ -73,6 +73,9 @@ def test_nothing_is_read_that_was_not_written(impl, monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda t, shape: poisoned_empty(shape, dtype=t.dtype)
+    )
     x, weight, bias, A, B = make(16, 128, 72, 4, torch.float16)
     y, u = forward(x, weight, bias, A, B, 0.5, impl=impl)
     assert y.isfinite().all()
@@ -188,8 +191,10 @@ def test_what_does_not_fit_is_refused():
         linear(x, weight, A[:, :64], B)
     with pytest.raises(ValueError, match="expected one"):
         linear(x, weight, A.half(), B)
-    with pytest.raises(ValueError, match=r"rows of whole 16 bytes.* a weight \(70, 128\), rank 4"):
+    with pytest.raises(ValueError, match=r"of whole 16 bytes.* a weight \(70, 128\), rank 4"):
         forward(x.half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
+    with pytest.raises(ValueError, match=r"one row or more .* got x \(0, 128\)"):
+        forward(x[:0].half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
     with pytest.raises(ValueError, match="no adapter"):
         forward(x.half(), weight, None, None, None, 1.0, impl="joined")
     with pytest.raises(ValueError, match="takes 1 to 64 rows"):
