@@ -88,7 +88,8 @@ def backward(
     if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
         from kernels.nf4_lora_linear.many_rows import product, sums
 
-        t_MR = dy_MO.new_empty((dy_MO.shape[0], B_OR.shape[1]))
+        R = B_OR.shape[1]
+        t_MR = torch.empty((dy_MO.shape[0], R), dtype=dy_MO.dtype, device=dy_MO.device)
         narrow_products(dy_MO, (B_OR,), (B_OR.shape[0],), t_MR)
         w_OI = dequantize(weight, dy_MO.dtype, early=True)
         dx_MI = product(dy_MO, w_OI, t_MR, A_RI, scaling, w_is_nk=False)
