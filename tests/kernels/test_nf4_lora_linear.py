@@ -190,8 +190,9 @@ def test_what_does_not_fit_is_refused():
         linear(x, weight, A.half(), B)
     with pytest.raises(ValueError, match=r"of whole 16 bytes.* a weight \(70, 128\), rank 4"):
         forward(x.half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
+    x16, weight16, _, A16, B16 = make(16, 128, 72, 4, torch.float16)
     with pytest.raises(ValueError, match=r"one row or more .* got x \(0, 128\)"):
-        forward(x[:0].half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
+        forward(x16[:0], weight16, None, A16, B16, 1.0, impl="joined")
     with pytest.raises(ValueError, match="no adapter"):
         forward(x.half(), weight, None, None, None, 1.0, impl="joined")
     with pytest.raises(ValueError, match="takes 1 to 64 rows"):
