@@ -185,9 +185,13 @@ def choose_on_gpu(
             found += plain
             continue
         found.append(best)
-        for better in kinds:  # in as many of the last layers as there is room for
+        for better in kinds:
             mixed = [best.policies[: layers - n] + (better,) * n for n in range(1, layers)]
-            some = bisect(mixed, room, key=lambda m: candidate(m, *best[1:4]).peak)
+
+            def over(policies: tuple[Policy, ...], best: _Candidate = best) -> bool:
+                return not fits(candidate(policies, *best[1:4]))
+
+            some = bisect(mixed, False, key=over)  # in as many of the last layers as fit
             found += [candidate(mixed[some - 1], *best[1:4])] if some else []
     best = min(found, key=rank)
     if not fits(best):
@@ -267,15 +271,17 @@ def peak_bytes(
     D, F, V = cfg.hidden_size * itemsize, cfg.intermediate_size * itemsize, cfg.vocab_size
     NH = cfg.num_attention_heads * cfg.head_dim
     whole = sum(parts.values())
-    kept = sum(kept_bytes(p, cfg, itemsize, ranks)[0] for p in policies)
-    host = max(kept_bytes(p, cfg, itemsize, ranks)[1] for p in policies)  # one layer's on its way
+    counts = Counter(policies)
+    kept = sum(n * kept_bytes(p, cfg, itemsize, ranks)[0] for p, n in counts.items())
+    host = max(kept_bytes(p, cfg, itemsize, ranks)[1] for p in counts)  # one layer's on its way
     angles = 2 * cfg.head_dim * itemsize
     grads = parts["qkv"] + NH * (itemsize + 4 + 2 * itemsize)  # dO; dQ in float32; dK, dV a head
     logits = min(chunk, tokens) * V * itemsize
     most = (kept + 3 * D + host) * tokens + logits  # the head
     below = 0
-    for policy in policies:
+    for policy, run in itertools.groupby(policies):
         mine = kept_bytes(policy, cfg, itemsize, ranks)[0]
+        below += mine * (len(list(run)) - 1)  # the most is needed at the last of equal layers
         gate_up = parts["gate_up"] / mlp_chunks(tokens, policy, mlp)
         rest = whole - parts["gate_up"]
         a = F / mlp_chunks(tokens, policy, mlp)
