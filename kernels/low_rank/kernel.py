@@ -131,7 +131,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of it that a program may have; where there is no GPU, as many as an H100 gives."""
     if device.type != "cuda":
         return 232448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)  # AMD's has no such name
 
 
 def stages(device: torch.device, rank: int) -> int:
@@ -141,7 +142,7 @@ def stages(device: torch.device, rank: int) -> int:
     """
     if shared_memory(device) >= 160 << 10:
         return 3
-    return 2 if rank <= 64 else 1
+    return 2 if rank <= 64 and shared_memory(device) >= 99 << 10 else 1
 
 
 def padded_rank(rank: int) -> int:

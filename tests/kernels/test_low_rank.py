@@ -118,7 +118,8 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    "kib, rank, expected", [(227, 256, 3), (163, 256, 3), (99, 16, 2), (99, 64, 2), (99, 128, 1)]
+    "kib, rank, expected",
+    [(227, 256, 3), (163, 256, 3), (99, 16, 2), (99, 64, 2), (99, 128, 1), (64, 16, 1)],
 )
 def test_fewer_tiles_are_under_way_where_shared_memory_is_little(kib, rank, expected, monkeypatch):
     """What fits was read from the kernels as compiled for 8.0, 8.9, 9.0 and 12.0."""
