@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is one instruction
+
 
 @triton.jit
 def computed_once(x, PIN: tl.constexpr):
@@ -59,24 +61,18 @@ def narrow_products_kernel(
 
 
 @triton.jit
-def outer_sum_kernel(
-    left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
-    num_rows, rows_per_split, N,
-    left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
-    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+def sum_over_rows(
+    left_ptr, left_stride, x_ptr, x_stride, row_scale_ptr, cols, col_ok, first, last,
+    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of one split's sum, kept in registers over its tokens.
+    """sum over rows first to last of x[row, cols] left[row] (* row_scale[row]), [BLOCK_N, RP].
 
-    x is the left operand: so the tensor cores read it from where it was copied to.
+    It stays in registers. x is the left operand: the tensor cores read it from where it was copied
+    to.
     """
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    col_ok = cols < N
     r = tl.arange(0, RP)
     total = tl.zeros((BLOCK_N, RP), tl.float32)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
     for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         ok = rows < last
@@ -95,6 +91,28 @@ def outer_sum_kernel(
             other=0.0,
         )
         total = tl.dot(tl.trans(x), left, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def outer_sum_kernel(
+    left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
+    num_rows, rows_per_split, N,
+    left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
+    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N columns of one split's sum."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    col_ok = cols < N
+    r = tl.arange(0, RP)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    total = sum_over_rows(
+        left_ptr, left_stride, x_ptr, x_stride, row_scale_ptr, cols, col_ok, first, last,
+        R, RP, ROW_SCALE, BLOCK_T, BLOCK_N, STAGES,
+    )  # fmt: skip
     if COLUMN_SCALE:
         column = tl.load(column_scale_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
         total *= column[:, None]
@@ -124,6 +142,14 @@ def overlapping(device: torch.device) -> dict[str, bool]:
     if device.type != "cuda" or torch.version.hip:
         return {}
     return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run side by side, one on each; where there is no GPU, two in turn."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -8,14 +8,19 @@ the tensor memory accelerator, and each program walks over several of them.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.low_rank.kernel import overlapping, padded_rank, rows_per_split, shared_memory
+from kernels.low_rank.kernel import (
+    overlapping,
+    padded_rank,
+    processors,
+    rows_per_split,
+    shared_memory,
+    sum_over_rows,
+)
 
 
 @triton.jit
@@ -60,25 +65,17 @@ def product_kernel(
 
 
 @triton.jit
-def _sum_over_rows(
+def _store_sum(
     left_ptr, left_stride, x_ptr, x_stride, N, column, first, last, parts_ptr,
     R: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on."""
     cols, r = column + tl.arange(0, BLOCK_N), tl.arange(0, RP)
-    total = tl.zeros((BLOCK_N, RP), tl.float32)
-    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
-        rows = start + tl.arange(0, BLOCK_T)
-        ok = (rows < last)[:, None]
-        rows64 = rows.to(tl.int64)[:, None]
-        x = tl.load(
-            x_ptr + rows64 * x_stride + cols[None, :], mask=ok & (cols < N)[None, :], other=0.0
-        )
-        left = tl.load(
-            left_ptr + rows64 * left_stride + r[None, :], mask=ok & (r < R)[None, :], other=0.0
-        )
-        total = tl.dot(tl.trans(x), left, total, input_precision="ieee")
+    total = sum_over_rows(
+        left_ptr, left_stride, x_ptr, x_stride, left_ptr, cols, cols < N, first, last,
+        R, RP, False, BLOCK_T, BLOCK_N, STAGES,
+    )  # fmt: skip
     at = parts_ptr + cols.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(at, total, mask=(cols < N)[:, None] & (r < R)[None, :])
 
@@ -97,12 +94,12 @@ def sums_kernel(
     last = tl.minimum(first + rows_per_split, M)
     parts_ptr += tl.program_id(1).to(tl.int64) * (I + O) * R
     if tl.program_id(0) < blocks:
-        _sum_over_rows(
+        _store_sum(
             t_ptr, t_stride, x_ptr, x_stride, I, tl.program_id(0) * BLOCK_N, first, last,
             parts_ptr, R, RP, BLOCK_T, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
-        _sum_over_rows(
+        _store_sum(
             u_ptr, u_stride, dy_ptr, dy_stride, O, (tl.program_id(0) - blocks) * BLOCK_N, first,
             last, parts_ptr + I * R, R, RP, BLOCK_T, BLOCK_N, STAGES,
         )  # fmt: skip
@@ -130,13 +127,6 @@ def add_parts_kernel(
 BLOCKS = (128, 256, 64)  # rows, columns and inputs of a tile
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the interpreter's
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def takes(x, weight, rank: int) -> bool:
     """Whether `product` takes them: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
     also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
@@ -153,8 +143,8 @@ def suits(x, columns: int) -> bool:
     It is where its tiles come out as whole rounds of all processors, or nearly so.
     """
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
-    processors = _processors(x.device)
-    return tiles >= 0.9 * triton.cdiv(tiles, processors) * processors
+    side_by_side = processors(x.device)
+    return tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
 
 
 def product(x, w, left, right, scaling, *, w_is_nk: bool):
@@ -166,7 +156,7 @@ def product(x, w, left, right, scaling, *, w_is_nk: bool):
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = BLOCKS
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    programs = min(tiles, _processors(x.device))
+    programs = min(tiles, processors(x.device))
     overlap = overlapping(x.device)
     product_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),

@@ -27,8 +27,7 @@ def add_rms_norm(
 
     y None: the norm of x alone, and x itself is returned. Rows may be strided, columns contiguous.
     The last `extra` columns of the norm are room for the caller, not written; its rows begin on 16
-    bytes. Statistics are
-    float32. Source of the norm: arXiv:1910.07467.
+    bytes. Statistics are float32. Source of the norm: arXiv:1910.07467.
     """
     T, D = x_TD.shape
     h = empty_rows(T, D + extra, x_TD)

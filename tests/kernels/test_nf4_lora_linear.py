@@ -7,10 +7,11 @@ import torch
 from fused import DEVICE, DTYPES, GPU, close, rand
 from torch.utils.checkpoint import checkpoint
 
+from kernels.low_rank.kernel import processors
 from kernels.nf4 import NF4Weight, dequantize, quantize
 from kernels.nf4_lora_linear import backward, forward, nf4_lora_linear
 from kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
-from kernels.nf4_lora_linear.many_rows import _processors, suits
+from kernels.nf4_lora_linear.many_rows import suits
 
 IMPLS = ("fused", "decode")
 
@@ -171,7 +172,7 @@ def test_a_policy_can_name_the_op():
 
 def test_the_joined_product_suits_whole_rounds_of_tiles():
     """Of 128 x 256; the processors are two where there is no GPU."""
-    many = _processors(torch.device(DEVICE)) // 2
+    many = processors(torch.device(DEVICE)) // 2
     x = torch.empty(128, 8, device=DEVICE)
     assert suits(x, 2 * many * 256) and suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256)
     assert not suits(x, 256) and not suits(x, (2 * many + 1) * 256)
