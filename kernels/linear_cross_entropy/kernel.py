@@ -2,10 +2,11 @@
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import LOG2_E, processors
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is one instruction
 
 
 @triton.jit
@@ -69,7 +70,11 @@ def launch_cross_entropy_(logits, targets, losses, weight, gradient: bool) -> No
     """logits [M, V] becomes the gradient (if asked), losses [M] float32; weight: float32 [1]."""
     M, V = logits.shape
     block = min(16384, max(128, triton.next_power_of_2(V)))
-    cross_entropy_kernel[(min(M, processors(logits.device)),)](
+    programs = M
+    if logits.is_cuda:
+        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
+        programs = min(M, processors)
+    cross_entropy_kernel[(programs,)](
         logits, logits.stride(0), targets, losses, weight, M, V,
         LANES=block // 8, WIDTH=8, GRADIENT=gradient, num_warps=min(32, max(4, block // 512)),
     )  # fmt: skip

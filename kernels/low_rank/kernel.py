@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is one instruction
-
 
 @triton.jit
 def computed_once(x, PIN: tl.constexpr):

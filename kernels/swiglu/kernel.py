@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import LOG2_E, computed_once, padded_rank, rows_per_split, stages
+from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def sigmoid(x):
 
     tl.sigmoid takes three times the instructions, to guard exponential and division at denormals.
     """
-    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
