@@ -24,6 +24,15 @@ def computed_once(x, PIN: tl.constexpr):
 
 
 @triton.jit
+def wait_at_the_end():
+    """For a kernel that need not wait for the one before: one program does, as its last act, so
+    that the launch has not ended before the other has. The grid has one dimension.
+    """
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def narrow_products_kernel(
     x_ptr, x_stride, right_ptr, out_ptr, out_stride, num_rows,
     first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
@@ -59,18 +68,25 @@ def narrow_products_kernel(
 
 
 @triton.jit
-def sum_over_rows(
-    left_ptr, left_stride, x_ptr, x_stride, row_scale_ptr, cols, col_ok, first, last,
-    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr,
+def outer_sum_kernel(
+    left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
+    num_rows, rows_per_split, N,
+    left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
+    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sum over rows first to last of x[row, cols] left[row] (* row_scale[row]), [BLOCK_N, RP].
+    """One program: BLOCK_N columns of one split's sum.
 
-    It stays in registers. x is the left operand: the tensor cores read it from where it was copied
-    to.
+    It is kept as [BLOCK_N, RP]: x is the left operand, which the tensor cores read from where it
+    was copied to.
     """
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    col_ok = cols < N
     r = tl.arange(0, RP)
     total = tl.zeros((BLOCK_N, RP), tl.float32)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
     for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         ok = rows < last
@@ -89,28 +105,6 @@ def sum_over_rows(
             other=0.0,
         )
         total = tl.dot(tl.trans(x), left, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def outer_sum_kernel(
-    left_ptr, x_ptr, row_scale_ptr, column_scale_ptr, out_ptr,
-    num_rows, rows_per_split, N,
-    left_stride, x_stride, out_stride_s, out_stride_r, out_stride_n,
-    R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N columns of one split's sum."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    col_ok = cols < N
-    r = tl.arange(0, RP)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
-    total = sum_over_rows(
-        left_ptr, left_stride, x_ptr, x_stride, row_scale_ptr, cols, col_ok, first, last,
-        R, RP, ROW_SCALE, BLOCK_T, BLOCK_N, STAGES,
-    )  # fmt: skip
     if COLUMN_SCALE:
         column = tl.load(column_scale_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
         total *= column[:, None]

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.low_rank.kernel import overlapping
+from kernels.low_rank.kernel import overlapping, wait_at_the_end
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def dequantize_kernel(
     NESTED: tl.constexpr,
     OFFSETS: tl.constexpr,  # an offset for every 256 blocks instead of one
     EARLY: tl.constexpr,
+    BESIDE: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """in_features is a multiple of 8, so that a word's weights share a row of `out`."""
@@ -69,9 +70,11 @@ def dequantize_kernel(
         row = first // in_features
         first = row * out_stride + (first - row * in_features)
     at = first[:, None] + lane[None, :]
-    if EARLY:
+    if EARLY and not BESIDE:
         tl.extra.cuda.gdc_wait()
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if BESIDE:
+        wait_at_the_end()
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def dequantize_with_lora_kernel(
         dequantize_kernel(
             packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
             nested_offset_ptr, out_ptr, num_words, in_features, out_stride, WORDS_PER_BLOCK,
-            NESTED, OFFSETS, EARLY, BLOCK_W,
+            NESTED, OFFSETS, EARLY, False, BLOCK_W,
         )  # fmt: skip
     else:
         if EARLY:  # the kernel before may have written A or B
@@ -158,8 +161,11 @@ def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
 BLOCK_WORDS = 512  # of eight weights, to a program
 
 
-def launch_dequantize(weight, out, early: bool) -> None:
+def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
     """Decode `weight` into `out` [O, >= I columns], whose rows may be strided.
+
+    beside, with early: `out` is written early too. The launch before has nothing to do with it, and
+    let this one start only after all before it had ended.
 
     Floating-point contraction is off: code * absmax + offset rounds twice, as bitsandbytes does.
     """
@@ -171,7 +177,8 @@ def launch_dequantize(weight, out, early: bool) -> None:
         dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](
             weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
             WORDS_PER_BLOCK=weight.blocksize // 8, **flags, EARLY=bool(overlap),
-            BLOCK_W=BLOCK_WORDS, num_warps=4, enable_fp_fusion=False, **overlap,
+            BESIDE=beside and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
+            enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return
     dequantize_any_kernel[(triton.cdiv(O * I, 1024),)](

@@ -3,6 +3,11 @@
 A tile of the result starts as scaling * left @ right, one product of the rank, and the large
 product is added to it in registers: the update is neither written nor read. Tiles come through
 the tensor memory accelerator, and each program walks over several of them.
+
+The backward pass is five launches, of which two run beside their neighbours (on GPUs that can,
+and only such take this way): the decode beside t and the parts of dB, since nothing of theirs is
+its own; the parts of dA beside the product, on the processors that it leaves free, and on all of
+them as it ends.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -19,20 +24,24 @@ from kernels.low_rank.kernel import (
     processors,
     rows_per_split,
     shared_memory,
-    sum_over_rows,
+    wait_at_the_end,
 )
+from kernels.nf4 import dequantize
+from kernels.nf4.kernel import launch_dequantize
 
 
 @triton.jit
 def product_kernel(
     x, w, y, left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n, scaling, M, N, K,
-    R: tl.constexpr, W_IS_NK: tl.constexpr, EARLY: tl.constexpr,
+    R: tl.constexpr, W_IS_NK: tl.constexpr, EARLY: tl.constexpr, FOLLOWED: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = scaling * left @ right + x @ w; x, w, y are descriptors. W_IS_NK: w holds w^T."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if FOLLOWED:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), blocks_m * blocks_n, PROGRAMS):
         group = tile // (GROUP * blocks_n)  # neighbours in time share rows and columns in the cache
@@ -66,62 +75,130 @@ def product_kernel(
 
 @triton.jit
 def _store_sum(
-    left_ptr, left_stride, x_ptr, x_stride, N, column, first, last, parts_ptr,
+    x, column, left_ptr, left_stride, first, last, N, parts_ptr,
     R: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on."""
-    cols, r = column + tl.arange(0, BLOCK_N), tl.arange(0, RP)
-    total = sum_over_rows(
-        left_ptr, left_stride, x_ptr, x_stride, left_ptr, cols, cols < N, first, last,
-        R, RP, False, BLOCK_T, BLOCK_N, STAGES,
-    )  # fmt: skip
+    """parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on.
+
+    x is a descriptor, and the left operand of the product: the tensor cores read it from where it
+    was copied to. first: a multiple of BLOCK_T, and last too, or the end of x.
+    """
+    r = tl.arange(0, RP)
+    total = tl.zeros((BLOCK_N, RP), tl.float32)
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_T)
+        left = tl.load(
+            left_ptr + rows.to(tl.int64)[:, None] * left_stride + r[None, :],
+            mask=(rows < last)[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(x.load([start, column]).T, left, total, input_precision="ieee")
+    cols = column + tl.arange(0, BLOCK_N)
     at = parts_ptr + cols.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(at, total, mask=(cols < N)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
-def sums_kernel(
-    t_ptr, t_stride, x_ptr, x_stride, u_ptr, u_stride, dy_ptr, dy_stride, parts_ptr, M, I, O,
-    rows_per_split, R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+def from_dy_kernel(
+    dy_for_t, dy, B_ptr, t_ptr, u_ptr, u_stride, parts_ptr, M, O, rows_per_split,
+    R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
+    T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] [I + O, R]: x^T t, and below it dy^T u, over the split's rows."""
+    """For each split of the rows, side by side so that they meet in the cache: t = dy B of T_ROWS
+    rows a program, and parts[split] [O, R] of dy^T u, BLOCK_N columns a program.
+    """
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    blocks = tl.cdiv(I, BLOCK_N)
-    first = tl.program_id(1) * rows_per_split
-    last = tl.minimum(first + rows_per_split, M)
-    parts_ptr += tl.program_id(1).to(tl.int64) * (I + O) * R
-    if tl.program_id(0) < blocks:
-        _store_sum(
-            t_ptr, t_stride, x_ptr, x_stride, I, tl.program_id(0) * BLOCK_N, first, last,
-            parts_ptr, R, RP, BLOCK_T, BLOCK_N, STAGES,
-        )  # fmt: skip
+        tl.extra.cuda.gdc_launch_dependents()
+    for_t = rows_per_split // T_ROWS
+    each = for_t + tl.cdiv(O, BLOCK_N)
+    split, i = tl.program_id(0) // each, tl.program_id(0) % each
+    first = split * rows_per_split
+    if i < for_t:
+        rows, r = first + i * T_ROWS + tl.arange(0, T_ROWS), tl.arange(0, RP)
+        total = tl.zeros((T_ROWS, RP), tl.float32)
+        for start in tl.range(0, O, T_COLS, num_stages=STAGES):
+            cols = start + tl.arange(0, T_COLS)
+            right = tl.load(
+                B_ptr + cols.to(tl.int64)[:, None] * R + r[None, :],
+                mask=(cols < O)[:, None] & (r < R)[None, :],
+                other=0.0,
+            )
+            x = dy_for_t.load([first + i * T_ROWS, start])
+            total = tl.dot(x, right, total, input_precision="ieee")
+        at = t_ptr + rows.to(tl.int64)[:, None] * R + r[None, :]
+        total = total.to(t_ptr.dtype.element_ty)
+        tl.store(at, total, mask=(rows < M)[:, None] & (r < R)[None, :])
     else:
         _store_sum(
-            u_ptr, u_stride, dy_ptr, dy_stride, O, (tl.program_id(0) - blocks) * BLOCK_N, first,
-            last, parts_ptr + I * R, R, RP, BLOCK_T, BLOCK_N, STAGES,
+            dy, (i - for_t) * BLOCK_N, u_ptr, u_stride, first,
+            tl.minimum(first + rows_per_split, M), O, parts_ptr + split.to(tl.int64) * O * R,
+            R, RP, BLOCK_T, BLOCK_N, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
+def parts_of_dA_kernel(
+    x, t_ptr, t_stride, parts_ptr, M, I, large, small,
+    R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr, LARGE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """parts[split] [I, R] of x^T t, over `large` rows in the first LARGE splits, `small` in others.
+
+    The kernel before let it start when t was there, and what it writes itself is not read here: it
+    is waited for at the end, so that this one has not ended before it.
+    """
+    blocks = tl.cdiv(I, BLOCK_N)
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    first = tl.minimum(split, LARGE) * large + tl.maximum(split - LARGE, 0) * small
+    last = tl.minimum(first + tl.where(split < LARGE, large, small), M)
+    _store_sum(
+        x, block * BLOCK_N, t_ptr, t_stride, first, last, I, parts_ptr + split.to(tl.int64) * I * R,
+        R, RP, BLOCK_T, BLOCK_N, STAGES,
+    )  # fmt: skip
+    if EARLY:
+        wait_at_the_end()
+
+
+@triton.jit
+def _sum_of_parts(
+    parts_ptr, N, block, scaling, PARTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(scaling times the parts [PARTS, N, R], added in order, of BLOCK_N rows; those; the mask)."""
+    n, r = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
+    ok = (n < N)[:, None] & (r < R)[None, :]
+    at = parts_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
+    total = tl.zeros((BLOCK_N, RP), tl.float32)
+    for part in tl.static_range(PARTS):  # unrolled: all are on their way at once
+        total += tl.load(at + part * N.to(tl.int64) * R, mask=ok, other=0.0)
+    return scaling * total, n, ok
+
+
+@triton.jit
 def add_parts_kernel(
-    parts_ptr, dA_ptr, dB_ptr, I, O, scaling, SPLITS: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts_A_ptr, parts_B_ptr, dA_ptr, dB_ptr, I, O, scaling, PARTS_A: tl.constexpr,
+    PARTS_B: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dA [R, I] and dB [O, R]: scaling times the parts, added in order."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
-    ok = (n < I + O)[:, None] & (r < R)[None, :]
-    total = tl.zeros((BLOCK_N, RP), tl.float32)
-    for split in range(SPLITS):
-        at = (split * (I + O) + n).to(tl.int64)[:, None] * R + r[None, :]
-        total += tl.load(parts_ptr + at, mask=ok, other=0.0)
-    total = (scaling * total).to(dA_ptr.dtype.element_ty)
-    tl.store(dA_ptr + r[None, :] * I + n[:, None], total, mask=ok & (n < I)[:, None])
-    tl.store(dB_ptr + (n - I)[:, None] * R + r[None, :], total, mask=ok & (n >= I)[:, None])
+    blocks, r = tl.cdiv(I, BLOCK_N), tl.arange(0, RP)
+    if tl.program_id(0) < blocks:
+        total, n, ok = _sum_of_parts(
+            parts_A_ptr, I, tl.program_id(0), scaling, PARTS_A, R, RP, BLOCK_N
+        )
+        at = dA_ptr + r.to(tl.int64)[None, :] * I + n[:, None]
+        tl.store(at, total.to(dA_ptr.dtype.element_ty), mask=ok)
+    else:
+        total, n, ok = _sum_of_parts(
+            parts_B_ptr, O, tl.program_id(0) - blocks, scaling, PARTS_B, R, RP, BLOCK_N
+        )
+        at = dB_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
+        tl.store(at, total.to(dB_ptr.dtype.element_ty), mask=ok)
 
 
 BLOCKS = (128, 256, 64)  # rows, columns and inputs of a tile
@@ -131,10 +208,14 @@ def takes(x, weight, rank: int) -> bool:
     """Whether `product` takes them: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
     also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
     """
-    sizes = (*weight.shape, x.stride(0))
-    aligned = x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
+    whole = _aligned(x) and all(n * x.element_size() % 16 == 0 for n in weight.shape)
     able = overlapping(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
-    return aligned and (not x.is_cuda or bool(able)) and 0 < rank <= 256 and x.shape[0] > 0
+    return whole and (not x.is_cuda or bool(able)) and 0 < rank <= 256 and x.shape[0] > 0
+
+
+def _aligned(x) -> bool:
+    """Whether each row begins on 16 bytes, as the tensor memory accelerator asks for."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def suits(x, columns: int) -> bool:
@@ -147,48 +228,78 @@ def suits(x, columns: int) -> bool:
     return tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
 
 
-def product(x, w, left, right, scaling, *, w_is_nk: bool):
-    """scaling * left [M, R] @ right [R, N] + x [M, K] @ w, where w is [K, N] or, w_is_nk, [N, K].
+def forward(x, weight, bias, A, B, scaling):
+    """(y, u), as `op.forward`."""
+    u, w = x @ A.T, dequantize(weight, x.dtype, early=True)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _launch_product(x, w, y, u, B.T, scaling, w_is_nk=True, followed=False)
+    return (y if bias is None else y.add_(bias)), u
 
-    x and w: contiguous, rows of a multiple of 16 bytes.
+
+def backward(dy, x, u, weight, A, B, scaling):
+    """(dx, dA, dB), as `op.backward`.
+
+    All memory is taken first: where torch fills it, it does so before a launch that waits for it.
+    """
+    x = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
+    splits, large, small = splits_of(M)
+    t, dx = dy.new_empty((M, R)), dy.new_empty((M, I))
+    w, dA, dB = dy.new_empty(weight.shape), torch.empty_like(A), torch.empty_like(B)
+    parts_A = dy.new_empty((LARGE + SMALL, I, R), dtype=torch.float32)
+    parts_B = dy.new_empty((splits, O, R), dtype=torch.float32)
+
+    overlap, padded = overlapping(dy.device), padded_rank(R)
+    columns = 128 if padded <= 64 else 64
+    shared = {"R": R, "RP": padded, "EARLY": bool(overlap), "num_warps": 4, **overlap}
+    tiles = {"BLOCK_T": BLOCK_T, "BLOCK_N": columns, "STAGES": 4}
+    describe, rows = TensorDescriptor.from_tensor, rows_per_split(M, splits)
+    from_dy_kernel[(splits * (rows // T_ROWS + triton.cdiv(O, columns)),)](
+        describe(dy, [T_ROWS, columns]), describe(dy, [BLOCK_T, columns]), B, t, u, u.stride(0),
+        parts_B, M, O, rows, T_ROWS=T_ROWS, T_COLS=columns, **tiles, **shared,
+    )  # fmt: skip
+    launch_dequantize(weight, w, early=True, beside=True)
+    _launch_product(dy, w, dx, t, A, scaling, w_is_nk=False, followed=True)
+    parts_of_dA_kernel[((LARGE + SMALL) * triton.cdiv(I, columns),)](
+        describe(x, [BLOCK_T, columns]), t, R, parts_A, M, I, large, small, LARGE=LARGE,
+        **tiles, **shared,
+    )  # fmt: skip
+    add_parts_kernel[(triton.cdiv(I, ADDED) + triton.cdiv(O, ADDED),)](
+        parts_A, parts_B, dA, dB, I, O, scaling, PARTS_A=LARGE + SMALL, PARTS_B=splits,
+        BLOCK_N=ADDED, **shared,
+    )  # fmt: skip
+    return dx, dA, dB
+
+
+T_ROWS = BLOCK_T = 64
+LARGE, SMALL = 3, 8  # splits of dA: what the product leaves time for, and what is left as it ends
+ADDED = 16  # rows of dA^T or of dB whose parts a program adds
+
+
+def splits_of(M: int) -> tuple[int, int, int]:
+    """(splits of the rows for dB, rows of a large and of a small split for dA)."""
+    large = M // 4 // BLOCK_T * BLOCK_T
+    return max(4, min(16, M // 1024)), large, rows_per_split(M - LARGE * large, SMALL)
+
+
+def _launch_product(x, w, y, left, right, scaling, *, w_is_nk: bool, followed: bool) -> None:
+    """y = scaling * left [M, R] @ right [R, N] + x [M, K] @ w; w is [K, N] or, w_is_nk, [N, K].
+
+    x and w: contiguous, rows of a multiple of 16 bytes. followed: by a kernel that may start as
+    soon as what this one waits for is there. As few programs as need no further round.
     """
     (M, K), N, R = x.shape, right.shape[1], left.shape[1]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = BLOCKS
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    programs = min(tiles, processors(x.device))
+    programs = triton.cdiv(tiles, triton.cdiv(tiles, processors(x.device)))
     overlap = overlapping(x.device)
     product_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(w, [block_n, block_k] if w_is_nk else [block_k, block_n]),
         TensorDescriptor.from_tensor(y, [block_m, block_n]),
         left, left.stride(0), right, *right.stride(), scaling, M, N, K,
-        R=R, W_IS_NK=w_is_nk, EARLY=bool(overlap), PROGRAMS=programs, GROUP=8,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        R=R, W_IS_NK=w_is_nk, EARLY=bool(overlap), FOLLOWED=followed and bool(overlap),
+        PROGRAMS=programs, GROUP=8, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=8, num_stages=3,
         **overlap,
     )  # fmt: skip
-    return y
-
-
-def sums(t, x, u, dy, scaling):
-    """(dA = scaling * t^T x [R, I], dB = scaling * dy^T u [O, R]), in the order of the splits."""
-    (M, I), O, R = x.shape, dy.shape[1], t.shape[1]
-    dA = torch.empty((R, I), dtype=x.dtype, device=x.device)
-    dB = torch.empty((O, R), dtype=x.dtype, device=x.device)
-    padded = padded_rank(R)
-    block_n = 128 if padded <= 64 else 64
-    blocks = triton.cdiv(I, block_n) + triton.cdiv(O, block_n)
-    splits = max(1, min(8, 320 // blocks, M // 256))
-    parts = torch.empty((splits, I + O, R), dtype=torch.float32, device=x.device)
-    overlap = overlapping(x.device)
-    sums_kernel[(blocks, splits)](
-        t, t.stride(0), x, x.stride(0), u, u.stride(0), dy, dy.stride(0), parts, M, I, O,
-        rows_per_split(M, splits), R=R, RP=padded, EARLY=bool(overlap), BLOCK_T=32,
-        BLOCK_N=block_n, STAGES=4, num_warps=4, **overlap,
-    )  # fmt: skip
-    add_parts_kernel[(triton.cdiv(I + O, 64),)](
-        parts, dA, dB, I, O, scaling, SPLITS=splits, R=R, RP=padded, EARLY=bool(overlap),
-        BLOCK_N=64, num_warps=4, **overlap,
-    )  # fmt: skip
-    return dA, dB

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.low_rank import narrow_products
 from kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
 from kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 
@@ -40,12 +39,9 @@ def forward(
         w_OI = dequantize(weight, x_MI.dtype)
         return torch.nn.functional.linear(x_MI, w_OI, bias_O), None
     if impl == "joined":
-        from kernels.nf4_lora_linear.many_rows import product
+        from kernels.nf4_lora_linear import many_rows
 
-        u_MR = x_MI @ A_RI.T
-        w_OI = dequantize(weight, x_MI.dtype, early=True)
-        y_MO = product(x_MI, w_OI, u_MR, B_OR.T, scaling, w_is_nk=True)
-        return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
+        return many_rows.forward(x_MI, weight, bias_O, A_RI, B_OR, scaling)
     O, I = weight.shape
     if O >= 4 * I:  # many outputs: [x, u] times [W, scaling * B] writes y once
         R = A_RI.shape[0]
@@ -86,14 +82,9 @@ def backward(
 
         return fused_backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
     if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
-        from kernels.nf4_lora_linear.many_rows import product, sums
+        from kernels.nf4_lora_linear import many_rows
 
-        R = B_OR.shape[1]
-        t_MR = torch.empty((dy_MO.shape[0], R), dtype=dy_MO.dtype, device=dy_MO.device)
-        narrow_products(dy_MO, (B_OR,), (B_OR.shape[0],), t_MR)
-        w_OI = dequantize(weight, dy_MO.dtype, early=True)
-        dx_MI = product(dy_MO, w_OI, t_MR, A_RI, scaling, w_is_nk=False)
-        return dx_MI, *sums(t_MR, x_MI, u_MR, dy_MO, scaling)
+        return many_rows.backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
     dx_MI = t_MR = None
     if B_OR is not None and A_RI is not None:
         t_MR = dy_MO @ B_OR

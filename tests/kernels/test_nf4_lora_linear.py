@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from fused import DEVICE, DTYPES, GPU, close, rand
+from fused import DEVICE, DTYPES, GPU, close, rand, wide
 from torch.utils.checkpoint import checkpoint
 
-from kernels.low_rank.kernel import processors
+from kernels.low_rank.kernel import processors, rows_per_split
 from kernels.nf4 import NF4Weight, dequantize, quantize
-from kernels.nf4_lora_linear import backward, forward, nf4_lora_linear
+from kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
 from kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
 from kernels.nf4_lora_linear.many_rows import suits
 
@@ -177,6 +177,27 @@ def test_the_joined_product_suits_whole_rounds_of_tiles():
     assert suits(x, 2 * many * 256) and suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256)
     assert not suits(x, 256) and not suits(x, (2 * many + 1) * 256)
     assert suits(x, 2 * many * 256 * 9 + 1)  # nine rounds and a little
+
+
+@pytest.mark.parametrize("M", [1, 63, 64, 255, 256, 257, 1400, 4096, 4100, 16384, 100_001])
+def test_every_row_is_in_one_split(M):
+    """Of dB's, of equal size, and of dA's, of two sizes; whole blocks of rows, but for the last."""
+    splits, large, small = many_rows.splits_of(M)
+    equal = rows_per_split(M, splits)
+    assert equal % many_rows.BLOCK_T == large % many_rows.BLOCK_T == small % many_rows.BLOCK_T == 0
+    assert equal * splits >= M and 1 <= splits <= 16
+    assert many_rows.LARGE * large <= M <= many_rows.LARGE * large + many_rows.SMALL * small
+
+
+def test_rows_of_x_that_begin_anywhere():
+    """dy's decide on the way, and x may lie elsewhere: two bytes further on, or with odd rows."""
+    x, weight, _, A, B = make(300, 192, 264, 4, torch.float16)
+    dy, u = rand(300, 264, dtype=torch.float16, seed=5), x @ A.T
+    expected = backward(dy, x, u, weight, A, B, 0.5, impl="joined")
+    shifted = torch.empty(300 * 192 + 1, dtype=x.dtype, device=DEVICE)[1:].view(300, 192)
+    for other in (shifted.copy_(x), wide(x)):
+        found = backward(dy, other, u, weight, A, B, 0.5, impl="joined")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_does_not_fit_is_refused():

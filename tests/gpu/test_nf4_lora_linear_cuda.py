@@ -1,0 +1,90 @@
+"""The launches of the 4-bit linear's backward pass that run beside each other, under load."""
+
+import pytest
+import torch
+
+from kernels.nf4 import dequantize_into, quantize
+from kernels.nf4 import kernel as nf4_kernel
+from kernels.nf4_lora_linear import many_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+# M, I, O. The product ends long after what runs beside it, long before it, and at about the same
+# time; ragged rows and columns.
+SHAPES = [(4096, 1024, 8192), (4096, 8192, 256), (4096, 2048, 2048), (3001, 1032, 776)]
+
+
+def rand(*shape, seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, device="cuda", generator=generator, dtype=torch.bfloat16)
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def passes(request):
+    """A function of nothing: dy is decoded, which lets what follows start at once, then backward.
+
+    Everything that is read is NaN until just before. (dx, dA, dB), as read by kernels behind it.
+    """
+    M, I, O = request.param
+    weight, as_dy = (quantize(rand(*shape, seed=1)) for shape in ((O, I), (M, O)))
+    A, B, x = rand(16, I, seed=2), rand(O, 16, seed=3), rand(M, I, seed=4)
+    dy = torch.empty((M, O), device="cuda", dtype=torch.bfloat16)
+    u = torch.empty((M, 16), device="cuda", dtype=torch.bfloat16)
+
+    def run(early=True):
+        dy.fill_(float("nan"))
+        u.fill_(float("nan"))
+        torch.mm(x, A.T, out=u)
+        dequantize_into(as_dy, dy, early=early)
+        return tuple(g.clone() for g in many_rows.backward(dy, x, u, weight, A, B, 0.5))
+
+    return run
+
+
+@pytest.fixture
+def expected(passes, monkeypatch):
+    """The same, each launch after the one before."""
+    with monkeypatch.context() as patch:
+        for module in (many_rows, nf4_kernel):
+            patch.setattr(module, "overlapping", lambda device: {})
+        out = passes(early=False)
+        torch.cuda.synchronize()
+    assert all(g.isfinite().all() for g in out)
+    return out
+
+
+def same(found, expected):
+    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 3
+
+
+def test_the_same_bits_as_one_after_another(passes, expected):
+    for _ in range(30):
+        torch.full((1 << 26,), float("nan"), device="cuda")  # freed at once: the memory of the next
+        assert same(passes(), expected)
+
+
+def test_the_same_bits_from_a_graph(passes, expected):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        passes()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = [passes() for _ in range(3)]
+    for _ in range(10):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(same(f, expected) for f in found)
+
+
+def test_memory_that_torch_fills_is_filled_before(passes, expected):
+    """Deterministic algorithms fill what is handed out with NaN, by kernels between ours."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        for _ in range(5):
+            assert same(passes(), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
