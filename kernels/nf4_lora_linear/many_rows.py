@@ -13,6 +13,8 @@ them as it ends.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -201,11 +203,14 @@ def add_parts_kernel(
         tl.store(at, total.to(dB_ptr.dtype.element_ty), mask=ok)
 
 
-BLOCKS = (128, 256, 64)  # rows, columns and inputs of a tile
+BLOCKS = (128, 256, 64)  # rows, columns and inputs of a product's tile
+T_ROWS = BLOCK_T = 64
+LARGE, SMALL = 3, 8  # splits of dA: what the product leaves time for, and what is left as it ends
+ADDED = 16  # rows of dA^T or of dB whose parts a program adds
 
 
 def takes(x, weight, rank: int) -> bool:
-    """Whether `product` takes them: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
+    """Whether it goes this way: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
     also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
     """
     whole = _aligned(x) and all(n * x.element_size() % 16 == 0 for n in weight.shape)
@@ -219,13 +224,19 @@ def _aligned(x) -> bool:
 
 
 def suits(x, columns: int) -> bool:
-    """Whether `product` is the fastest way to a result of that many columns (measured: README.md).
+    """Whether this is the fastest way to a result of that many columns (measured: README.md).
 
     It is where its tiles come out as whole rounds of all processors, or nearly so.
     """
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
     side_by_side = processors(x.device)
     return tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
+
+
+def splits_of(M: int) -> tuple[int, int, int]:
+    """(splits of the rows for dB, rows of a large and of a small split for dA)."""
+    large = M // 4 // BLOCK_T * BLOCK_T
+    return max(4, min(16, M // 1024)), large, rows_per_split(M - LARGE * large, SMALL)
 
 
 def forward(x, weight, bias, A, B, scaling):
@@ -244,10 +255,12 @@ def backward(dy, x, u, weight, A, B, scaling):
     x = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format)
     (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
     splits, large, small = splits_of(M)
-    t, dx = dy.new_empty((M, R)), dy.new_empty((M, I))
-    w, dA, dB = dy.new_empty(weight.shape), torch.empty_like(A), torch.empty_like(B)
-    parts_A = dy.new_empty((LARGE + SMALL, I, R), dtype=torch.float32)
-    parts_B = dy.new_empty((splits, O, R), dtype=torch.float32)
+    empty = functools.partial(torch.empty, device=dy.device)
+    t, w, dx, dA, dB = (
+        empty(shape, dtype=dy.dtype) for shape in ((M, R), (O, I), (M, I), (R, I), (O, R))
+    )
+    parts_A = empty((LARGE + SMALL, I, R), dtype=torch.float32)
+    parts_B = empty((splits, O, R), dtype=torch.float32)
 
     overlap, padded = overlapping(dy.device), padded_rank(R)
     columns = 128 if padded <= 64 else 64
@@ -269,17 +282,6 @@ def backward(dy, x, u, weight, A, B, scaling):
         BLOCK_N=ADDED, **shared,
     )  # fmt: skip
     return dx, dA, dB
-
-
-T_ROWS = BLOCK_T = 64
-LARGE, SMALL = 3, 8  # splits of dA: what the product leaves time for, and what is left as it ends
-ADDED = 16  # rows of dA^T or of dB whose parts a program adds
-
-
-def splits_of(M: int) -> tuple[int, int, int]:
-    """(splits of the rows for dB, rows of a large and of a small split for dA)."""
-    large = M // 4 // BLOCK_T * BLOCK_T
-    return max(4, min(16, M // 1024)), large, rows_per_split(M - LARGE * large, SMALL)
 
 
 def _launch_product(x, w, y, left, right, scaling, *, w_is_nk: bool, followed: bool) -> None:
