@@ -130,6 +130,8 @@ def overlapping(device: torch.device) -> dict[str, bool]:
     """The launch option by which a kernel starts before the one before has ended, if there is one.
 
     Its first wait (gdc_wait) must come before it reads what that kernel writes, or writes at all.
+    But where that kernel waited itself before it let this one start, it is the only one under way:
+    then what it neither writes nor reads may be read and written at once (`wait_at_the_end`).
     """
     if device.type != "cuda" or torch.version.hip:
         return {}

@@ -1,8 +1,8 @@
 """Triton: decode a 4-bit matrix in one launch, nested scales and codebook included.
 
 EARLY: on GPUs that can, the launch starts while the kernel before it still runs, reads and decodes
-the weight, and waits for that kernel only before it writes; so may the kernel after it. A decode is
-short, and what it waits for at its start is a tenth of it.
+the weight, and waits for that kernel only before it writes (BESIDE: at its end); so may the kernel
+after it. A decode is short, and what it waits for at its start is a tenth of it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

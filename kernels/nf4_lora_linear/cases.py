@@ -22,7 +22,7 @@ DECODED_ONLY = (Case(3, 33, 7, 2), Case(130, 64, 40, 4))
 # For the joined product: rows of whole 16 bytes; ragged tiles, several tiles, ranks of all kinds.
 JOINED = (
     Case(1, 64, 8, 1), Case(130, 72, 520, 16), Case(300, 192, 264, 40), Case(37, 8, 16, 256),
-    Case(1471, 16, 264, 2),
+    Case(1471, 16, 264, 2), Case(8193, 8, 16, 2),
 )  # fmt: skip
 RAGGED_RANK = Case(9, 64, 256, 5)  # and four times as many outputs as inputs
 

@@ -14,6 +14,7 @@ them as it ends.
 # pyright: reportAttributeAccessIssue=false
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from kernels.nf4.kernel import launch_dequantize
 def product_kernel(
     x, w, y, left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n, scaling, M, N, K,
     R: tl.constexpr, W_IS_NK: tl.constexpr, EARLY: tl.constexpr, FOLLOWED: tl.constexpr,
-    PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = scaling * left @ right + x @ w; x, w, y are descriptors. W_IS_NK: w holds w^T."""
@@ -45,7 +46,7 @@ def product_kernel(
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), blocks_m * blocks_n, PROGRAMS):
+    for tile in range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
         group = tile // (GROUP * blocks_n)  # neighbours in time share rows and columns in the cache
         size = tl.minimum(blocks_m - group * GROUP, GROUP)
         m = (group * GROUP + tile % (GROUP * blocks_n) % size) * BLOCK_M
@@ -103,47 +104,45 @@ def _store_sum(
 
 @triton.jit
 def from_dy_kernel(
-    dy_for_t, dy, B_ptr, t_ptr, u_ptr, u_stride, parts_ptr, M, O, rows_per_split,
+    dy, B_ptr, t_ptr, u_ptr, u_stride, parts_ptr, M, O, rows_of_split,
     R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
-    T_ROWS: tl.constexpr, T_COLS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """For each split of the rows, side by side so that they meet in the cache: t = dy B of T_ROWS
+    """For each split of the rows, side by side so that they meet in the cache: t = dy B, BLOCK_T
     rows a program, and parts[split] [O, R] of dy^T u, BLOCK_N columns a program.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for_t = rows_per_split // T_ROWS
+    for_t = rows_of_split // BLOCK_T
     each = for_t + tl.cdiv(O, BLOCK_N)
     split, i = tl.program_id(0) // each, tl.program_id(0) % each
-    first = split * rows_per_split
+    first = split * rows_of_split
     if i < for_t:
-        rows, r = first + i * T_ROWS + tl.arange(0, T_ROWS), tl.arange(0, RP)
-        total = tl.zeros((T_ROWS, RP), tl.float32)
-        for start in tl.range(0, O, T_COLS, num_stages=STAGES):
-            cols = start + tl.arange(0, T_COLS)
+        first += i * BLOCK_T
+        rows, r = first + tl.arange(0, BLOCK_T), tl.arange(0, RP)
+        total = tl.zeros((BLOCK_T, RP), tl.float32)
+        for start in tl.range(0, O, BLOCK_N, num_stages=STAGES):
+            cols = start + tl.arange(0, BLOCK_N)
             right = tl.load(
                 B_ptr + cols.to(tl.int64)[:, None] * R + r[None, :],
                 mask=(cols < O)[:, None] & (r < R)[None, :],
                 other=0.0,
             )
-            x = dy_for_t.load([first + i * T_ROWS, start])
-            total = tl.dot(x, right, total, input_precision="ieee")
+            total = tl.dot(dy.load([first, start]), right, total, input_precision="ieee")
         at = t_ptr + rows.to(tl.int64)[:, None] * R + r[None, :]
         total = total.to(t_ptr.dtype.element_ty)
         tl.store(at, total, mask=(rows < M)[:, None] & (r < R)[None, :])
     else:
         _store_sum(
-            dy, (i - for_t) * BLOCK_N, u_ptr, u_stride, first,
-            tl.minimum(first + rows_per_split, M), O, parts_ptr + split.to(tl.int64) * O * R,
-            R, RP, BLOCK_T, BLOCK_N, STAGES,
+            dy, (i - for_t) * BLOCK_N, u_ptr, u_stride, first, tl.minimum(first + rows_of_split, M),
+            O, parts_ptr + split.to(tl.int64) * O * R, R, RP, BLOCK_T, BLOCK_N, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def parts_of_dA_kernel(
-    x, t_ptr, t_stride, parts_ptr, M, I, large, small,
+    x, t_ptr, parts_ptr, M, I, large, small,
     R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +156,7 @@ def parts_of_dA_kernel(
     first = tl.minimum(split, LARGE) * large + tl.maximum(split - LARGE, 0) * small
     last = tl.minimum(first + tl.where(split < LARGE, large, small), M)
     _store_sum(
-        x, block * BLOCK_N, t_ptr, t_stride, first, last, I, parts_ptr + split.to(tl.int64) * I * R,
+        x, block * BLOCK_N, t_ptr, R, first, last, I, parts_ptr + split.to(tl.int64) * I * R,
         R, RP, BLOCK_T, BLOCK_N, STAGES,
     )  # fmt: skip
     if EARLY:
@@ -169,7 +168,9 @@ def _sum_of_parts(
     parts_ptr, N, block, scaling, PARTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(scaling times the parts [PARTS, N, R], added in order, of BLOCK_N rows; those; the mask)."""
+    """Of BLOCK_N rows of the parts [PARTS, N, R]: scaling times their sum, in order; which rows
+    these are; the mask of what is there.
+    """
     n, r = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
     ok = (n < N)[:, None] & (r < R)[None, :]
     at = parts_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
@@ -204,8 +205,8 @@ def add_parts_kernel(
 
 
 BLOCKS = (128, 256, 64)  # rows, columns and inputs of a product's tile
-T_ROWS = BLOCK_T = 64
-LARGE, SMALL = 3, 8  # splits of dA: what the product leaves time for, and what is left as it ends
+BLOCK_T = 64  # rows at a time of a sum over rows, and of t
+LARGE = 3  # large splits of dA: what the product leaves time for
 ADDED = 16  # rows of dA^T or of dB whose parts a program adds
 
 
@@ -233,10 +234,27 @@ def suits(x, columns: int) -> bool:
     return tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
 
 
-def splits_of(M: int) -> tuple[int, int, int]:
-    """(splits of the rows for dB, rows of a large and of a small split for dA)."""
-    large = M // 4 // BLOCK_T * BLOCK_T
-    return max(4, min(16, M // 1024)), large, rows_per_split(M - LARGE * large, SMALL)
+class Splits(NamedTuple):
+    """How the sums over rows are cut: dB's into equal parts, dA's into LARGE large, then small."""
+
+    for_dB: int
+    rows: int  # of each of them
+    for_dA: int
+    large: int  # rows
+    small: int
+
+
+def splits_of(M: int, blocks: int, padded: int) -> Splits:
+    """For M rows of dy in `blocks` blocks of columns, and a rank padded to `padded`.
+
+    The small ones are what is left as the product ends. Parts are written and read again, so the
+    wider or the more columns they have, the fewer there are; a power of two, as it is compiled in.
+    """
+    for_dB = max(1, min(max(4, M // 1024), 16, 256 // blocks))
+    for_dB = 1 << (for_dB.bit_length() - 1)
+    large, small_ones = M // 4 // BLOCK_T * BLOCK_T, max(1, 128 // padded)
+    small = rows_per_split(M - LARGE * large, small_ones)
+    return Splits(for_dB, rows_per_split(M, for_dB), LARGE + small_ones, large, small)
 
 
 def forward(x, weight, bias, A, B, scaling):
@@ -252,33 +270,31 @@ def backward(dy, x, u, weight, A, B, scaling):
 
     All memory is taken first: where torch fills it, it does so before a launch that waits for it.
     """
-    x = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    x, B = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format), B.contiguous()
     (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
-    splits, large, small = splits_of(M)
+    overlap, padded = overlapping(dy.device), padded_rank(R)
+    columns = 128 if padded <= 64 else 64
+    splits = splits_of(M, triton.cdiv(O, columns), padded)
     empty = functools.partial(torch.empty, device=dy.device)
     t, w, dx, dA, dB = (
         empty(shape, dtype=dy.dtype) for shape in ((M, R), (O, I), (M, I), (R, I), (O, R))
     )
-    parts_A = empty((LARGE + SMALL, I, R), dtype=torch.float32)
-    parts_B = empty((splits, O, R), dtype=torch.float32)
+    parts_A = empty((splits.for_dA, I, R), dtype=torch.float32)
+    parts_B = empty((splits.for_dB, O, R), dtype=torch.float32)
 
-    overlap, padded = overlapping(dy.device), padded_rank(R)
-    columns = 128 if padded <= 64 else 64
     shared = {"R": R, "RP": padded, "EARLY": bool(overlap), "num_warps": 4, **overlap}
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_N": columns, "STAGES": 4}
-    describe, rows = TensorDescriptor.from_tensor, rows_per_split(M, splits)
-    from_dy_kernel[(splits * (rows // T_ROWS + triton.cdiv(O, columns)),)](
-        describe(dy, [T_ROWS, columns]), describe(dy, [BLOCK_T, columns]), B, t, u, u.stride(0),
-        parts_B, M, O, rows, T_ROWS=T_ROWS, T_COLS=columns, **tiles, **shared,
-    )  # fmt: skip
+    describe = functools.partial(TensorDescriptor.from_tensor, block_shape=[BLOCK_T, columns])
+    from_dy_kernel[(splits.for_dB * (splits.rows // BLOCK_T + triton.cdiv(O, columns)),)](
+        describe(dy), B, t, u, u.stride(0), parts_B, M, O, splits.rows, **tiles, **shared
+    )
     launch_dequantize(weight, w, early=True, beside=True)
     _launch_product(dy, w, dx, t, A, scaling, w_is_nk=False, followed=True)
-    parts_of_dA_kernel[((LARGE + SMALL) * triton.cdiv(I, columns),)](
-        describe(x, [BLOCK_T, columns]), t, R, parts_A, M, I, large, small, LARGE=LARGE,
-        **tiles, **shared,
-    )  # fmt: skip
+    parts_of_dA_kernel[(splits.for_dA * triton.cdiv(I, columns),)](
+        describe(x), t, parts_A, M, I, splits.large, splits.small, LARGE=LARGE, **tiles, **shared
+    )
     add_parts_kernel[(triton.cdiv(I, ADDED) + triton.cdiv(O, ADDED),)](
-        parts_A, parts_B, dA, dB, I, O, scaling, PARTS_A=LARGE + SMALL, PARTS_B=splits,
+        parts_A, parts_B, dA, dB, I, O, scaling, PARTS_A=splits.for_dA, PARTS_B=splits.for_dB,
         BLOCK_N=ADDED, **shared,
     )  # fmt: skip
     return dx, dA, dB
@@ -301,7 +317,7 @@ def _launch_product(x, w, y, left, right, scaling, *, w_is_nk: bool, followed: b
         TensorDescriptor.from_tensor(y, [block_m, block_n]),
         left, left.stride(0), right, *right.stride(), scaling, M, N, K,
         R=R, W_IS_NK=w_is_nk, EARLY=bool(overlap), FOLLOWED=followed and bool(overlap),
-        PROGRAMS=programs, GROUP=8, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        GROUP=8, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=8, num_stages=3,
         **overlap,
     )  # fmt: skip

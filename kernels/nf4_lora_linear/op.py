@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx [M, I], dA [R, I], dB [O, R]), each None where there is none; in dy's dtype. No dW.
 
-    u: what `forward` returned. impl as there.
+    u: what `forward` returned. dtypes, layouts and impl as there; dy's columns contiguous.
     """
     impl = _impl(impl, dy_MO, weight, A_RI, weight.shape[1])
     if impl == "reference":

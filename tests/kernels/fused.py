@@ -3,13 +3,9 @@
 Triton's interpreter rounds bfloat16 its own way: on a CPU the kernels run in float32 and float16.
 """
 
-import os
-
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if GPU else (torch.float32, torch.float16)
 

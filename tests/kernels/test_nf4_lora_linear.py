@@ -7,7 +7,7 @@ import torch
 from fused import DEVICE, DTYPES, GPU, close, rand, wide
 from torch.utils.checkpoint import checkpoint
 
-from kernels.low_rank.kernel import processors, rows_per_split
+from kernels.low_rank.kernel import processors
 from kernels.nf4 import NF4Weight, dequantize, quantize
 from kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
 from kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
@@ -179,25 +179,51 @@ def test_the_joined_product_suits_whole_rounds_of_tiles():
     assert suits(x, 2 * many * 256 * 9 + 1)  # nine rounds and a little
 
 
-@pytest.mark.parametrize("M", [1, 63, 64, 255, 256, 257, 1400, 4096, 4100, 16384, 100_001])
-def test_every_row_is_in_one_split(M):
+@pytest.mark.parametrize("M", [1, 63, 64, 255, 256, 257, 1400, 4096, 5200, 16384, 100_001])
+@pytest.mark.parametrize("blocks, padded", [(1, 16), (16, 16), (128, 16), (448, 256), (64, 64)])
+def test_every_row_is_in_one_split(M, blocks, padded):
     """Of dB's, of equal size, and of dA's, of two sizes; whole blocks of rows, but for the last."""
-    splits, large, small = many_rows.splits_of(M)
-    equal = rows_per_split(M, splits)
-    assert equal % many_rows.BLOCK_T == large % many_rows.BLOCK_T == small % many_rows.BLOCK_T == 0
-    assert equal * splits >= M and 1 <= splits <= 16
-    assert many_rows.LARGE * large <= M <= many_rows.LARGE * large + many_rows.SMALL * small
+    splits = many_rows.splits_of(M, blocks, padded)
+    for rows in (splits.rows, splits.large, splits.small):
+        assert rows % many_rows.BLOCK_T == 0
+    assert splits.rows * splits.for_dB >= M and splits.for_dB in (1, 2, 4, 8, 16)
+    small = splits.for_dA - many_rows.LARGE
+    assert many_rows.LARGE * splits.large <= M and small >= 1
+    assert many_rows.LARGE * splits.large + small * splits.small >= M
 
 
-def test_rows_of_x_that_begin_anywhere():
-    """dy's decide on the way, and x may lie elsewhere: two bytes further on, or with odd rows."""
+@pytest.fixture
+def joined():
+    """(dy, x, u, weight, A, B, s) for the joined pass, and its gradients."""
     x, weight, _, A, B = make(300, 192, 264, 4, torch.float16)
-    dy, u = rand(300, 264, dtype=torch.float16, seed=5), x @ A.T
-    expected = backward(dy, x, u, weight, A, B, 0.5, impl="joined")
-    shifted = torch.empty(300 * 192 + 1, dtype=x.dtype, device=DEVICE)[1:].view(300, 192)
-    for other in (shifted.copy_(x), wide(x)):
-        found = backward(dy, other, u, weight, A, B, 0.5, impl="joined")
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    inputs = (rand(300, 264, dtype=torch.float16, seed=5), x, x @ A.T, weight, A, B, 0.5)
+    return inputs, backward(*inputs, impl="joined")
+
+
+def moved(x, offset=1):
+    """The same, `offset` entries behind where torch would put it."""
+    at = torch.empty(x.numel() + offset, dtype=x.dtype, device=x.device)[offset:]
+    return at.view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize(
+    "place, change",
+    [
+        (1, moved),
+        (1, wide),  # rows of an odd length, and NaN beside them
+        (1, functools.partial(wide, extra=8)),  # rows on 16 bytes, and NaN beside them
+        (0, functools.partial(wide, extra=8)),
+        (2, wide),
+        (3, lambda weight: weight._replace(packed=moved(weight.packed))),
+        (5, lambda B: B.T.contiguous().T),
+    ],
+)
+def test_inputs_that_lie_elsewhere(joined, place, change):
+    """The way is chosen by dy; x, u, B and the weight may lie where they do."""
+    inputs, expected = joined
+    inputs = [change(given) if i == place else given for i, given in enumerate(inputs)]
+    found = backward(*inputs, impl="joined")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_does_not_fit_is_refused():
