@@ -224,14 +224,15 @@ def _aligned(x) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
-def suits(x, columns: int) -> bool:
+def suits(x, columns: int, rank: int) -> bool:
     """Whether this is the fastest way to a result of that many columns (measured: README.md).
 
-    It is where its tiles come out as whole rounds of all processors, or nearly so.
+    It is where its tiles come out as whole rounds of all processors, or nearly so, and the rank is
+    at most 64.
     """
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
     side_by_side = processors(x.device)
-    return tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
+    return rank <= 64 and tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
 
 
 class Splits(NamedTuple):

@@ -123,7 +123,8 @@ def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: in
         return "fused"
     from kernels.nf4_lora_linear.many_rows import suits, takes
 
-    joined = takes(x, weight, 0 if A is None else A.shape[0])
+    rank = 0 if A is None else A.shape[0]
+    joined = takes(x, weight, rank)
     if impl == "joined" and not joined:
         raise ValueError(
             "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and one row or "
@@ -131,7 +132,7 @@ def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: in
             f"got x {tuple(x.shape)} {x.dtype}, a weight {weight.shape}, "
             f"{'no adapter' if A is None else f'rank {A.shape[0]}'}"
         )
-    return "joined" if joined and (impl == "joined" or suits(x, columns)) else "decode"
+    return "joined" if joined and (impl == "joined" or suits(x, columns, rank)) else "decode"
 
 
 # --------------------------------------------------------------------------------- registration

@@ -170,13 +170,14 @@ def test_a_policy_can_name_the_op():
     assert (True, False) in calls
 
 
-def test_the_joined_product_suits_whole_rounds_of_tiles():
+def test_the_joined_product_suits_whole_rounds_of_tiles_at_ranks_up_to_64():
     """Of 128 x 256; the processors are two where there is no GPU."""
     many = processors(torch.device(DEVICE)) // 2
     x = torch.empty(128, 8, device=DEVICE)
-    assert suits(x, 2 * many * 256) and suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256)
-    assert not suits(x, 256) and not suits(x, (2 * many + 1) * 256)
-    assert suits(x, 2 * many * 256 * 9 + 1)  # nine rounds and a little
+    assert suits(x, 2 * many * 256, 64) and not suits(x, 2 * many * 256, 65)
+    assert suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256, 16)
+    assert not suits(x, 256, 16) and not suits(x, (2 * many + 1) * 256, 16)
+    assert suits(x, 2 * many * 256 * 9 + 1, 16)  # nine rounds and a little
 
 
 @pytest.mark.parametrize("M", [1, 63, 64, 255, 256, 257, 1400, 4096, 5200, 16384, 100_001])
