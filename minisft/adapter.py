@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig, UserError, load_json, matches
+from minisft.quant_state import OURS
 from minisft.safetensors_io import Header, iter_tensors, read_header, replace_synced, save_file
 from minisft.targets import (
     ALL_LINEAR,
@@ -39,6 +40,7 @@ CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 DIGEST_KEY = "minisft_digest"
 FOUR_BIT_KEY = "minisft_load_in_4bit"  # PEFT's config has no word for it
+KIND_KEY = "minisft_base_4bit"  # nor for the kind of 4 bits: `quant_state.kinds`
 PEFT_VERSION = "0.21.2"  # whose layout is followed
 EMBED_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -97,6 +99,7 @@ model = AutoPeftModelForCausalLM.from_pretrained(
 )
 ```
 """
+_STORED_USE = "Trained on the base as it is stored, in 4 bits ({kind}).\n\n" + _USE
 # Fields that may hold anything: they do not change what the adapter computes.
 _FREE_FIELDS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
@@ -183,13 +186,14 @@ def save_adapter(
     *,
     revision: str | None = None,
     card: str | None = None,
-    load_in_4bit: bool = False,
+    base_4bit: str = "",
 ) -> None:
     """Write an adapter that PEFT, transformers and vLLM load: weights, config, optional README.
 
     tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, any float dtype and
-    device; written as float32. load_in_4bit: whether it belongs on a base in 4 bits, kept in the
-    file's metadata for `base_in_4bit`. With a tied base the one trained copy has both keys.
+    device; written as float32. base_4bit: `quant_state.kinds` of the base in 4 bits that it belongs
+    on, "" for none; kept in the file's metadata for `base_in_4bit` and `other_4bit`. With a tied
+    base the one trained copy has both keys.
     The config is written last, each file whole or not at all; `card`: text from `model_card`.
     Raises UserError if the directory cannot be written, ValueError if tensors do not fit.
     """
@@ -210,19 +214,20 @@ def save_adapter(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{directory}: cannot be created ({e.strerror})") from None
-    metadata = {DIGEST_KEY: _digest(config), FOUR_BIT_KEY: json.dumps(load_in_4bit)}
+    metadata = {DIGEST_KEY: _digest(config), FOUR_BIT_KEY: json.dumps(bool(base_4bit))}
+    metadata |= {KIND_KEY: base_4bit} if base_4bit else {}
     save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", **metadata})
     if card is not None:
         _write_text(directory / CARD_NAME, card)
     _write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def model_card(facts: dict[str, Any], load_in_4bit: bool = False) -> str:
+def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
     """README.md of an adapter: YAML front matter for the hub, then the facts as tables.
 
     facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
     table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
-    load_in_4bit: whether it belongs on a base in 4 bits.
+    base_4bit: as for `save_adapter`.
     Raises UserError if base_model is missing.
     """
     base = facts.get("base_model")
@@ -236,11 +241,13 @@ def model_card(facts: dict[str, Any], load_in_4bit: bool = False) -> str:
     }
     run = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
     tables = {"run": run} | {k: v for k, v in facts.items() if isinstance(v, dict)}
+    use = _STORED_USE.format(kind=base_4bit) if base_4bit else _USE
+    use = _FOUR_BIT_USE if base_4bit == OURS else use
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# LoRA adapter for {' '.join(str(base).split())}\n",
         "Trained by supervised fine-tuning with minisft.\n",
-        _FOUR_BIT_USE if load_in_4bit else _USE,
+        use,
     ]
     for title, rows in tables.items():
         if rows:
@@ -311,6 +318,21 @@ def base_in_4bit(directory: str | Path) -> bool | None:
     """
     said = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(FOUR_BIT_KEY)
     return None if said is None else said == "true"
+
+
+def other_4bit(directory: str | Path, served: str) -> str:
+    """What to warn of where an adapter trained on a base in 4 bits meets `served`, another kind.
+
+    served: `quant_state.kinds` of the base that it is about to be used on, "" for none. "" where
+    there is nothing to say, or the file does not say what it was trained on.
+    """
+    said = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(KIND_KEY, served)
+    if not served or said == served:
+        return ""
+    return (
+        f"{directory} was trained on a base in 4 bits, {said}; this one is {served}, another "
+        "model. Give --model the base that it was trained on"
+    )
 
 
 def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, dict[str, Tensor]]:

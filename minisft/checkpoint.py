@@ -231,6 +231,33 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason})") from e
 
 
+def refuse_existing(out: Path) -> None:
+    """UserError if there is anything at `out` but an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output-dir {out} exists already; choose a new directory")
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to write into; it takes that name once all is written.
+
+    However it ends before that, nothing is left of it. UserError where something is at `out`, then
+    or by the end, and for what cannot be written.
+    """
+    refuse_existing(out)
+    place = Path(os.path.abspath(out))
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        refuse_existing(out)
+        os.replace(temporary, place)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); check path and space") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON under a temporary name, sync, rename: the old file or all of the new."""
     temporary = path.with_name(f".{path.name}.tmp")

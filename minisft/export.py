@@ -34,7 +34,7 @@ def write_trained(
     cfg: ModelConfig,
     base: str,
     revision: str | None,
-    load_in_4bit: bool,
+    base_4bit: str,
     start: Mapping[str, Tensor],
     card: str | None = None,
 ) -> None:
@@ -45,7 +45,7 @@ def write_trained(
     if lora:
         save_adapter(
             directory, plain_tensors(trainable.views, start), plain_lora(lora), cfg, base,
-            revision=revision, card=card, load_in_4bit=load_in_4bit,
+            revision=revision, card=card, base_4bit=base_4bit,
         )  # fmt: skip
         return
     tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
@@ -60,7 +60,7 @@ def export_adapter(
     tokenizer: Tokenizer,
     base: str,
     revision: str | None,
-    load_in_4bit: bool,
+    base_4bit: str,
     start: Mapping[str, Tensor],
     facts: dict[str, Any],
 ) -> None:
@@ -68,8 +68,8 @@ def export_adapter(
     _write_files(directory, export_tokenizer_files(tokenizer))
     source = f"FROM {Path(base).as_posix()}\nADAPTER ."
     _write_files(directory, {"Modelfile": modelfile(source, tokenizer, cfg).encode()})
-    card = model_card({"base_model": base, **facts}, load_in_4bit)
-    write_trained(directory, trainable, lora, cfg, base, revision, load_in_4bit, start, card)
+    card = model_card({"base_model": base, **facts}, base_4bit)
+    write_trained(directory, trainable, lora, cfg, base, revision, base_4bit, start, card)
 
 
 def export_model(

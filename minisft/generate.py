@@ -73,6 +73,11 @@ def generate(
     active, inputs = list(range(len(prompts))), prompts
     for _ in range(max_new_tokens):
         logits = _extend(trainable, frozen, inputs, active, cache, written, compute, device)
+        if not logits.isfinite().all():
+            raise UserError(
+                "the model's logits are not finite, so there is no next token: its weights or the "
+                "adapter's are damaged, or --dtype is too narrow for them"
+            )
         chosen = _choose(logits, sampling, generator)
         for i, token in zip(active, chosen, strict=True):
             new[i].append(token)

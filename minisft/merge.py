@@ -9,8 +9,7 @@ model is the one that was trained.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
+from minisft.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
+from minisft.checkpoint import refuse_existing, whole_directory
 from minisft.config import LoraConfig, UserError
 from minisft.export import save_shards, write_model_files
 from minisft.llama import (
@@ -35,6 +35,7 @@ from minisft.weights import (
     Checkpoint,
     four_bit_names,
     in_full,
+    kinds_of,
     load_model_config,
     open_checkpoint,
     place,
@@ -93,8 +94,7 @@ def merge(
     out = Path(output_dir)
     if base not in BASES:
         raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output-dir {out} exists already; choose a new directory")
+    refuse_existing(out)
     raw = read_adapter_config(adapter)
     name = model or str(raw.get("base_model_name_or_path") or "")
     if not name:
@@ -115,9 +115,9 @@ def merge(
     kind = resolve_dtype(stored if dtype == "auto" else dtype, where)
     four_bit = four_bit_names(checkpoint, base == "dequant")
     trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.merging")
-    try:
-        temporary.mkdir(parents=True)
+    if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
+        warnings.warn(other, stacklevel=2)
+    with whole_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
         merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
         save_shards(temporary, merged, kind)
@@ -135,12 +135,6 @@ def merge(
         away = None
         if trained != four_bit:
             away = difference(ours, logits_of(checkpoint, kind, where, lora, tensors, trained))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, out)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); check path and space") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Merged(base, directory, relative, largest, away)
 
 

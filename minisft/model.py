@@ -20,6 +20,7 @@ from minisft.llama import EMBEDDING, TOKEN_IDS, Compute
 from minisft.lora import Flat, allocate, groups, init_lora_, trainable_shapes
 from minisft.nn import NF4Weight
 from minisft.optim import check_optimizer, init_moments
+from minisft.quant_state import kinds
 from minisft.residual import split
 from minisft.step import INITIAL_LOSS_SCALE, State
 from minisft.targets import TOKEN_ROWS, check_patterns, scaling_ratios, split_targets
@@ -55,6 +56,13 @@ class Model:
     @property
     def cfg(self) -> ModelConfig:
         return self.compute.model
+
+
+def base_4bit(config: TrainConfig, model: Model) -> str:
+    """`quant_state.kinds` of the base that the adapter belongs on; "" if that is not in 4 bits."""
+    if not config.serves_in_4bit:
+        return ""
+    return kinds(w for w in model.frozen.values() if isinstance(w, NF4Weight))
 
 
 def load_model(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[Model, State]:

@@ -12,16 +12,19 @@ from minisft.config import UserError, flag
 
 # transformers, TRL, PEFT, Unsloth -> the setting here that means the same.
 ALIASES = {
+    "bnb_4bit_compute_dtype": "dtype",
     "chat_template_path": "chat_template",
     "dataset_name": "dataset",
     "evaluation_strategy": "eval_strategy",
     "full_determinism": "deterministic",
     "label_smoothing_factor": "label_smoothing",
+    "lora_modules_to_save": "modules_to_save",
     "lora_target_modules": "target_modules",
     "loraplus_lr_embedding": "embedding_learning_rate",
     "max_seq_length": "max_length",
     "model_name": "model",
     "model_name_or_path": "model",
+    "model_revision": "revision",
     "r": "lora_r",
     "random_state": "seed",
     "train_dataset": "dataset",
@@ -47,6 +50,8 @@ _ONE_GPU = "training runs on one device; multi-GPU training is not implemented y
 _HUB = "nothing is uploaded; use the `hf upload` command on the output directory"
 _KERNELS = "the kernels here are used instead"
 _MEANS = "no logits are kept: means over tokens are reported"
+_DOUBLE = "a base is quantised with double quantisation; scripts/quantize.py --no-double-quant \
+writes a copy without, to train on"
 _ALWAYS_TOKENS = "the loss is always the mean over the tokens of the whole step"
 # What the arguments of Trainer, PEFT and Unsloth configure and this loop does not have, and why; a
 # name that ends in * stands for all that begin so.
@@ -63,6 +68,10 @@ REFUSED = {
     "batch_eval_metrics": _MEANS,
     "bf16_full_eval": "evaluation computes in --dtype, as training does",
     "bias": "biases of the base stay frozen, as with PEFT's default",
+    "bnb_4bit_quant_storage": "4-bit weights are kept as bytes",
+    "bnb_4bit_quant_type": "a base is quantised to NF4; for FP4 train on a copy, which "
+    "scripts/quantize.py --quant-type fp4 writes",
+    "bnb_4bit_use_double_quant": _DOUBLE,
     "corda_config": _FIRST,
     "data_collator": "from Python: minisft.train(config, batch_fn=collator)",
     "data_seed": "--seed decides the order of the rows",
@@ -120,6 +129,8 @@ REFUSED = {
     "less to quantise",
     "lora_bias": "B has no bias, as with PEFT's default",
     "lora_ga_config": _FIRST,
+    "lora_target_parameters": "the models here have linears alone: use --target-modules",
+    "lora_task_type": "the models here are CAUSAL_LM",
     "max_lora_rank": _SERVING,
     "megatron_*": _ONE_GPU,
     "model_init_kwargs": "give --dtype, --revision and --load-in-4bit by their own flags",
@@ -160,24 +171,33 @@ REFUSED = {
     "truncation_mode": "rows keep their start",
     "trust_remote_code": "no code of a model is ever run",
     "use_bdlora": _VARIANT,
+    "use_bnb_nested_quant": _DOUBLE,
     "use_cache": "training keeps no key/value cache, generation always does",
     "use_exact_model_name": "--model is always taken as it is given",
     "use_liger_kernel": _KERNELS,
+    "use_peft": "an adapter is trained, or with --full-finetuning the model itself",
     "use_qalora": _VARIANT,
     "velora_config": _VARIANT,
 }
 # Off or none, any of them asks for what is done anyway, but for these; and so do these values.
 _OFF_IS_ANOTHER = (
-    "data_seed", "do_eval", "do_train", "ensure_weight_tying", "logging_strategy"
+    "bnb_4bit_use_double_quant", "data_seed", "do_eval", "do_train", "ensure_weight_tying",
+    "logging_strategy", "use_bnb_nested_quant", "use_peft",
 )  # fmt: skip
 _DONE_ANYWAY = {
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": "true",
     "do_train": "true",
     "logging_strategy": "steps",
+    "lora_task_type": "causal_lm",
     "peft_type": "lora",
     "remove_unused_columns": "true",
     "task_type": "causal_lm",
     "train_sampling_strategy": "random",
     "truncation_mode": "keep_start",
+    "use_bnb_nested_quant": "true",
+    "use_peft": "true",
 }
 
 
@@ -225,7 +245,8 @@ def translate(name: str, value: str | None, known: Mapping[str, object]) -> tupl
     if "lora_r" in known and (why := refusal(key)):
         text = (value or "on").lower() if key == plain else "no"
         off = text in (*_OFF, "{}", "[]") and key not in _OFF_IS_ANOTHER
-        if off or text == _DONE_ANYWAY.get(key):
+        done = _DONE_ANYWAY.get(key)
+        if off or text == done or (done == "true" and text in _ON):
             return "", None
         raise UserError(f"{flag(plain)} is not a setting here: {why}")
     return name, value

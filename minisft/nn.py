@@ -46,7 +46,7 @@ from kernels.nf4 import (
     quantize,
     side_by_side,
 )
-from kernels.nf4.reference import BLOCK, CODES, NESTED_BLOCK
+from kernels.nf4.reference import BLOCK, CODES, NESTED_BLOCK, scales
 from kernels.nf4_lora_linear import nf4_lora_linear
 from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from kernels.rope import rope_, rope_backward
@@ -60,7 +60,7 @@ __all__ = [
     "global_norm", "linear", "linear_cross_entropy", "linear_cross_entropy_grad", "narrow_products",
     "normalise", "outer_sum", "packed_attention", "place_block_diagonal", "quantize",
     "reduce_partials", "rms_norm", "rms_norm_backward", "rope_", "rope_backward",
-    "rope_inverse_frequencies", "rope_table", "row_stride", "side_by_side", "swiglu",
+    "rope_inverse_frequencies", "rope_table", "row_stride", "scales", "side_by_side", "swiglu",
     "swiglu_backward_", "swiglu_kernel",
 ]  # fmt: skip
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from minisft.config import UserError
-from minisft.nn import CODES, NESTED_BLOCK, NF4Weight
+from minisft.nn import CODES, NESTED_BLOCK, NF4Weight, scales
 from minisft.safetensors_io import TensorInfo
 
+OURS = "nf4 with double quantisation"  # `kinds` of what a run quantises itself
 _STATE = re.compile(r"(.+\.weight)\.quant_state\.(.+)")
 _MEMBER = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map)")
 _PREFIX = "bitsandbytes__"
@@ -55,6 +56,15 @@ class QuantState(NamedTuple):
             "nested_absmax": (f32, (math.ceil(blocks / NESTED_BLOCK),)),
             "nested_quant_map": (f32, (256,)),
         }
+
+
+def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
+    """What they are: "nf4 with double quantisation", several joined by " and ", "" for none."""
+    found = {
+        f"{m.quant_type} with {'single' if m.nested_offset is None else 'double'} quantisation"
+        for m in matrices
+    }
+    return " and ".join(sorted(found))
 
 
 def find_states(names: Iterable[str], source: str) -> dict[str, str]:
@@ -126,7 +136,9 @@ def parse_state(name: str, text: bytes, source: str) -> QuantState:
         if raw.get("nested_dtype") != "float32":
             raise wrong("nested_dtype", "'float32'")
         offset = raw.get("nested_offset")
-        if not isinstance(offset, float) or not math.isfinite(offset):
+        if isinstance(offset, bool) or not isinstance(offset, int | float):
+            raise wrong("nested_offset", "a finite number")
+        if not abs(offset) <= torch.finfo(torch.float32).max:  # NaN is not
             raise wrong("nested_offset", "a finite number")
     return QuantState(kind, blocksize, (shape[0], shape[1]), offset)
 
@@ -175,13 +187,20 @@ def assemble(weight: str, state: QuantState, tensors: dict[str, Tensor], source:
         if not tensor.is_floating_point():
             continue
         if not tensor.isfinite().all():
-            raise UserError(f"{source}: {weight}.{member} holds a value that is not finite")
+            raise UserError(
+                f"{source}: {weight}.{member} holds a value that is not finite. {_DAMAGED}"
+            )
     code = torch.tensor(CODES[state.quant_type], dtype=torch.float32)
     if (parts["quant_map"] - code).abs().max() > 1e-6:
         raise UserError(
             f"{source}: {weight}.quant_map is not the code of {state.quant_type}. {_DAMAGED}"
         )
-    return _matrix(state, packed, parts)
+    matrix = _matrix(state, packed, parts)
+    if not scales(matrix).isfinite().all():
+        raise UserError(
+            f"{source}: {weight}.absmax decodes to scales that are not finite. {_DAMAGED}"
+        )
+    return matrix
 
 
 def unfilled(state: QuantState) -> NF4Weight:

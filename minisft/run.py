@@ -39,7 +39,14 @@ from minisft.loop import check_changed, steps_, trace
 from minisft.lora import Flat
 from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
 from minisft.merge import merge
-from minisft.model import Model, load_model, memory_gib, peak_memory_gib, resolve_device
+from minisft.model import (
+    Model,
+    base_4bit,
+    load_model,
+    memory_gib,
+    peak_memory_gib,
+    resolve_device,
+)
 from minisft.outputs import (
     OUTPUT,
     TrainOutput,
@@ -287,7 +294,7 @@ def save(
     def write_model(directory: Path) -> None:
         write_trained(
             directory, state.trainable, model.lora, model.cfg, config.base_name, config.revision,
-            config.serves_in_4bit, model.start,
+            base_4bit(config, model), model.start,
         )  # fmt: skip
 
     then = {"config": plain_config(config), "evaluated": state.step in report.evaluations}
@@ -393,7 +400,7 @@ def export(
         model.tokenizer,
         config.base_name,
         config.revision,
-        config.serves_in_4bit,
+        base_4bit(config, model),
         model.start,
         facts,
     )

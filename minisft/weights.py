@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor
 from minisft.config import ModelConfig, UserError, load_json, parse_model_config
 from minisft.nn import BLOCK, NF4Weight, dequantize, quantize
 from minisft.quant_state import (
+    OURS,
     QuantState,
     assemble,
     check_members,
     check_state_size,
     find_states,
+    kinds,
     parse_state,
     unfilled,
 )
@@ -176,10 +179,27 @@ def place(
         return moved if four_bit else dequantize(moved, dtype)
     if not four_bit:
         return weight.to(device, dtype, copy=True)
-    try:
+    with quantising(name):
         return quantize(weight.to(device))
+
+
+@contextmanager
+def quantising(name: str, file: Path | None = None) -> Iterator[None]:
+    """Turns quantize's ValueError into a UserError that names the weight, and its file if given."""
+    try:
+        yield
     except ValueError as e:
-        raise UserError(f"{name} cannot be quantised: {e}") from None
+        where = f"{file}: " if file else ""
+        raise UserError(
+            f"{where}{name} cannot be quantised: {e}. Give a model that is whole, or try it with "
+            "--no-load-in-4bit"
+        ) from None
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the embedding as it lies in its file: float32, float16 or bfloat16."""
+    file, name = checkpoint.places["model.embed_tokens.weight"]
+    return str(read_header(file).tensors[name].dtype).removeprefix("torch.")
 
 
 def in_full(weight: Tensor | NF4Weight) -> Tensor:
@@ -213,6 +233,13 @@ def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
         return set()
     linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
     return linears & checkpoint.four_bit.keys() if checkpoint.four_bit else linears
+
+
+def kinds_of(checkpoint: Checkpoint, names: set[str]) -> str:
+    """`quant_state.kinds` of the weights of `four_bit_names`."""
+    if not checkpoint.four_bit:
+        return OURS if names else ""
+    return kinds(checkpoint.four_bit[name] for name in names)
 
 
 def _member_keys(weight: str, state: QuantState) -> list[str]:

@@ -7,7 +7,9 @@ import io
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.adapter import base_in_4bit, load_adapter, read_adapter_config
+from minisft.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
 from minisft.chat import render
 from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
@@ -23,6 +25,7 @@ from minisft.demo import demo_model
 from minisft.generate import Sampling, generate, stop_ids
 from minisft.llama import TOKEN_IDS, Compute, Weights
 from minisft.model import resolve_device, resolve_dtype, token_ids
+from minisft.preempt import Preempted, stop_signals
 from minisft.targets import TOKEN_ROWS, scaling_ratios
 from minisft.tokenizer import (
     Tokenizer,
@@ -35,6 +38,7 @@ from minisft.tokenizer import (
 )
 from minisft.weights import (
     four_bit_names,
+    kinds_of,
     load_model_config,
     open_checkpoint,
     place,
@@ -96,18 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         config = parse_flags(GenerateConfig, argv, prog="generate.py", default=GenerateConfig())
         check(config)
-        loaded = load(config)
+        with stop_signals("before the answers were whole"):
+            loaded = load(config)
+            prompts = [
+                prompt_ids(loaded.tokenizer, config, [{"role": "user", "content": text}])
+                for text in config.prompt
+            ]
+            for text in answers(config, loaded, prompts) if prompts else ():
+                print(text, flush=True)
         if config.interactive:
-            converse(config, loaded)
-            return
-        prompts = [
-            prompt_ids(loaded.tokenizer, config, [{"role": "user", "content": text}])
-            for text in config.prompt
-        ]
-        for text in answers(config, loaded, prompts):
-            print(text, flush=True)
+            with suppress(KeyboardInterrupt):  # ends the chat, also in the middle of an answer
+                converse(config, loaded)
 
-    return run_main(run, {})
+    return run_main(run, {Preempted: 75})
 
 
 def check(config: GenerateConfig) -> None:
@@ -168,6 +173,8 @@ def load(config: GenerateConfig) -> Loaded:
     if config.load_in_4bit != "auto":
         in_4bit = config.load_in_4bit == "true"
     four_bit = four_bit_names(checkpoint, in_4bit)
+    if config.adapter and (other := other_4bit(config.adapter, kinds_of(checkpoint, four_bit))):
+        warnings.warn(other, stacklevel=2)
     frozen = {
         name: place(name, weight, device, dtype, name in four_bit)
         for name, weight in stream_weights(checkpoint)
@@ -205,7 +212,7 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
     while True:
         try:
             text = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if text == "/exit":
             return

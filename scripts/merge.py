@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from minisft.cli import parse_flags, run_main
 from minisft.config import UserError
 from minisft.merge import merge
+from minisft.preempt import Preempted, stop_signals
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("adapter", "output_dir"):
             if not getattr(config, name):
                 raise UserError(f"--{name.replace('_', '-')} is missing; give a directory")
-        done = merge(
-            config.adapter,
-            config.output_dir,
-            model=config.model,
-            revision=config.revision,
-            base=config.base,
-            dtype=config.dtype,
-            device=config.device,
-        )
+        with stop_signals("before the model was whole; nothing is left of it"):
+            done = merge(
+                config.adapter,
+                config.output_dir,
+                model=config.model,
+                revision=config.revision,
+                base=config.base,
+                dtype=config.dtype,
+                device=config.device,
+            )
         print(done)
         print(f"saved to {config.output_dir}")
 
-    return run_main(run, {})
+    return run_main(run, {Preempted: 75})
 
 
 if __name__ == "__main__":

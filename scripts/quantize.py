@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisft.checkpoint import write_json, writing
+from minisft.checkpoint import refuse_existing, whole_directory, write_json
 from minisft.cli import parse_flags, run_main
 from minisft.config import UserError, load_json
 from minisft.export import save_shards
 from minisft.model import resolve_device
 from minisft.nn import CODES, quantize
+from minisft.preempt import Preempted, stop_signals
 from minisft.quant_state import to_tensors
 from minisft.tokenizer import export_tokenizer_files, load_tokenizer
 from minisft.weights import (
@@ -25,7 +26,9 @@ from minisft.weights import (
     load_model_config,
     open_checkpoint,
     place,
+    quantising,
     resolve_model,
+    stored_dtype,
     stream_weights,
 )
 
@@ -37,7 +40,7 @@ class QuantizeConfig:
     model: str = ""
     """A 16- or 32-bit model: a directory or a hub id."""
     output_dir: str = ""
-    """Where to write the copy; a directory that holds no model yet."""
+    """Where to write the copy; a directory that does not exist yet."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     quant_type: str = "nf4"
@@ -45,7 +48,8 @@ class QuantizeConfig:
     double_quant: bool = True
     """Quantise the scales too, to 8 bits."""
     dtype: str = "auto"
-    """What is not quantised: bfloat16, float16 or float32; auto keeps the model's own."""
+    """What is not quantised: bfloat16, float16 or float32; auto: what config.json says, or as the
+    embedding is stored."""
     device: str = "auto"
     """Where to quantise: auto, cpu, cuda or cuda:N."""
 
@@ -55,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        write(parse_flags(QuantizeConfig, argv, prog="quantize.py", default=QuantizeConfig()))
+        with stop_signals("before the copy was whole; nothing is left of it"):
+            write(parse_flags(QuantizeConfig, argv, prog="quantize.py", default=QuantizeConfig()))
 
-    return run_main(run, {})
+    return run_main(run, {Preempted: 75})
 
 
 def write(config: QuantizeConfig) -> None:
-    """Weights in shards, tokenizer, and config.json last, under config.output_dir."""
+    """Weights in shards, tokenizer and config.json under config.output_dir, which appears whole."""
     if not config.model or not config.output_dir:
         missing = "--output-dir" if config.model else "--model"
         raise UserError(f"{missing} is missing: give the model and a directory for its 4-bit copy")
@@ -71,31 +76,31 @@ def write(config: QuantizeConfig) -> None:
         raise UserError(
             f"--dtype is {config.dtype!r}; expected one of auto, bfloat16, float16, float32"
         )
+    out = Path(config.output_dir)
+    refuse_existing(out)
     device = resolve_device(config.device)
-    directory, out = resolve_model(config.model, config.revision), Path(config.output_dir)
+    directory = resolve_model(config.model, config.revision)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     if checkpoint.four_bit:
         raise UserError(f"{directory} is in 4 bits already; give the unquantised model")
-    if found := sorted([*out.glob("*.safetensors"), *out.glob("config.json")]):
-        raise UserError(f"--output-dir {out} holds {found[0].name}; choose another directory")
-    name = checkpoint.cfg.dtype or "bfloat16" if config.dtype == "auto" else config.dtype
+    stored = checkpoint.cfg.dtype or stored_dtype(checkpoint)
+    name = stored if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(directory)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with whole_directory(out) as place:
         for file, data in export_tokenizer_files(tokenizer).items():
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
-            (out / file).write_bytes(data)
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        write_json(out / generation.name, load_json(generation))
-    save_shards(out, quantised(checkpoint, config, device, getattr(torch, name)), None)
-    raw = load_json(directory / "config.json") | {
-        "dtype": name,
-        "tie_word_embeddings": checkpoint.cfg.tie_word_embeddings,
-        "quantization_config": quantization_config(config, name),
-    }
-    raw.pop("torch_dtype", None)
-    write_json(out / "config.json", raw)
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            (place / file).write_bytes(data)
+        generation = directory / "generation_config.json"
+        if generation.exists():
+            write_json(place / generation.name, load_json(generation))
+        save_shards(place, quantised(checkpoint, config, device, getattr(torch, name)), None)
+        raw = load_json(directory / "config.json") | {
+            "dtype": name,
+            "tie_word_embeddings": checkpoint.cfg.tie_word_embeddings,
+            "quantization_config": quantization_config(config, name),
+        }
+        raw.pop("torch_dtype", None)
+        write_json(place / "config.json", raw)
     print(f"saved to {out}")
 
 
@@ -108,15 +113,17 @@ def quantised(
         if name not in linears:
             plain = place(name, weight, torch.device("cpu"), dtype, four_bit=False)
             assert isinstance(plain, Tensor)
+            if not plain.isfinite().all():
+                raise UserError(
+                    f"{checkpoint.places[name][0]}: {name} holds a value that is not finite in "
+                    f"{str(dtype).removeprefix('torch.')}; give another --dtype or another model"
+                )
             yield name, plain
             continue
         assert isinstance(weight, Tensor)
-        try:
-            packed = quantize(
-                weight.to(device), quant_type=config.quant_type, double_quant=config.double_quant
-            )
-        except ValueError as e:
-            raise UserError(f"{name} cannot be quantised: {e}") from None
+        kind = {"quant_type": config.quant_type, "double_quant": config.double_quant}
+        with quantising(name, checkpoint.places[name][0]):
+            packed = quantize(weight.to(device), **kind)
         yield from to_tensors(name, packed, dtype).items()
 
 

@@ -81,9 +81,20 @@ def test_every_argument_of_lora_config_and_unsloth_is_taken_or_refused():
     assert {n for n in names if n not in KNOWN and not refusal(n)} == set()
 
 
+def test_every_argument_of_model_config_and_of_bits_and_bytes_is_taken_or_refused():
+    trl = pytest.importorskip("trl")
+    names = {f.name for f in dataclasses.fields(trl.ModelConfig)}
+    names |= {f"bnb_4bit_{x}" for x in ("compute_dtype", "quant_type", "use_double_quant")}
+    names |= {"bnb_4bit_quant_storage"}
+    assert {n for n in names if n not in KNOWN and not refusal(n)} == set()
+
+
 @pytest.mark.parametrize(
     "argv",
     [
+        ["--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant", "--use_peft", "true"],
+        ["--bnb_4bit_use_double_quant=True", "--bnb_4bit_quant_storage", "uint8"],
+        ["--do_train", "--use_peft"],
         ["--bias", "none", "--task_type", "CAUSAL_LM", "--lora_bias=False", "--r", "16"],
         ["--remove_unused_columns", "False", "--push_to_hub", "false", "--seed", "3407"],
         ["--no-push-to-hub", "--load_in_8bit", "False", "--use_cache=False"],
@@ -109,6 +120,9 @@ def test_nothing_that_works_is_refused():
         (["--bf16"], "dtype", "bfloat16"),
         (["--fp16", "True"], "dtype", "float16"),
         (["--bf16=false"], "dtype", "auto"),
+        (["--bnb_4bit_compute_dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--model_revision", "main"], "revision", "main"),
+        (["--lora_modules_to_save", "lm_head"], "modules_to_save", ("lm_head",)),
         (["--no-fp16"], "dtype", "auto"),
         (["--fp16", "False", "--bf16"], "dtype", "bfloat16"),
         (["--use-cpu"], "device", "cpu"),
@@ -146,6 +160,9 @@ def test_a_name_of_the_peers_sets_ours(argv, name, value):
         (["--data-collator", "x"], "from Python: minisft.train"),
         (["--bias", "all"], "--bias is not a setting here: biases of the base stay frozen"),
         (["--do_eval", "False"], "--do-eval is not a setting here"),
+        (["--bnb_4bit_quant_type", "fp4"], "scripts/quantize.py --quant-type fp4 writes"),
+        (["--use-bnb-nested-quant", "false"], "scripts/quantize.py --no-double-quant writes"),
+        (["--use_peft=False"], "or with --full-finetuning the model itself"),
         (["--no-do-train"], "--no-do-train is not a setting here: scripts/train.py always"),
         (["--bf16=maybe"], "--bf16 is 'maybe'; expected true or false"),
     ],
@@ -210,7 +227,8 @@ def test_every_argument_of_the_users_documents_in_one_run(inputs, tmp_path):
     elsewhere |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"}
     elsewhere |= {"exclude_modules", "init_lora_weights", "trainable_token_indices"}
     elsewhere |= {"loraplus_lr_ratio", "random_state", "gradient_checkpointing"}
-    elsewhere |= {"use_gradient_checkpointing"}
+    elsewhere |= {"use_gradient_checkpointing", "bnb_4bit_compute_dtype", "model_revision"}
+    elsewhere |= {"lora_modules_to_save"}
     missing = set(table()) - set(settings) - elsewhere
     assert missing == set()
     argv = []

@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -262,6 +264,26 @@ def test_both_passes_train_through_what_a_checkpoint_keeps_in_4_bits(kind, rows,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.filterwarnings("always")
+def test_an_adapter_says_on_which_4_bits_it_was_trained(base, done, rows, tmp_path):
+    """Where it meets others, it is told: the merged model is not the one that was trained."""
+    made = flags(model=base, output_dir=tmp_path / "fp4", quant_type="fp4", double_quant=False)
+    assert call("quantize", made).code == 0
+    out = run(tmp_path / "fp4", rows, tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert "in 4 bits (fp4 with single quantisation)" in card and "BitsAndBytesConfig" not in card
+    assert "double quantisation" in (done / "README.md").read_text()
+    told = f"{out} was trained on a base in 4 bits, fp4 with single quantisation; this one is nf4 "
+    for given, warned in ((base, True), (tmp_path / "fp4", False)):
+        answer = call("generate", flags(adapter=out, model=given, prompt="x", max_new_tokens=1))
+        assert answer.code == 0 and (told in answer.err) == warned
+        place = tmp_path / f"merged-{warned}"
+        outcome = call("merge", flags(adapter=out, model=given, output_dir=place))
+        assert outcome.code == 0 and (told in outcome.err) == warned
+    outcome = call("generate", flags(adapter=done, prompt="x", max_new_tokens=1))
+    assert outcome.code == 0 and "was trained on" not in outcome.err
+
+
 def test_16_bits_are_another_run(base, done, rows, tmp_path):
     out = run(base, rows, tmp_path / "out", load_in_4bit=False)
     ours, theirs = (metrics(d)[0]["loss"] for d in (out, done))
@@ -370,18 +392,58 @@ def test_a_4_bit_checkpoint_is_served_as_it_is(copy):
         ({"model": "base"}, "--output-dir is missing"),
         ({"output_dir": "out"}, "--model is missing"),
         ({"model": "copy", "output_dir": "out"}, "in 4 bits already"),
-        ({"model": "base", "output_dir": "copy"}, "choose another directory"),
+        ({"model": "base", "output_dir": "copy"}, "exists already; choose a new directory"),
+        ({"model": "base", "output_dir": "kept"}, "exists already; choose a new directory"),
         ({"model": "base", "output_dir": "out", "quant_type": "nf3"}, "expected nf4 or fp4"),
         ({"model": "base", "output_dir": "out", "dtype": "int8"}, "--dtype is 'int8'"),
     ],
 )
 def test_what_quantize_refuses(settings, message, base, copy, tmp_path):
-    places = {"base": base, "copy": copy, "out": tmp_path / "out"}
+    places = {"base": base, "copy": copy, "out": tmp_path / "out", "kept": tmp_path / "kept"}
+    places["kept"].mkdir()
+    (places["kept"] / "chat_template.jinja").write_text("mine")
     settings = {k: places.get(v, v) for k, v in settings.items()}
-    before = tree(copy)
+    before = tree(copy), tree(tmp_path)
     outcome = call("quantize", flags(**settings))
     assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
-    assert tree(copy) == before and not (tmp_path / "out").exists()
+    assert (tree(copy), tree(tmp_path)) == before
+
+
+def test_the_copy_appears_whole_or_not_at_all(base, tmp_path, monkeypatch):
+    """Another one that took its name meanwhile keeps it; a signal leaves nothing."""
+    module = script("quantize")
+
+    def other_first(*args):
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        return real(*args)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    real, out = module.save_shards, tmp_path / "out"
+    monkeypatch.setattr(module, "save_shards", other_first)
+    outcome = call("quantize", flags(model=base, output_dir=out))
+    assert outcome.code == 2 and "exists already" in outcome.err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "config.json").read_text() == "{}"
+    monkeypatch.setattr(module, "save_shards", interrupted)
+    outcome = call("quantize", flags(model=base, output_dir=tmp_path / "second"))
+    assert outcome.code == 75 and "SIGINT: stopped before the copy was whole" in outcome.err
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_auto_keeps_the_dtype_of_the_file_where_config_json_says_none(tmp_path):
+    model = write_model(tmp_path / "model")
+    config = read(model / "config.json")
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    (model / "config.json").write_text(json.dumps(config))
+    stored = load_file(model / "model.safetensors")["model.norm.weight"].dtype
+    assert stored == torch.float32
+    assert call("quantize", flags(model=model, output_dir=tmp_path / "out")).code == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == stored
 
 
 def test_a_copy_is_complete(base, copy, tmp_path):
@@ -407,4 +469,25 @@ def test_weights_that_are_not_finite_are_named(base, rows, tmp_path):
     with pytest.raises(UserError, match=rf"{name} cannot be quantised"):
         load_model(TrainConfig(model=str(model), device="cpu"))
     outcome = call("quantize", flags(model=model, output_dir=tmp_path / "out"))
-    assert outcome.code == 2 and name in outcome.err
+    assert outcome.code == 2 and f"model.safetensors: {name} cannot be quantised" in outcome.err
+    assert "Give a model that is whole" in outcome.err
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "auto"), (1e6, "float16")])
+def test_what_is_not_quantised_is_finite_too(value, dtype, tmp_path):
+    model = write_model(tmp_path / "model")
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"][0] = value
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    outcome = call("quantize", flags(model=model, output_dir=tmp_path / "out", dtype=dtype))
+    assert outcome.code == 2 and "model.norm.weight holds a value that is not finite" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_gives_no_numbers_answers_nothing(tmp_path):
+    model = write_model(tmp_path / "model")
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"][0] = float("nan")
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    outcome = call("generate", flags(model=model, prompt="x", max_new_tokens=2))
+    assert outcome.code == 2 and "logits are not finite" in outcome.err and not outcome.out

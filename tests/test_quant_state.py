@@ -154,6 +154,11 @@ def test_packed_bytes_may_be_stored_as_another_dtype(storage, tmp_path):
             f"{NAME}.nested_quant_map",
             "not finite",
         ),
+        (
+            lambda t: [t[f"{NAME}.nested_{x}"].fill_(1e30) for x in ("absmax", "quant_map")],
+            f"{NAME}.absmax",
+            "decodes to scales that are not finite",
+        ),
         (lambda t: t.pop(STATE), NAME, r"whose quant state .* is missing"),
         (
             lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{NAME}.")],
@@ -186,6 +191,8 @@ def test_packed_bytes_may_be_stored_as_another_dtype(storage, tmp_path):
         (edit(nested_blocksize=None), STATE, "nested_blocksize=missing"),
         (edit(nested_dtype="bfloat16"), STATE, "nested_dtype='bfloat16'"),
         (edit(nested_offset=float("nan")), STATE, "nested_offset=nan; expected a finite number"),
+        (edit(nested_offset=1e39), STATE, r"nested_offset=1e\+39; expected a finite number"),
+        (edit(nested_offset=True), STATE, "nested_offset=True; expected a finite number"),
         (edit(nested_offset="0.1"), STATE, "nested_offset='0.1'"),
         (edit(nested_offset=None), STATE, "nested_offset=missing"),
         (
@@ -222,6 +229,14 @@ def test_a_damaged_quant_state_is_refused_by_name(spoil, named, message, tmp_pat
     with pytest.raises(UserError, match=message) as e:
         read(tmp_path)
     assert named in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_offset_that_json_writes_as_an_integer_is_a_number(tmp_path):
+    tensors, _ = quantised()
+    edit(nested_offset=0)(tensors)
+    write(tmp_path, tensors)
+    _, weights = read(tmp_path)
+    assert weights[NAME].nested_offset.item() == 0
 
 
 @pytest.mark.parametrize(
