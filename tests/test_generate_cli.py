@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import warnings
 
 import pytest
@@ -343,6 +345,19 @@ def test_a_warning_is_one_line_without_our_source(base, peft_adapter, tmp_path):
     (line,) = (line for line in outcome.err.splitlines() if "vision" in line)
     assert line == f"warning: {path}: tensor 'vision.weight' has no known meaning; ignored"
     assert "adapter.py" not in outcome.err
+
+
+def test_a_signal_is_one_line_and_ends_a_chat_without_one(base, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal came to nothing")
+
+    monkeypatch.setattr(script("generate"), "answers", interrupted)
+    outcome = call("generate", flags(model=base, prompt="x"))
+    assert outcome.code == 75 and "SIGINT: stopped before the answers were whole" in outcome.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    outcome = call("generate", flags(model=base, interactive=True))
+    assert outcome.code == 0 and "Traceback" not in outcome.err
 
 
 def test_interactive_needs_a_chat_template(base):

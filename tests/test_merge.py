@@ -1,5 +1,8 @@
 """A merged model is the live one: logits, greedy answers, in transformers too."""
 
+import os
+import signal
+
 import pytest
 import torch
 from runs import call, flags, pairs, read, train, write_model, write_rows
@@ -151,6 +154,20 @@ def test_an_output_directory_with_files_is_refused(places, tmp_path):
     outcome = call("merge", flags(adapter=adapter, output_dir=tmp_path))
     assert outcome.code == 2 and "exists already; choose a new directory" in outcome.err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_signal_leaves_nothing(places, tmp_path, monkeypatch):
+    _, adapter = places[False, False, False]
+    save = merge_module.save_shards
+
+    def interrupted(*args):
+        save(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(merge_module, "save_shards", interrupted)
+    outcome = call("merge", flags(adapter=adapter, output_dir=tmp_path / "merged"))
+    assert outcome.code == 75 and "SIGTERM: stopped before the model was whole" in outcome.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_written_and_verified(places, tmp_path, monkeypatch):
