@@ -248,12 +248,11 @@ def whole_directory(out: Path) -> Iterator[Path]:
     place = Path(os.path.abspath(out))
     temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        refuse_existing(out)
-        os.replace(temporary, place)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); check path and space") from e
+        with writing(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            refuse_existing(out)
+            os.replace(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
