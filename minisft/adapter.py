@@ -241,8 +241,10 @@ def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
     }
     run = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
     tables = {"run": run} | {k: v for k, v in facts.items() if isinstance(v, dict)}
-    use = _STORED_USE.format(kind=base_4bit) if base_4bit else _USE
-    use = _FOUR_BIT_USE if base_4bit == OURS else use
+    if base_4bit == OURS:
+        use = _FOUR_BIT_USE
+    else:
+        use = _STORED_USE.format(kind=base_4bit) if base_4bit else _USE
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# LoRA adapter for {' '.join(str(base).split())}\n",

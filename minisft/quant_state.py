@@ -136,9 +136,11 @@ def parse_state(name: str, text: bytes, source: str) -> QuantState:
         if raw.get("nested_dtype") != "float32":
             raise wrong("nested_dtype", "'float32'")
         offset = raw.get("nested_offset")
-        if isinstance(offset, bool) or not isinstance(offset, int | float):
-            raise wrong("nested_offset", "a finite number")
-        if not abs(offset) <= torch.finfo(torch.float32).max:  # NaN is not
+        if (
+            isinstance(offset, bool)
+            or not isinstance(offset, int | float)
+            or not abs(offset) <= torch.finfo(torch.float32).max  # NaN is not
+        ):
             raise wrong("nested_offset", "a finite number")
     return QuantState(kind, blocksize, (shape[0], shape[1]), offset)
 

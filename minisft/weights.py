@@ -191,8 +191,7 @@ def quantising(name: str, file: Path | None = None) -> Iterator[None]:
     except ValueError as e:
         where = f"{file}: " if file else ""
         raise UserError(
-            f"{where}{name} cannot be quantised: {e}. Give a model that is whole, or try it with "
-            "--no-load-in-4bit"
+            f"{where}{name} cannot be quantised: {e}. Give a model that is whole"
         ) from None
 
 

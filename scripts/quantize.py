@@ -86,21 +86,21 @@ def write(config: QuantizeConfig) -> None:
     stored = checkpoint.cfg.dtype or stored_dtype(checkpoint)
     name = stored if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(directory)
-    with whole_directory(out) as place:
+    with whole_directory(out) as partial:
         for file, data in export_tokenizer_files(tokenizer).items():
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            (place / file).write_bytes(data)
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            (partial / file).write_bytes(data)
         generation = directory / "generation_config.json"
         if generation.exists():
-            write_json(place / generation.name, load_json(generation))
-        save_shards(place, quantised(checkpoint, config, device, getattr(torch, name)), None)
+            write_json(partial / generation.name, load_json(generation))
+        save_shards(partial, quantised(checkpoint, config, device, getattr(torch, name)), None)
         raw = load_json(directory / "config.json") | {
             "dtype": name,
             "tie_word_embeddings": checkpoint.cfg.tie_word_embeddings,
             "quantization_config": quantization_config(config, name),
         }
         raw.pop("torch_dtype", None)
-        write_json(place / "config.json", raw)
+        write_json(partial / "config.json", raw)
     print(f"saved to {out}")
 
 
