@@ -8,21 +8,22 @@ of them are one optimizer step, and an epoch's last step may be shorter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minisft.config import UserError
+from minisft.config.errors import UserError
 from minisft.llama import Tokens
 from minisft.nn import Documents, mix64
-from minisft.tokens import TokenizedDataset
 
 # A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
 # same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: nowhere), as
@@ -66,7 +67,7 @@ class StepBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RowSchedule:
     """The rows of every step, as a pure function of the step number (from 0)."""
 
     num_rows: int
@@ -161,7 +162,7 @@ class Batches:
     """
 
     dataset: TokenizedDataset
-    schedule: Schedule
+    schedule: RowSchedule
     max_tokens: int
     device: torch.device
     dropout: bool = False
@@ -391,3 +392,44 @@ def _dropout_keys(dataset: TokenizedDataset, rows: list[int], seed_step: tuple[i
         base = int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
         keys.append(mix64(torch.arange(last - first) + base))
     return torch.cat(keys)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDataset:
+    """Token arrays of all rows, back to back, on the CPU.
+
+    Row i holds documents row_offsets[i]..row_offsets[i+1]; document d holds tokens
+    document_offsets[d]..document_offsets[d+1]. Labels are not shifted: the model's output at
+    position t is scored against labels[t+1] of the same document.
+    """
+
+    input_ids: Tensor  # int32 [total]
+    labels: Tensor  # int32 [total]; IGNORED where not trained
+    document_offsets: Tensor  # int64 [num_documents + 1]
+    row_offsets: Tensor  # int64 [num_rows + 1]
+    stats: dict[str, Any]
+    digests: Tensor | None = None  # int64: a hash of the ids of each document that was read
+    row_targets: Tensor | None = None  # int64 [num_rows]: trained labels not first in a document
+    hash: str | None = None  # data_hash, where it is known already
+    entry: Path | None = None  # where it is kept on disk
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def row_documents(self, i: int) -> list[tuple[int, int]]:
+        """[(start, stop)] into the token arrays of each document of row i."""
+        first, last = self.row_offsets[i : i + 2].tolist()
+        offsets = self.document_offsets[first : last + 1].tolist()
+        return list(itertools.pairwise(offsets))
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """Tokens of each row, int64 [num_rows]."""
+        return self.document_offsets[self.row_offsets].diff()
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id, to compare with the embedding's rows; -1 if there is no token."""
+        if "max_token_id" in self.stats:
+            return self.stats["max_token_id"]
+        return int(self.input_ids.max()) if len(self.input_ids) else -1

@@ -23,22 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minisft.config import ModelConfig
+from minisft.config.model import ModelConfig
+from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
+from minisft.kernels.nf4 import NF4Weight
 from minisft.nn import (
-    Adapter,
     Documents,
     Linear,
     Lora,
-    NF4Weight,
+    LoraContext,
     apply_rope,
     linear,
     mix64,
     packed_attention,
     rms_norm,
-    rope_table,
     swiglu,
 )
-from minisft.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
+from minisft.rope import rope_table
 
 EMBEDDING = "model.embed_tokens.weight"
 TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, kept beside the frozen weights
@@ -150,7 +150,7 @@ def block(
     layer: Layer,
     rope: tuple[Tensor, Tensor],
     attend: Attend,
-    adapter: Adapter,
+    adapter: LoraContext,
     cfg: ModelConfig,
 ) -> Tensor:
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)). [T, D] -> [T, D]."""
@@ -171,7 +171,7 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
     """Final hidden states (after the last norm) of every token, [T, D] in compute.dtype."""
     cfg = compute.model
     documents = tokens.documents
-    adapter = Adapter(compute.lora_scaling, compute.lora_dropout, tokens.dropout_keys_T)
+    adapter = LoraContext(compute.lora_scaling, compute.lora_dropout, tokens.dropout_keys_T)
     rope = rope_table(
         tokens.position_ids_T,
         documents.lengths,

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from minisft.batches import Ahead, Batches
-from minisft.checkpoint import list_checkpoints
-from minisft.config import TrainConfig
-from minisft.fast import prepare
-from minisft.lora import groups
-from minisft.model import Model, peak_memory_gib
-from minisft.planning import Choice
-from minisft.report import Reporter
-from minisft.schedules import factor_at
+from minisft.config.train import TrainConfig
+from minisft.explicit import Choice, prepare
+from minisft.files.checkpoint import list_checkpoints
+from minisft.files.device import peak_memory_gib
+from minisft.files.load import Base
+from minisft.lora import param_groups
+from minisft.schedules import lr_factor
+from minisft.session.report import Reporter
 from minisft.step import Plan, State, StepResult, train_step_
 
 
@@ -28,7 +28,7 @@ class TrainingStopped(RuntimeError):
 
 def steps_(
     state: State,
-    model: Model,
+    model: Base,
     batches: Batches,
     config: TrainConfig,
     total_steps: int,
@@ -37,12 +37,12 @@ def steps_(
 ) -> Iterator[StepResult]:
     """Train from state.step to total_steps, yielding after each step; logs every logging_steps."""
     plan = plan_of(choice, state, model)
-    slices = groups(state.trainable.shapes, config)
+    slices = param_groups(state.trainable.shapes, config)
     ahead = Ahead(batches, state.step, total_steps)
     while state.step < total_steps:
         started = time.perf_counter()
         batch = ahead.batch(state.step)
-        factor = factor_at(state.step, total_steps, config)
+        factor = lr_factor(state.step, total_steps, config)
         result = train_step_(state, model.frozen, batch, plan, slices, config, factor)
         stopped = _stopped(result, state, batch.rows, model.compute.dtype)
         stopped = stopped or _spiked(result, state, batch.rows, config, report)
@@ -59,7 +59,7 @@ def steps_(
         yield result
 
 
-def plan_of(choice: Choice, state: State, model: Model) -> Plan:
+def plan_of(choice: Choice, state: State, model: Base) -> Plan:
     """How gradients are computed, with the buffers of the hand-written pass allocated."""
     if not choice.explicit:
         return Plan(model.compute)
@@ -138,7 +138,7 @@ def check_changed(
     only where no step of the whole run was applied.
     """
     if config.learning_rate == 0 or not any(
-        factor_at(i, total, config) for i in range(first, total)
+        lr_factor(i, total, config) for i in range(first, total)
     ):
         return
     skipped = 0 < state.updates == before[0]

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.config import LoraConfig, ModelConfig, TrainConfig
-from minisft.targets import TOKEN_ROWS, adapter_shapes
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
+from minisft.config.targets import TOKEN_ROWS, adapter_shapes
+from minisft.config.train import TrainConfig
 
 # Trainer decays everything but biases and norms (transformers.Trainer.get_decay_parameter_names).
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
@@ -38,7 +40,7 @@ class Flat(NamedTuple):
         return {name: tuple(view.shape) for name, view in self.views.items()}
 
 
-class Group(NamedTuple):
+class ParamGroup(NamedTuple):
     """A slice of the flat buffer that the optimizer treats alike."""
 
     start: int
@@ -87,14 +89,14 @@ def viewed(buffer: Tensor, shapes: Mapping[str, Sequence[int]]) -> Flat:
     return Flat(buffer, {n: p.view(*s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
 
 
-def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Group]:
+def param_groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[ParamGroup]:
     """The optimizer's slices of a buffer made by `allocate(shapes)`, as few as the settings allow.
 
     Trained embeddings and heads have --embedding-learning-rate where one is given, lora_B matrices
     the learning rate times --loraplus-lr-ratio. Eight-bit moments are for matrices that are neither
     embedding nor head.
     """
-    out: list[Group] = []
+    out: list[ParamGroup] = []
     start = 0
     for name, shape in shapes.items():
         embedding, tokens = name in EMBEDDING_WEIGHTS, name == TOKEN_ROWS
@@ -109,7 +111,7 @@ def groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[Grou
         if out and out[-1][2:] == (decayed, rate, eight_bit):
             out[-1] = out[-1]._replace(stop=stop)
         else:
-            out.append(Group(start, stop, decayed, rate, eight_bit))
+            out.append(ParamGroup(start, stop, decayed, rate, eight_bit))
         start = stop
     return out
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minisft.batches import MicroBatch
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.llama import Compute, Weights, head_weight, hidden_states
-from minisft.nn import linear_cross_entropy
 
 
 def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Compute) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from minisft.config import TrainConfig, UserError
-from minisft.lora import Flat, Group
-from minisft.nn import adamw_, global_norm
+from minisft.config.errors import UserError
+from minisft.config.train import TrainConfig
+from minisft.kernels.adamw import adamw_, global_norm
+from minisft.lora import Flat, ParamGroup
 
 Moments = dict[str, Tensor]  # the optimizer's state under the names that a checkpoint gives it
 
@@ -45,7 +46,7 @@ def check_optimizer(optim: str, device: torch.device) -> None:
         _bitsandbytes()
 
 
-def init_moments(trainable: Flat, groups: list[Group], optim: str) -> Moments:
+def init_moments(trainable: Flat, groups: list[ParamGroup], optim: str) -> Moments:
     """The state of an optimizer before its first step, on the device of the buffer.
 
     adamw: exp_avg and exp_avg_sq, float32 [n]. 8-bit rules: per group, named after its place in the
@@ -72,7 +73,7 @@ def update_(
     trainable: Flat,
     grads: Tensor,
     moments: Moments,
-    groups: list[Group],
+    groups: list[ParamGroup],
     *,
     norm: Tensor,
     step: int,
@@ -152,7 +153,7 @@ def _lion_(p: Tensor, g: Tensor, m: Tensor, lr: float, decay: float, c: TrainCon
 # ------------------------------------------------------------------------------------------- 8 bit
 
 
-def _group_moment(name: str, group: Group, device: torch.device, paged: bool) -> Moments:
+def _group_moment(name: str, group: ParamGroup, device: torch.device, paged: bool) -> Moments:
     n = group.stop - group.start
     if not group.eight_bit:
         return {name: torch.zeros(n, device=device)}
@@ -227,7 +228,7 @@ def _adafactor_(
     trainable: Flat,
     grads: Tensor,
     moments: Moments,
-    groups: list[Group],
+    groups: list[ParamGroup],
     step: int,
     factor: float,
     weight_decay: float,

@@ -14,12 +14,27 @@ from typing import Any
 
 import torch
 
-from minisft.attention import flash_attention
-from minisft.batches import Batches, BatchFn, Collator, Schedule, source_shares
-from minisft.checkpoint import load_trained_, rotate, save_checkpoint, write_json
-from minisft.config import LoraConfig, TrainConfig, UserError, existing, flag
-from minisft.describe import describe, summarise, without_effect
-from minisft.evaluate import (
+from minisft.batches import Batches, BatchFn, Collator, RowSchedule, source_shares
+from minisft.config.errors import UserError, flag
+from minisft.config.lora import LoraConfig
+from minisft.config.train import TrainConfig
+from minisft.data.load import Data, check_rows, collated, estimated_rows, load_data, most_tokens
+from minisft.explicit import Choice, choose, flash_attention
+from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
+from minisft.files.device import memory_gib, peak_memory_gib, resolve_device
+from minisft.files.disk import existing, write_json
+from minisft.files.export import (
+    describe_config,
+    export_adapter,
+    export_model,
+    trained_file,
+    write_trained,
+)
+from minisft.files.load import Base, base_4bit, load_base
+from minisft.loop import check_changed, steps_, trace
+from minisft.lora import Flat
+from minisft.session.describe import describe, summarise, without_effect
+from minisft.session.evaluate import (
     check_evaluation,
     evaluate_after,
     evaluate_before,
@@ -27,27 +42,10 @@ from minisft.evaluate import (
     most_eval_tokens,
     stops_early,
 )
-from minisft.export import (
-    describe_config,
-    export_adapter,
-    export_model,
-    trained_file,
-    write_trained,
-)
-from minisft.loggers import require_loggers
-from minisft.loop import check_changed, steps_, trace
-from minisft.lora import Flat
-from minisft.memory import Needs, estimate, in_words, kept, out_of_memory
-from minisft.merge import merge
-from minisft.model import (
-    Model,
-    base_4bit,
-    load_model,
-    memory_gib,
-    peak_memory_gib,
-    resolve_device,
-)
-from minisft.outputs import (
+from minisft.session.loggers import require_loggers
+from minisft.session.memory import Needs, estimate, in_words, out_of_memory, resident_gib
+from minisft.session.merge import merge
+from minisft.session.outputs import (
     OUTPUT,
     TrainOutput,
     base_digests,
@@ -56,13 +54,11 @@ from minisft.outputs import (
     run_record,
     start_over,
 )
-from minisft.planning import Choice, choose
-from minisft.preempt import Preempted, stop_signals
-from minisft.report import Reporter, reporting, say
-from minisft.residual import is_pair
-from minisft.resume import finished, kept_start, resume_
-from minisft.rows import Data, check_rows, collated, estimated_rows, load_data, most_tokens
+from minisft.session.report import Reporter, reporting, say
+from minisft.session.resume import finished, resume_, saved_initial_lora
+from minisft.session.signals import Preempted, stop_signals
 from minisft.step import State
+from minisft.variants.pissa import is_pair
 
 
 def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
@@ -85,7 +81,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     ):
         if (done := finished(out, config)) is not None:
             return done
-        model, state = load_model(config, kept_start(out, config))
+        model, state = load_base(config, saved_initial_lora(out, config))
         collator = None if batch_fn is None else Collator(batch_fn, model.cfg.vocab_size)
         data = collated(load_data(config, model, out), config, collator)
         stop.raise_if_asked()
@@ -228,7 +224,7 @@ def plan_steps(
     """Which rows each step sees, and how many steps there are."""
     rows = [told["rows"] for told in data.train.stats["sources"]]
     rows = estimated_rows(data.train) if config.dry_run else rows
-    schedule = Schedule(
+    schedule = RowSchedule(
         num_rows=sum(rows),
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
@@ -248,12 +244,12 @@ def plan_steps(
     return batches, config.max_steps if config.max_steps > 0 else epochs
 
 
-def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> Choice:
+def choose_pass(config: TrainConfig, model: Base, state: State, data: Data) -> Choice:
     """How gradients are computed, and how many tokens at a time."""
     check_rows(config, data)
     longest = int(data.train.row_lengths.max())
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    to_load = sum(kept(model, state).values()) * 2**30 if config.dry_run else 0
+    to_load = sum(resident_gib(model, state).values()) * 2**30 if config.dry_run else 0
     return choose(
         config, state.trainable, model.frozen, model.compute, longest, rows * longest,
         model.device, int(to_load),
@@ -261,7 +257,7 @@ def choose_pass(config: TrainConfig, model: Model, state: State, data: Data) -> 
 
 
 def end_of_dry_run(
-    model: Model, data: Data, batches: Batches, steps: int, needs: Needs
+    model: Base, data: Data, batches: Batches, steps: int, needs: Needs
 ) -> TrainOutput:
     """The last lines of a dry run, and its estimates: total_steps, num_rows, memory_gib."""
     if model.device.type == "cpu":  # what the process takes as it is counts there
@@ -284,7 +280,7 @@ def save(
     out: Path,
     state: State,
     config: TrainConfig,
-    model: Model,
+    model: Base,
     facts: dict[str, Any],
     report: Reporter,
 ) -> None:
@@ -302,7 +298,9 @@ def save(
     rotate(out, config.save_total_limit, state.best_step)
 
 
-def save_due(config: TrainConfig, state: State, schedule: Schedule, best: bool, end: bool) -> bool:
+def save_due(
+    config: TrainConfig, state: State, schedule: RowSchedule, best: bool, end: bool
+) -> bool:
     """Whether --save-strategy asks for a checkpoint after this step, the best or the last one."""
     if config.save_strategy == "no":
         return False
@@ -315,7 +313,7 @@ def save_due(config: TrainConfig, state: State, schedule: Schedule, best: bool, 
 
 
 def take_best_(
-    state: State, out: Path, config: TrainConfig, model: Model, total_steps: int, report: Reporter
+    state: State, out: Path, config: TrainConfig, model: Base, total_steps: int, report: Reporter
 ) -> int:
     """What the evaluations decided: with --load-best-model-at-end, the best one's weights.
 
@@ -378,7 +376,7 @@ def closing_metrics(
 
 
 def export(
-    out: Path, config: TrainConfig, model: Model, data: Data, state: State, metrics: dict[str, Any]
+    out: Path, config: TrainConfig, model: Base, data: Data, state: State, metrics: dict[str, Any]
 ) -> None:
     """The final adapter (or model) with tokenizer and card, at the top of the output directory."""
     if model.lora is None:
@@ -413,7 +411,7 @@ def save_merged(out: Path, device: torch.device) -> None:
 
 
 def finish(
-    out: Path, state: State, metrics: dict[str, Any], config: TrainConfig, model: Model
+    out: Path, state: State, metrics: dict[str, Any], config: TrainConfig, model: Base
 ) -> TrainOutput:
     """train_output.json, written last: it marks the run as complete."""
     result = TrainOutput(state.step, metrics["train_loss"], metrics)

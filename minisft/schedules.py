@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from minisft.config import TrainConfig
+from minisft.config.train import TrainConfig
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
@@ -16,7 +16,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
     return math.ceil(asked * total) if asked < 1 else int(asked)
 
 
-def factor_at(step: int, total: int, config: TrainConfig) -> float:
+def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     """What every learning rate is multiplied by at `step` (from 0): warm-up from 0, then the kind.
 
     linear: down to 0 at `total`. cosine: num_cycles (0.5) periods. cosine_with_restarts: num_cycles

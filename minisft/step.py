@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from minisft.batches import StepBatch
-from minisft.config import TrainConfig
-from minisft.fast import Fast, loss_and_grads_by_hand
+from minisft.config.train import TrainConfig
+from minisft.explicit import ExplicitPass, explicit_loss_and_grads
+from minisft.kernels.adamw import global_norm
 from minisft.llama import Compute, Weights
-from minisft.lora import Flat, Group, viewed
+from minisft.lora import Flat, ParamGroup, viewed
 from minisft.loss import loss_sum
-from minisft.nn import global_norm
 from minisft.optim import Moments, update_
 
 
@@ -26,7 +26,9 @@ class Plan:
 
     compute: Compute
     loss_scale: float = 1.0  # the loss is multiplied by it before the backward pass (fp16)
-    fast: Fast | None = None  # the hand-written pass, where it covers the run; else autograd
+    fast: ExplicitPass | None = (
+        None  # the hand-written pass, where it covers the run; else autograd
+    )
 
 
 @dataclass
@@ -67,7 +69,7 @@ def loss_and_grads(
     plan has it; else autograd over the reference block, one micro-batch after another.
     """
     if plan.fast is not None:
-        return loss_and_grads_by_hand(plan.fast, trainable, batch, plan.loss_scale)
+        return explicit_loss_and_grads(plan.fast, trainable, batch, plan.loss_scale)
     grads = viewed(torch.zeros_like(trainable.buffer), trainable.shapes)
     leaves = {}
     for name, view in trainable.views.items():
@@ -95,7 +97,7 @@ def train_step_(
     frozen: Weights,
     batch: StepBatch,
     plan: Plan,
-    groups: list[Group],
+    groups: list[ParamGroup],
     config: TrainConfig,
     factor: float,
 ) -> StepResult:

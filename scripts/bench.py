@@ -15,23 +15,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from minisft.kernels.nf4 import NF4Weight, quantize
 from random_model import config_json
 from torch import Tensor
 
-from minisft.batches import Ahead, Batches, Schedule
-from minisft.cli import parse_flags, run_main
-from minisft.config import ModelConfig, TrainConfig, UserError, parse_model_config
-from minisft.data import TokenizedDataset
+from minisft.batches import Ahead, Batches, RowSchedule
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.config.hf import parse_model_config
+from minisft.config.model import ModelConfig
+from minisft.config.targets import split_targets
+from minisft.config.train import TrainConfig
+from minisft.data.packing import pack
+from minisft.data.tokenize import TokenizedDataset
+from minisft.explicit.plan import choose
+from minisft.files.device import resolve_device, resolve_dtype
+from minisft.files.load import Base
 from minisft.llama import Compute
 from minisft.loop import plan_of
-from minisft.lora import allocate, groups, init_lora_, trainable_shapes
-from minisft.model import Model, resolve_device, resolve_dtype
-from minisft.nn import NF4Weight, quantize
+from minisft.lora import allocate, init_lora_, param_groups, trainable_shapes
 from minisft.optim import init_moments
-from minisft.packing import pack
-from minisft.planning import choose
 from minisft.step import State, train_step_
-from minisft.targets import split_targets
 
 PEAK = 790e12  # floating-point operations a second of an H200's dense bf16 products
 MAX_CPU_SECONDS = 300  # of a step's measurement
@@ -151,14 +155,14 @@ def step(config: StepConfig) -> dict:
     print(choice.said, file=sys.stderr)
     batches = Batches(
         data,
-        Schedule(len(data), config.batch_size, config.accumulation, seed=config.seed),
+        RowSchedule(len(data), config.batch_size, config.accumulation, seed=config.seed),
         max_tokens=choice.tokens,
         device=torch.device("cpu") if choice.explicit else device,
         ahead=device.type == "cuda",
     )
     seconds, tokens = [], []
     plan = plan_of(choice, state, model)
-    slices = groups(state.trainable.shapes, settings)
+    slices = param_groups(state.trainable.shapes, settings)
     ahead = Ahead(batches, 0, config.steps + 3)
     for i in range(config.steps + 3):
         started = time.perf_counter()
@@ -275,7 +279,7 @@ def random_model(
     cfg: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Model, State]:
+) -> tuple[Base, State]:
     """A model as load_model gives it, drawn on the device."""
     generator = torch.Generator(device).manual_seed(config.seed)
     frozen: dict[str, Tensor | NF4Weight] = {}
@@ -300,8 +304,8 @@ def random_model(
         cfg, dtype, lora_scaling=lora.scaling,
         checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
     )  # fmt: skip
-    state = State(flat, init_moments(flat, groups(shapes, settings), config.optim))
-    return Model(None, frozen, None, compute, device, lora), state  # pyright: ignore
+    state = State(flat, init_moments(flat, param_groups(shapes, settings), config.optim))
+    return Base(None, frozen, None, compute, device, lora), state  # pyright: ignore
 
 
 def random_rows(config: StepConfig) -> TokenizedDataset:

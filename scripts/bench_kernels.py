@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.config import UserError
+from minisft.config.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 T = 4096  # tokens
@@ -113,7 +113,7 @@ def liger():
 
 
 def rms_norm() -> None:
-    from kernels.rms_norm import add_rms_norm, rms_norm_backward
+    from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 
     functions = liger()
     for shape, (D, *_) in SHAPES.items():
@@ -146,7 +146,7 @@ def rms_norm() -> None:
 
 
 def rope() -> None:
-    from kernels.rope import rope_, rope_backward
+    from minisft.kernels.rope import rope_, rope_backward
 
     functions = liger()
     for shape, (_, _, N, K, H) in SHAPES.items():
@@ -188,8 +188,8 @@ def rope() -> None:
 
 
 def swiglu() -> None:
-    from kernels.swiglu import swiglu as forward
-    from kernels.swiglu import swiglu_backward_
+    from minisft.kernels.swiglu import swiglu as forward
+    from minisft.kernels.swiglu import swiglu_backward_
 
     functions = liger()
     for shape, (_, ffn, *_) in SHAPES.items():
@@ -228,8 +228,8 @@ def swiglu() -> None:
 
 
 def cross_entropy() -> None:
-    from kernels.linear_cross_entropy import linear_cross_entropy_grad
-    from kernels.linear_cross_entropy.kernel import launch_cross_entropy_
+    from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
+    from minisft.kernels.linear_cross_entropy.kernel import launch_cross_entropy_
 
     functions, V = liger(), 128256
     for shape, (D, *_) in SHAPES.items():
@@ -300,7 +300,7 @@ def cross_entropy() -> None:
 
 
 def low_rank() -> None:
-    from kernels.low_rank import outer_sum
+    from minisft.kernels.low_rank import outer_sum
 
     for shape, (D, ffn, *_) in SHAPES.items():
         for N in (D, ffn):
@@ -316,9 +316,8 @@ def low_rank() -> None:
 
 def nf4() -> None:
     import bitsandbytes.functional as bnb
-
-    from kernels.nf4 import dequantize_into, quantize
-    from kernels.nf4.cases import BENCH_SHAPES
+    from minisft.kernels.nf4 import dequantize_into, quantize
+    from minisft.kernels.nf4.cases import BENCH_SHAPES
 
     n = 1 << 28
     source, target = rand(n), rand(n)
@@ -363,10 +362,9 @@ def nf4_lora_linear() -> None:
     """Against bitsandbytes + PEFT, against decode and three products, against the product alone."""
     import bitsandbytes as bnb
     import peft
-
-    from kernels.nf4 import quantize
-    from kernels.nf4_lora_linear import backward, forward
-    from kernels.nf4_lora_linear.cases import BENCH_ROWS, BENCH_SHAPES
+    from minisft.kernels.nf4 import quantize
+    from minisft.kernels.nf4_lora_linear import backward, forward
+    from minisft.kernels.nf4_lora_linear.cases import BENCH_ROWS, BENCH_SHAPES
 
     print(
         "\n| O x I | rows | pass | ours | (a) bnb + PEFT | (b) decode + 3 products | (c) product "
@@ -440,11 +438,13 @@ def nf4_lora_linear() -> None:
 
 def adamw() -> None:
     """Norm, clip and AdamW over one flat buffer, against tensors one by one (r = 16)."""
+    from minisft.kernels.adamw import global_norm
     from random_model import config_json
 
-    from minisft.config import LoraConfig, TrainConfig, parse_model_config
-    from minisft.lora import allocate, groups, trainable_shapes
-    from minisft.nn import global_norm
+    from minisft.config.hf import parse_model_config
+    from minisft.config.lora import LoraConfig
+    from minisft.config.train import TrainConfig
+    from minisft.lora import allocate, param_groups, trainable_shapes
     from minisft.optim import init_moments, update_
 
     def flat_rule(p, g, m, v):
@@ -460,7 +460,7 @@ def adamw() -> None:
         trainable = allocate(shapes, torch.device("cuda"))
         n = trainable.buffer.numel()
         grads = torch.randn(n, device="cuda")
-        slices = groups(shapes, config)
+        slices = param_groups(shapes, config)
         moments = init_moments(trainable, slices, "adamw")
         params = [torch.nn.Parameter(view.clone()) for view in trainable.views.values()]
         for p in params:

@@ -17,17 +17,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisft.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
-from minisft.chat import render
-from minisft.cli import parse_flags, run_main
-from minisft.config import UserError
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.config.targets import TOKEN_ROWS, scaling_ratios
 from minisft.demo import demo_model
-from minisft.generate import Sampling, generate, stop_ids
+from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
+from minisft.files.device import resolve_device, resolve_dtype
+from minisft.files.load import token_ids
+from minisft.files.weights import (
+    four_bit_names,
+    kinds_of,
+    load_model_config,
+    open_checkpoint,
+    resolve_model,
+    stream_weights,
+    to_device,
+)
 from minisft.llama import TOKEN_IDS, Compute, Weights
-from minisft.model import resolve_device, resolve_dtype, token_ids
-from minisft.preempt import Preempted, stop_signals
-from minisft.targets import TOKEN_ROWS, scaling_ratios
-from minisft.tokenizer import (
+from minisft.session.generate import Sampling, generate, stop_ids
+from minisft.session.signals import Preempted, stop_signals
+from minisft.text.chat import render
+from minisft.text.tokenizer import (
     Tokenizer,
     decode,
     encode,
@@ -35,15 +45,6 @@ from minisft.tokenizer import (
     load_tokenizer,
     mark_special_text,
     tokenizer_of,
-)
-from minisft.weights import (
-    four_bit_names,
-    kinds_of,
-    load_model_config,
-    open_checkpoint,
-    place,
-    resolve_model,
-    stream_weights,
 )
 
 
@@ -176,7 +177,7 @@ def load(config: GenerateConfig) -> Loaded:
     if config.adapter and (other := other_4bit(config.adapter, kinds_of(checkpoint, four_bit))):
         warnings.warn(other, stacklevel=2)
     frozen = {
-        name: place(name, weight, device, dtype, name in four_bit)
+        name: to_device(name, weight, device, dtype, name in four_bit)
         for name, weight in stream_weights(checkpoint)
         if name not in trainable
     }

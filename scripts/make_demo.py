@@ -29,12 +29,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minisft import TrainConfig, train
-from minisft.checkpoint import write_json
-from minisft.cli import parse_flags, run_main
-from minisft.config import parse_model_config
+from minisft.config.flags import parse_flags, run_main
+from minisft.config.hf import parse_model_config
 from minisft.demo import HERE
-from minisft.export import save_shards
-from minisft.safetensors_io import iter_tensors
+from minisft.files.disk import write_json
+from minisft.files.export import save_shards
+from minisft.files.safetensors import iter_tensors
 
 Fact = dict[str, str]  # country, capital, continent, currency, held_out
 

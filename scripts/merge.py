@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minisft.cli import parse_flags, run_main
-from minisft.config import UserError
-from minisft.merge import merge
-from minisft.preempt import Preempted, stop_signals
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.session.merge import merge
+from minisft.session.signals import Preempted, stop_signals
 
 
 @dataclass(frozen=True)

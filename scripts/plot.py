@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.cli import parse_flags, run_main
-from minisft.config import UserError
-from minisft.report import METRICS
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.session.report import METRICS
 
 # Field of metrics.jsonl -> title of its panel.
 PANELS = {

@@ -10,27 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minisft.kernels.nf4 import quantize
+from minisft.kernels.nf4.reference import CODES
 from torch import Tensor
 
-from minisft.checkpoint import refuse_existing, whole_directory, write_json
-from minisft.cli import parse_flags, run_main
-from minisft.config import UserError, load_json
-from minisft.export import save_shards
-from minisft.model import resolve_device
-from minisft.nn import CODES, quantize
-from minisft.preempt import Preempted, stop_signals
-from minisft.quant_state import to_tensors
-from minisft.tokenizer import export_tokenizer_files, load_tokenizer
-from minisft.weights import (
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.files.device import resolve_device
+from minisft.files.disk import load_json, refuse_existing, whole_directory, write_json
+from minisft.files.export import save_shards
+from minisft.files.quant_state import to_tensors
+from minisft.files.weights import (
     Checkpoint,
     load_model_config,
     open_checkpoint,
-    place,
     quantising,
     resolve_model,
     stored_dtype,
     stream_weights,
+    to_device,
 )
+from minisft.session.signals import Preempted, stop_signals
+from minisft.text.tokenizer import export_tokenizer_files, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def quantised(
     linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
     for name, weight in stream_weights(checkpoint):
         if name not in linears:
-            plain = place(name, weight, torch.device("cpu"), dtype, four_bit=False)
+            plain = to_device(name, weight, torch.device("cpu"), dtype, four_bit=False)
             assert isinstance(plain, Tensor)
             if not plain.isfinite().all():
                 raise UserError(

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisft.checkpoint import write_json
-from minisft.cli import parse_flags, run_main
-from minisft.config import UserError, parse_model_config
+from minisft.config.errors import UserError
+from minisft.config.flags import parse_flags, run_main
+from minisft.config.hf import parse_model_config
 from minisft.demo import demo_model
-from minisft.export import save_shards
-from minisft.tokenizer import export_tokenizer_files, load_tokenizer
+from minisft.files.disk import write_json
+from minisft.files.export import save_shards
+from minisft.text.tokenizer import export_tokenizer_files, load_tokenizer
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",

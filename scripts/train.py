@@ -3,12 +3,12 @@
     python scripts/train.py --model meta-llama/Llama-3.2-1B --dataset rows.jsonl
 
 What happens, in order, is `minisft.run.train`; where each part lives:
-    flags      minisft/cli.py, minisft/config.py
-    weights    minisft/weights.py      -> frozen, trainable (minisft/lora.py)
-    rows       minisft/data.py         -> batches (minisft/batches.py)
+    flags      minisft/config/flags.py, minisft/config/train.py
+    weights    minisft/files/weights.py      -> frozen, trainable (minisft/lora.py)
+    rows       minisft/data/tokenize.py         -> batches (minisft/batches.py)
     forward    minisft/llama.py, minisft/nn.py
     step       minisft/loop.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
-    files      minisft/checkpoint.py, minisft/export.py
+    files      minisft/files/checkpoint.py, minisft/files/export.py
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ if __name__ == "__main__":  # a signal while torch loads is one too: nothing to 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(75))
 
-from minisft.cli import asks_for_help, parse_flags, run_main
-from minisft.config import TrainConfig
+from minisft.config.flags import asks_for_help, parse_flags, run_main
+from minisft.config.names import ALIASES
+from minisft.config.train import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
 from minisft.loop import TrainingStopped
-from minisft.names import ALIASES
-from minisft.preempt import Preempted
 from minisft.run import train
+from minisft.session.signals import Preempted
 
 
 def main(argv: Sequence[str] | None = None) -> int:

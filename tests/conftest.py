@@ -9,8 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-# The repository first: with tests/ on the path alone, tests/kernels is taken for the package
-# `kernels`, which an editable install is asked for last.
+# The checkout itself is what is tested, whatever is installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

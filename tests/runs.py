@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_tokenizer import write_byte_level
 
-from minisft.config import parse_model_config
+from minisft.config.hf import parse_model_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

@@ -16,7 +16,7 @@ from minisft.batches import (
     IGNORED,
     Ahead,
     Batches,
-    Schedule,
+    RowSchedule,
     cut_by_tokens,
     epoch_order,
     make_micro_batch,
@@ -40,7 +40,7 @@ PACKED = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8], [3], [
     epoch=st.integers(0, 2),
 )
 def test_every_epoch_covers_each_row_once(num_rows, batch_size, accumulation, world, seed, epoch):
-    schedule = Schedule(num_rows, batch_size, accumulation, seed, world)
+    schedule = RowSchedule(num_rows, batch_size, accumulation, seed, world)
     first = epoch * schedule.steps_per_epoch
     steps = range(first, first + schedule.steps_per_epoch)
     seen = Counter()
@@ -62,8 +62,8 @@ def test_every_epoch_covers_each_row_once(num_rows, batch_size, accumulation, wo
 )
 def test_ranks_share_the_batches_of_one_rank(num_rows, batch_size, accumulation, world):
     """Rank r of W takes batches r, r + W, ...: a step of W ranks is W x accumulation batches."""
-    many = Schedule(num_rows, batch_size, accumulation, 3, world)
-    one = Schedule(num_rows, batch_size, accumulation * world, 3)
+    many = RowSchedule(num_rows, batch_size, accumulation, 3, world)
+    one = RowSchedule(num_rows, batch_size, accumulation * world, 3)
     assert many.steps_per_epoch == one.steps_per_epoch
     for step in range(2 * one.steps_per_epoch):
         ranks = [many.rows(step, rank) for rank in range(world)]
@@ -72,7 +72,7 @@ def test_ranks_share_the_batches_of_one_rank(num_rows, batch_size, accumulation,
 
 
 def test_order_is_torch_s_permutation_under_seed_plus_epoch():
-    schedule = Schedule(num_rows=11, batch_size=2, accumulation=3, seed=40)
+    schedule = RowSchedule(num_rows=11, batch_size=2, accumulation=3, seed=40)
     assert schedule.steps_per_epoch == 2
     for epoch in range(3):
         generator = torch.Generator().manual_seed(40 + epoch)
@@ -85,25 +85,27 @@ def test_order_is_torch_s_permutation_under_seed_plus_epoch():
 
 
 def test_a_step_is_a_pure_function_of_its_number():
-    schedule = Schedule(23, 2, 3, seed=1)
+    schedule = RowSchedule(23, 2, 3, seed=1)
     forwards = [schedule.rows(step) for step in range(12)]
-    assert [Schedule(23, 2, 3, seed=1).rows(step) for step in reversed(range(12))] == (
+    assert [RowSchedule(23, 2, 3, seed=1).rows(step) for step in reversed(range(12))] == (
         forwards[::-1]
     )
 
 
 def test_epochs_completed():
     """A step is its micro-steps over those of an epoch; the short last one completes it."""
-    schedule = Schedule(num_rows=15, batch_size=2, accumulation=3, seed=0)  # 8 micro-steps: 3, 3, 2
+    schedule = RowSchedule(
+        num_rows=15, batch_size=2, accumulation=3, seed=0
+    )  # 8 micro-steps: 3, 3, 2
     epochs = [schedule.epoch_after(step) for step in range(7)]
     assert epochs == [3 / 8, 6 / 8, 1.0, 1 + 3 / 8, 1 + 6 / 8, 2.0, 2 + 3 / 8]
-    two_ranks = Schedule(num_rows=15, batch_size=2, accumulation=3, seed=0, world=2)
+    two_ranks = RowSchedule(num_rows=15, batch_size=2, accumulation=3, seed=0, world=2)
     assert [two_ranks.epoch_after(step) for step in range(3)] == [3 / 4, 1.0, 1 + 3 / 4]
 
 
 def test_micro_steps_of_an_epoch():
     for n, batch, world in itertools.product((1, 2, 9, 10), (1, 3), (1, 2, 4)):
-        schedule = Schedule(n, batch, 2, 0, world)
+        schedule = RowSchedule(n, batch, 2, 0, world)
         assert schedule.micro_steps_per_epoch == math.ceil(math.ceil(n / batch) / world)
 
 
@@ -189,7 +191,7 @@ def test_a_row_trained_on_its_first_label_only_has_no_target():
 @pytest.mark.parametrize("max_tokens", [1, 17, 40, 10**6])
 def test_counts_of_a_step_are_those_of_its_micro_batches(world, max_tokens):
     dataset = random_dataset(PACKED, masked=0.5)
-    schedule = Schedule(len(dataset), 2, 2, seed=5, world=world)
+    schedule = RowSchedule(len(dataset), 2, 2, seed=5, world=world)
     batches = Batches(dataset, schedule, max_tokens, CPU)
     for step in range(2 * schedule.steps_per_epoch):
         ranks = [batches.batch(step, rank) for rank in range(world)]
@@ -227,7 +229,7 @@ def test_a_row_beyond_the_limit_is_a_micro_batch_of_its_own():
 
 def keys_by_row(dataset, *, max_tokens, step=0, seed=0, batch_size=10, accumulation=1):
     """Row -> its dropout keys, in one step over all rows."""
-    schedule = Schedule(len(dataset), batch_size, accumulation, seed)
+    schedule = RowSchedule(len(dataset), batch_size, accumulation, seed)
     batch = Batches(dataset, schedule, max_tokens, CPU, dropout=True).batch(step)
     lengths = [sum(PACKED[row]) for row in batch.rows]
     keys = torch.cat([m.tokens.dropout_keys_T for m in batch.micro_batches])
@@ -274,7 +276,7 @@ def test_dropout_keys_are_the_same_in_every_process():
 @pytest.mark.parametrize("threaded", [False, True])
 def test_batches_made_ahead_are_the_same(threaded):
     batches = dataclasses.replace(
-        Batches(random_dataset([[5], [3, 4], [9], [2]]), Schedule(4, 1, 2, seed=3), 64, CPU),
+        Batches(random_dataset([[5], [3, 4], [9], [2]]), RowSchedule(4, 1, 2, seed=3), 64, CPU),
         ahead=threaded,
     )
     ahead = Ahead(batches, 1, 4)
@@ -287,7 +289,7 @@ def test_batches_made_ahead_are_the_same(threaded):
 
 
 def test_an_error_in_a_batch_made_ahead_is_raised_when_it_is_asked_for(monkeypatch):
-    batches = Batches(random_dataset([[5], [3]]), Schedule(2, 1, 1, seed=3), 64, CPU, ahead=True)
+    batches = Batches(random_dataset([[5], [3]]), RowSchedule(2, 1, 1, seed=3), 64, CPU, ahead=True)
     monkeypatch.setattr(Batches, "batch", lambda self, step: 1 / 0)
     ahead = Ahead(batches, 0, 2)
     with pytest.raises(ZeroDivisionError):

@@ -10,14 +10,14 @@ import pytest
 import torch
 from runs import script
 
-from minisft.chat import render
-from minisft.config import TrainConfig
+from minisft.config.train import TrainConfig
 from minisft.demo import HERE, demo_config, demo_model
-from minisft.generate import Sampling, generate, stop_ids
-from minisft.model import load_model
-from minisft.safetensors_io import read_header
-from minisft.tokenizer import decode, encode, load_tokenizer
-from minisft.weights import load_model_config
+from minisft.files.load import load_base
+from minisft.files.safetensors import read_header
+from minisft.files.weights import load_model_config
+from minisft.session.generate import Sampling, generate, stop_ids
+from minisft.text.chat import render
+from minisft.text.tokenizer import decode, encode, load_tokenizer
 
 make_demo = script("make_demo")
 
@@ -208,7 +208,7 @@ def test_the_chat_template_writes_what_the_base_has_read():
 def test_the_base_knows_the_held_out_facts(facts):
     """In a quiz, as plain text; what it lacks before fine-tuning is to answer in chat."""
     asked = [(f, k) for f, k in make_demo.questions_about(facts) if f["held_out"] == "yes"]
-    model, state = load_model(TrainConfig(model=demo_model(), device="cpu"))
+    model, state = load_base(TrainConfig(model=demo_model(), device="cpu"))
     prompts = [
         encode(
             model.tokenizer, make_demo.QUESTIONS[k][0].format(**f) + "\n", add_special_tokens=True

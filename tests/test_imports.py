@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,40 +12,32 @@ from pathlib import Path
 import pytest
 from runs import ROOT, pairs, tree, write_model, write_rows
 
-# Where each module of minisft stands: it may import those on lower floors, and no others.
-FLOORS = [
-    ["config"],
-    ["names", "loggers"],
-    [
-        *("safetensors_io", "targets", "nn", "formats", "chat", "templates", "tokens"),
-        *("cli", "demo", "preempt"),
-    ],
-    [
-        *("tokenizer", "reading", "packing", "parts", "quant_state", "attention", "policy"),
-        "residual",
-    ],
-    ["masks"],
-    ["weights", "lora", "adapter", "llama", "data", "block"],
-    ["batches", "optim", "schedules", "generate", "sources", "preview", "offload"],
-    ["loss", "fast", "modelfile"],
-    ["step"],
-    ["checkpoint", "model", "planning"],
-    ["export", "outputs", "serving"],
-    ["report"],
-    ["evaluate", "loop", "memory", "merge"],
-    ["rows", "resume"],
-    ["describe"],
-    ["run"],
-    ["__init__"],
-]
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+# A line of the README's drawing: "  room/   what it is for   <- what it may import".
+_LINE = re.compile(r"^ *(?P<room>[\w./*]+) +.*<- (?P<below>.+)$")
+
+
+def drawing(readme):
+    """{room: names of the rooms that it may import} as the README's drawing has it."""
+    found = [_LINE.match(line) for line in readme.splitlines()]
+    return {m["room"].rstrip("/"): set(m["below"].split()) for m in found if m}
+
+
+def core_order(readme):
+    """The core's files from the top of the reading list down."""
+    (line,) = [line for line in readme.splitlines() if line.startswith("Reading order: ")]
+    return re.findall(r"`(\w+)\.py`", line)
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DRAWING = drawing(README)
+CORE = "minisft/*.py"
 # Packages that take long to import, or that few runs need: who may import them, inside a function.
 LAZY = {
-    "tyro": ["cli"],
+    "tyro": ["flags"],
     "rich": ["report"],
     "huggingface_hub": ["weights"],
-    "datasets": ["reading"],
-    "pyarrow": ["reading"],
+    "datasets": ["readers"],
+    "pyarrow": ["readers"],
     "bitsandbytes": ["optim", "bench_kernels"],
     "peft": ["bench_kernels"],
     "liger_kernel": ["bench_kernels"],
@@ -60,10 +53,23 @@ SOURCES = sorted(
 )
 
 
-def name_of(path):
-    """minisft/demo/__init__.py -> demo, minisft/run.py -> run."""
-    first = path.relative_to(ROOT / "minisft").parts[0]
-    return first.removesuffix(".py")
+def room_of(parts):
+    """The room of a module by its dotted name's parts: ("minisft", "run") -> "minisft/run.py"."""
+    if parts[0] == "scripts":
+        return "scripts"
+    if parts[:3] == ("minisft", "files", "disk"):
+        return "files/disk.py"
+    if len(parts) > 1 and f"minisft/{parts[1]}.py" in DRAWING:
+        return f"minisft/{parts[1]}.py"
+    is_folder = len(parts) > 1 and (parts[1] == "kernels" or (ROOT / "minisft" / parts[1]).is_dir())
+    return parts[1] if is_folder else CORE
+
+
+def module_of(path):
+    """kernels/nf4/op.py -> ("minisft", "kernels", "nf4", "op")."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("minisft", *parts) if parts[0] == "kernels" else parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 def imports(path):
@@ -81,37 +87,56 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [node.module or ""]
-            if node.module == "minisft":  # `from minisft import chat` names a module
-                names = [f"minisft.{a.name}" for a in node.names if a.name in FLOOR]
+            if node.module == "minisft":  # `from minisft import step` names a module
+                names = [f"minisft.{a.name}" for a in node.names]
         else:
             continue
         for name in names:
             yield name, id(node) not in inside
 
 
-def minisft_sources():
-    return [p for p in SOURCES if p.is_relative_to(ROOT / "minisft")]
-
-
-def test_every_module_has_a_floor():
-    assert {name_of(p) for p in minisft_sources()} == set(FLOOR), "say in FLOORS where it stands"
-
-
-@pytest.mark.parametrize("path", minisft_sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down_only(path):
-    name = name_of(path)
+def wrong_imports(path):
+    """What a file imports against the drawing, in words."""
+    me = module_of(path)
+    room, found = room_of(me), []
     for module, _ in imports(path):
-        top, _, rest = module.partition(".")
-        below = rest.split(".")[0] or "__init__"
-        if top == "minisft" and below != name:
-            assert FLOOR[below] < FLOOR[name], f"{name} imports {below}, which is not below it"
-        if top == "kernels":
-            assert name == "nn", f"{name} imports {module}; minisft/nn.py is the only door"
+        parts = tuple(module.split("."))
+        if parts[0] != "minisft" or room == "scripts" or me == ("minisft",):
+            continue
+        other = room_of(parts)
+        if other == room == CORE:
+            order = core_order(README)
+            if order.index(parts[1]) <= order.index(me[1]):
+                found.append(f"{me[1]} imports {parts[1]}, which is above it in the reading order")
+        elif other != room and other not in DRAWING[room]:
+            found.append(f"{'.'.join(me)} imports {module}: {room} may not import {other}")
+        if other == "explicit" != room and len(parts) > 2:
+            found.append(f"{'.'.join(me)} imports {module}: only `minisft.explicit` itself is open")
+    return found
+
+
+def test_the_drawing_has_every_room():
+    folders = {p.parent.name for p in (ROOT / "minisft").glob("*/__init__.py")}
+    rooms = {r for r in DRAWING if "." not in r and r != "scripts"}
+    assert rooms == folders | {"kernels"}, "draw every room in README.md"
+    core = {p.stem for p in (ROOT / "minisft").glob("*.py")} - {"__init__"}
+    core -= {Path(r).stem for r in DRAWING if r.startswith("minisft/") and r != CORE}
+    assert set(core_order(README)) == core, "list every file of the core in README.md"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parts[-2] != "scripts"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_imports_follow_the_drawing(path):
+    assert wrong_imports(path) == []
 
 
 def test_config_needs_the_standard_library_only():
-    for module, _ in imports(ROOT / "minisft" / "config.py"):
-        assert module.split(".")[0] in sys.stdlib_module_names, module
+    for path in (ROOT / "minisft" / "config").glob("*.py"):
+        for module, at_the_top in imports(path):
+            package = module.split(".")[0]
+            known = package in sys.stdlib_module_names or package == "minisft"
+            assert known or (package in ("tyro", "yaml") and not at_the_top), f"{path}: {module}"
 
 
 # An op that is made of others.
@@ -129,10 +154,11 @@ def test_kernels_import_torch_triton_and_their_own_folder_only():
     for path in SOURCES:
         if not path.is_relative_to(ROOT / "kernels"):
             continue
-        folder = ".".join(("kernels", *path.relative_to(ROOT / "kernels").parts[:-1]))
+        folder = ".".join(("minisft", *path.relative_to(ROOT).parts[:-1]))
         for module, _ in imports(path):
             known = sys.stdlib_module_names | {"torch", "triton"}
-            below = [f"kernels.{op}" for op in BUILT_ON.get(folder.removeprefix("kernels."), [])]
+            op = folder.removeprefix("minisft.kernels.")
+            below = [f"minisft.kernels.{other}" for other in BUILT_ON.get(op, [])]
             allowed = module.startswith((folder, *below))
             assert module.split(".")[0] in known or allowed, f"{path}: {module}"
 
@@ -141,7 +167,7 @@ def test_kernels_import_torch_triton_and_their_own_folder_only():
 def test_packages_are_imported_where_they_belong(path):
     for module, at_the_top in imports(path):
         package = module.split(".")[0]
-        if package in sys.stdlib_module_names or package in ("minisft", "kernels", "triton"):
+        if package in sys.stdlib_module_names or package in ("minisft", "triton"):
             assert package not in ("pickle", "shelve", "marshal"), f"{path}: {module}"
         elif path.parent.name == "scripts" and (path.parent / f"{package}.py").exists():
             pass  # a script beside it
@@ -170,6 +196,7 @@ WATCHED = textwrap.dedent(
     start = time.perf_counter()
     import minisft
 
+    minisft.train
     seconds = time.perf_counter() - start
     imported = sorted(sys.modules)
     events = []
@@ -249,7 +276,7 @@ def test_a_whole_run_leaves_a_package_out(watched, package):
 
 
 def test_importing_minisft_is_quick(watched):
-    code = "import time, torch; t = time.time(); import minisft; print(time.time() - t)"
+    code = "import time, torch; t = time.time(); import minisft.run; print(time.time() - t)"
     seconds = [watched["seconds"]]
     while min(seconds) >= 1 and len(seconds) < 3:  # the best of three: the machine may be busy
         done = subprocess.run(
@@ -275,52 +302,27 @@ def test_a_run_writes_nowhere_but_its_output_directory(watched):
     assert watched["changed"] == set()
 
 
-SHADOWED = textwrap.dedent(
-    """
-    import json, sys, traceback
-
-    import torch
-
-    found = []
-    for directory in sys.argv[1:]:
-        sys.path.insert(0, directory)
-        try:
-            import minisft
-        except ImportError:
-            found.append(traceback.format_exc())
-        for name in [m for m in sys.modules if m.split(".")[0] in ("minisft", "kernels")]:
-            del sys.modules[name]
-        sys.path.remove(directory)
-    import minisft
-
-    print(json.dumps(found))
-    """
-)
-
-
-def test_another_package_named_kernels_is_told_in_one_line(tmp_path):
-    """One that has other names in it, and one that cannot be imported itself."""
-    contents = ["def get_kernel(name): ...\n", "raise ImportError('needs a newer hub library')\n"]
-    places = [tmp_path / str(i) for i in range(len(contents))]
-    for place, content in zip(places, contents, strict=True):
-        (place / "kernels").mkdir(parents=True)
-        (place / "kernels" / "__init__.py").write_text(content)
+@pytest.mark.parametrize("first", ["kernels", "minisft.kernels"])
+def test_minisft_and_a_package_named_kernels_live_together(first, tmp_path):
+    """In both orders of import, each name means its own package."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
+    second = {"kernels": "minisft.kernels", "minisft.kernels": "kernels"}[first]
+    code = f"""
+import {first}, {second}, minisft.kernels.nf4, minisft.run
+assert kernels.get_kernel and kernels is not minisft.kernels
+print(minisft.kernels.__file__)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", SHADOWED, *map(str, places)],
-        env=environment(tmp_path, PYTHONPATH=str(ROOT)),
+        [sys.executable, "-c", code],
+        env=environment(tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}"),
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) == 2
-    for text in found:
-        last = text.splitlines()[-1]
-        assert last.startswith("ImportError: minisft needs its own package `kernels`"), text
-        assert "PyPI's `kernels`" in last and "uninstall" in last
-        assert "environment of its own" in last
-        assert "During handling" not in text and "direct cause" not in text
+    assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
 def test_transformers_does_not_take_our_kernels_for_those_of_pypi():

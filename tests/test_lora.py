@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_llama import CFG, CPU, LORA, random_adapter, random_weights, relative
 
-from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig
+from minisft.config.lora import LoraConfig
+from minisft.config.model import LINEAR_NAMES, ModelConfig
 from minisft.llama import Compute, logits, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
 

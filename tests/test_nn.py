@@ -7,25 +7,24 @@ import pytest
 import torch
 from tiny_llama import CFG, random_weights, relative
 
-from minisft.config import RopeConfig
+from minisft.config.model import RopeConfig
 from minisft.llama import Compute, logits, make_tokens, module_key
 from minisft.nn import (
-    Adapter,
     Documents,
     Linear,
     Lora,
+    LoraContext,
     apply_rope,
     dropout,
     linear,
     mix64,
     packed_attention,
     rms_norm,
-    rope_inverse_frequencies,
-    rope_table,
     swiglu,
 )
+from minisft.rope import rope_inverse_frequencies, rope_table
 
-NO_ADAPTER = Adapter(1.0, 0.0, None)
+NO_ADAPTER = LoraContext(1.0, 0.0, None)
 MASK64 = 2**64 - 1
 
 
@@ -76,7 +75,7 @@ def test_swiglu_is_its_formula():
 def test_linear_adds_bias_and_scaled_adapter(dtype):
     x, weight, bias = normal(6, 10, dtype=dtype), normal(14, 10, seed=1), normal(14, seed=2)
     A, B = normal(3, 10, seed=3), normal(14, 3, seed=4)
-    y = linear(x, Linear(weight, bias, Lora(A, B, 0)), Adapter(0.7, 0.5, None))
+    y = linear(x, Linear(weight, bias, Lora(A, B, 0)), LoraContext(0.7, 0.5, None))
     x64, weight64, bias64, A64, B64 = (t.to(dtype).double() for t in (x, weight, bias, A, B))
     want = x64 @ weight64.T + bias64 + 0.7 * (x64 @ A64.T) @ B64.T
     assert y.dtype == dtype
@@ -88,7 +87,7 @@ def test_linear_adds_bias_and_scaled_adapter(dtype):
 def test_dropout_acts_on_the_adapter_s_branch_alone():
     x, keys = normal(50, 10), torch.arange(50)
     weight, A, B = normal(14, 10, seed=1), normal(3, 10, seed=3), normal(14, 3, seed=4)
-    y = linear(x, Linear(weight, None, Lora(A, B, 5)), Adapter(0.7, 0.5, keys))
+    y = linear(x, Linear(weight, None, Lora(A, B, 5)), LoraContext(0.7, 0.5, keys))
     want = x @ weight.T + 0.7 * (dropout(x, keys, 5, 0.5) @ A.T) @ B.T
     assert relative(y, want) < 1e-6
 

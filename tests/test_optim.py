@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from minisft.kernels.adamw import global_norm
 
-from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError
-from minisft.lora import Group, allocate, groups, is_decayed, trainable_shapes
-from minisft.nn import global_norm
+from minisft.config.errors import UserError
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
+from minisft.config.train import TrainConfig
+from minisft.lora import ParamGroup, allocate, is_decayed, param_groups, trainable_shapes
 from minisft.optim import check_optimizer, clip_, init_moments, update_
 
 BIASED = ModelConfig(
@@ -47,7 +50,7 @@ def ours_and_theirs(shapes, make, steps=10, **settings):
     make(groups): theirs, from [{"params", "weight_decay"}]. Yields both after each step.
     """
     c = config(learning_rate=1e-2, **settings)
-    slices = groups(shapes, c)
+    slices = param_groups(shapes, c)
     generator = torch.Generator().manual_seed(0)
     flat = allocate(shapes, torch.device("cpu"))
     flat.buffer.normal_(generator=generator)
@@ -136,7 +139,7 @@ def test_eight_bit_moments_take_a_quarter_of_the_memory():
     sizes = {}
     for optim in ("adamw", "adamw_8bit", "lion_8bit"):
         c = config(optim=optim)
-        slices = groups({n: tuple(v.shape) for n, v in flat.views.items()}, c)
+        slices = param_groups({n: tuple(v.shape) for n, v in flat.views.items()}, c)
         sizes[optim] = sum(t.nbytes for t in init_moments(flat, slices, optim).values())
     assert sizes["adamw_8bit"] / sizes["adamw"] == pytest.approx(0.254, abs=1e-3)
     assert sizes["lion_8bit"] * 2 == sizes["adamw_8bit"]
@@ -145,7 +148,7 @@ def test_eight_bit_moments_take_a_quarter_of_the_memory():
 def test_embeddings_heads_norms_and_biases_keep_32_bit_moments():
     shapes = trainable_shapes(None, BIASED)
     flat, c = allocate(shapes, torch.device("cpu")), config(optim="adamw_8bit")
-    slices = groups(shapes, c)
+    slices = param_groups(shapes, c)
     moments = init_moments(flat, slices, c.optim)
     start, kept = 0, set()
     for name, shape in shapes.items():
@@ -165,7 +168,7 @@ def test_adamw_step_by_hand():
     flat = allocate({"a": (1,), "b": (1,)}, torch.device("cpu"))
     flat.buffer.fill_(2.0)
     grads = torch.tensor([-0.3, 4.0])
-    slices = [Group(0, 1, True, 0.2), Group(1, 2, False, 0.4)]
+    slices = [ParamGroup(0, 1, True, 0.2), ParamGroup(1, 2, False, 0.4)]
     moments = init_moments(flat, slices, "adamw")
     c = config(adam_beta2=0.99, adam_epsilon=0.0, weight_decay=0.5)
     update_(flat, grads, moments, slices, norm=global_norm(grads), step=1, factor=0.5, config=c)
@@ -206,7 +209,7 @@ def test_every_rule_takes_the_clipped_gradient(optim):
         c = config(optim=optim, max_grad_norm=max_norm, adam_epsilon=1e-3)
         flat = allocate(BLOCKS, torch.device("cpu"))
         flat.buffer.fill_(1.0)
-        slices, grads = groups(BLOCKS, c), noise.clone()
+        slices, grads = param_groups(BLOCKS, c), noise.clone()
         if not max_norm:
             clip_(grads, global_norm(grads), 2.0)
         moments = init_moments(flat, slices, optim)
@@ -223,7 +226,7 @@ def test_max_norm_zero_measures_without_clipping():
     assert grads.tolist() == [50.0] * 4 and global_norm(grads).item() == 100.0
 
 
-# ------------------------------------------------------------------------------------- decay groups
+# ------------------------------------------------------------------------------------ decay groups
 
 
 def decayed_names(shapes):
@@ -231,7 +234,7 @@ def decayed_names(shapes):
     found, start = set(), 0
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
-        inside = [g for g in groups(shapes, config()) if g.start <= start and stop <= g.stop]
+        inside = [g for g in param_groups(shapes, config()) if g.start <= start and stop <= g.stop]
         assert len(inside) == 1
         found |= {name} if inside[0].decayed else set()
         start = stop
@@ -264,7 +267,7 @@ def test_decay_groups_equal_trainer_s(tied):
 def test_decayed_tensors_of_a_whole_model_are_one_slice():
     """Two groups, that cover the buffer: decayed first."""
     shapes = trainable_shapes(None, BIASED)
-    first, second = groups(shapes, config())
+    first, second = param_groups(shapes, config())
     assert (first.start, first.decayed, second.decayed) == (0, True, False)
     assert first.stop == second.start
     assert second.stop == sum(map(math.prod, shapes.values()))
@@ -274,7 +277,9 @@ def test_adapters_and_trained_copies_are_decayed():
     lora = LoraConfig(r=2, modules_to_save=("embed_tokens", "lm_head"))
     shapes = trainable_shapes(lora, BIASED)
     assert decayed_names(shapes) == set(shapes)
-    assert groups(shapes, config()) == [Group(0, sum(map(math.prod, shapes.values())), True, 3e-4)]
+    assert param_groups(shapes, config()) == [
+        ParamGroup(0, sum(map(math.prod, shapes.values())), True, 3e-4)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +306,7 @@ def settings_of(shapes, c):
     """Name -> (learning rate, decayed) of the group that each tensor lies in."""
     found, start = {}, 0
     for name, shape in shapes.items():
-        (group,) = [g for g in groups(shapes, c) if g.start <= start < g.stop]
+        (group,) = [g for g in param_groups(shapes, c) if g.start <= start < g.stop]
         start += math.prod(shape)
         assert start <= group.stop
         found[name] = (group.learning_rate, group.decayed)

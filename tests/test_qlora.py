@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
 from runs import (
     ROOT,
     call,
@@ -27,13 +28,15 @@ from runs import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minisft.adapter import base_in_4bit
-from minisft.config import TrainConfig, UserError, parse_model_config
-from minisft.export import save_shards
-from minisft.memory import kept
-from minisft.model import load_model
-from minisft.nn import NF4Weight, dequantize, frozen_linear, quantize
-from minisft.quant_state import to_tensors
+from minisft.config.errors import UserError
+from minisft.config.hf import parse_model_config
+from minisft.config.train import TrainConfig
+from minisft.files.adapter import base_in_4bit
+from minisft.files.export import save_shards
+from minisft.files.load import load_base
+from minisft.files.quant_state import to_tensors
+from minisft.nn import frozen_linear
+from minisft.session.memory import resident_gib
 
 STEPS = 4
 
@@ -79,7 +82,7 @@ def same(a, b):
 
 
 def test_the_linears_alone_are_in_4_bits(base):
-    model, _ = load_model(TrainConfig(model=str(base), device="cpu"))
+    model, _ = load_base(TrainConfig(model=str(base), device="cpu"))
     packed = {n for n, w in model.frozen.items() if isinstance(w, NF4Weight)}
     assert packed == {f"{p}.weight" for p in model.cfg.linear_paths()}
     with safe_open(base / "model.safetensors", "pt") as file:
@@ -97,8 +100,8 @@ def test_the_linears_alone_are_in_4_bits(base):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_compute_dtype_does_not_change_the_quantisation(base, dtype):
     """Scales and codes come from the stored values: a GPU in bfloat16 trains the same base."""
-    model, _ = load_model(TrainConfig(model=str(base), device="cpu", dtype=dtype))
-    plain, _ = load_model(TrainConfig(model=str(base), device="cpu"))
+    model, _ = load_base(TrainConfig(model=str(base), device="cpu", dtype=dtype))
+    plain, _ = load_base(TrainConfig(model=str(base), device="cpu"))
     for name, weight in model.frozen.items():
         if isinstance(weight, NF4Weight):
             other = plain.frozen[name]
@@ -111,8 +114,8 @@ def test_sizes_are_known_before_anything_is_loaded(base, copy):
     """Quantised here, stored in 4 bits, or stored so and decoded: to the byte."""
     for source, four_bit in ((base, True), (copy, True), (copy, False)):
         config = TrainConfig(model=str(source), device="cpu", load_in_4bit=four_bit)
-        planned = load_model(dataclasses.replace(config, dry_run=True))
-        assert kept(*planned) == kept(*load_model(config))
+        planned = load_base(dataclasses.replace(config, dry_run=True))
+        assert resident_gib(*planned) == resident_gib(*load_base(config))
 
 
 def test_trained_copies_start_from_the_stored_values(base, copy):
@@ -121,7 +124,7 @@ def test_trained_copies_start_from_the_stored_values(base, copy):
         config = TrainConfig(
             model=str(source), device="cpu", modules_to_save=("embed_tokens", "lm_head")
         )
-        model, state = load_model(config)
+        model, state = load_base(config)
         assert not {"model.embed_tokens.weight", "lm_head.weight"} & model.frozen.keys()
         stored = load_file(base / "model.safetensors")
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -166,14 +169,14 @@ def test_quantising_while_loading_takes_little_memory(tmp_path):
     save_shards(model, weights, torch.float32, max_bytes=30 * 2**20)
     code = """
 import re, sys
-from minisft.config import TrainConfig
-from minisft.model import load_model
-from minisft.nn import quantize
+from minisft.config.train import TrainConfig
+from minisft.files.load import load_base
+from minisft.kernels.nf4 import quantize
 import torch
 def peak(): return int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 quantize(torch.ones(64, 64))
 before = peak()
-model, _ = load_model(TrainConfig(model=sys.argv[1], device="cpu", dtype="bfloat16", lora_r=1,
+model, _ = load_base(TrainConfig(model=sys.argv[1], device="cpu", dtype="bfloat16", lora_r=1,
                                   load_in_4bit=sys.argv[2] == "4"))
 print(peak() - before)
 """
@@ -399,7 +402,12 @@ def test_a_4_bit_checkpoint_is_served_as_it_is(copy):
     ],
 )
 def test_what_quantize_refuses(settings, message, base, copy, tmp_path):
-    places = {"base": base, "copy": copy, "out": tmp_path / "out", "kept": tmp_path / "kept"}
+    places = {
+        "base": base,
+        "copy": copy,
+        "out": tmp_path / "out",
+        "kept": tmp_path / "kept",
+    }
     places["kept"].mkdir()
     (places["kept"] / "chat_template.jinja").write_text("mine")
     settings = {k: places.get(v, v) for k, v in settings.items()}
@@ -467,7 +475,7 @@ def test_weights_that_are_not_finite_are_named(base, rows, tmp_path):
     stored[name][3, 3] = float("nan")
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} cannot be quantised"):
-        load_model(TrainConfig(model=str(model), device="cpu"))
+        load_base(TrainConfig(model=str(model), device="cpu"))
     outcome = call("quantize", flags(model=model, output_dir=tmp_path / "out"))
     assert outcome.code == 2 and f"model.safetensors: {name} cannot be quantised" in outcome.err
     assert "Give a model that is whole" in outcome.err

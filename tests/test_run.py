@@ -484,8 +484,8 @@ def test_only_the_trained_tensors_move(inputs, tmp_path):
 def test_full_finetuning_exports_what_transformers_loads(inputs, tied, tmp_path, is_tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from minisft.files.weights import load_model_config
     from minisft.llama import Compute, logits, make_tokens
-    from minisft.weights import load_model_config
 
     given = inputs | ({"model": tied} if is_tied else {})
     settings = {"max_length": 64, "learning_rate": 1e-3, "full_finetuning": True}
@@ -595,7 +595,7 @@ def test_eval_generate_counts_right_answers(inputs, tmp_path):
 
 def test_sharded_and_renamed_checkpoints_train_alike(plain, inputs, tmp_path):
     """The same weights in two shards give the same numbers."""
-    from minisft.export import save_shards
+    from minisft.files.export import save_shards
 
     model = tmp_path / "model"
     shutil.copytree(inputs["model"], model)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from minisft.config import SCHEDULES, TrainConfig, UserError
-from minisft.schedules import factor_at, warmup_steps
+from minisft.config.errors import UserError
+from minisft.config.train import SCHEDULES, TrainConfig
+from minisft.schedules import lr_factor, warmup_steps
 
 OPTIONS = {
     "cosine": [{}, {"num_cycles": 1.25}],
@@ -29,7 +30,7 @@ def config(**settings):
 
 
 def rate_at(step, total, c):
-    return c.learning_rate * factor_at(step, total, c)
+    return c.learning_rate * lr_factor(step, total, c)
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)

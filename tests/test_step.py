@@ -20,13 +20,15 @@ from tiny_llama import (
 )
 
 from minisft import llama
-from minisft.batches import IGNORED, Batches, Schedule, StepBatch, make_micro_batch
-from minisft.config import LoraConfig, ModelConfig, TrainConfig
-from minisft.evaluate import eval_batches
+from minisft.batches import IGNORED, Batches, RowSchedule, StepBatch, make_micro_batch
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
+from minisft.config.train import TrainConfig
 from minisft.llama import Compute, Tokens, logits, make_tokens
-from minisft.lora import groups
+from minisft.lora import param_groups
 from minisft.loss import evaluation, loss_sum
 from minisft.nn import Documents
+from minisft.session.evaluate import eval_batches
 from minisft.step import Plan, loss_and_grads, train_step_
 
 PACKED = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8]]
@@ -55,7 +57,7 @@ def step_(state, batch, config=CONFIG, dtype=torch.float32, frozen=None, lr=1e-2
     plan = Plan(compute(dtype=dtype, **options))
     frozen = random_weights(dtype=dtype) if frozen is None else frozen
     config = dataclasses.replace(config, learning_rate=lr)
-    return train_step_(state, frozen, batch, plan, groups(shapes, config), config, 1.0)
+    return train_step_(state, frozen, batch, plan, param_groups(shapes, config), config, 1.0)
 
 
 def step_of(dataset, micro_batches):
@@ -155,8 +157,8 @@ def test_accumulation_equals_one_big_batch(batch, accumulation, trained):
     """T1: uneven rows of 2 and of 16 targets, so that a mean of means would be another number."""
     dataset = random_dataset([[3]] * 4 + [[17]] * 4, masked=0.0)
     flat = random_adapter() if trained == "adapter" else whole_model()
-    big = Batches(dataset, Schedule(8, 8, 1, seed=0), 10**6, CPU).batch(0)
-    small = Batches(dataset, Schedule(8, batch, accumulation, seed=0), batch * 17, CPU).batch(0)
+    big = Batches(dataset, RowSchedule(8, 8, 1, seed=0), 10**6, CPU).batch(0)
+    small = Batches(dataset, RowSchedule(8, batch, accumulation, seed=0), batch * 17, CPU).batch(0)
     assert big.num_loss_tokens == small.num_loss_tokens == 4 * 2 + 4 * 16
     loss, grad = gradients(big, flat)
     small_loss, small_grad = gradients(small, flat)
@@ -164,7 +166,7 @@ def test_accumulation_equals_one_big_batch(batch, accumulation, trained):
     assert relative(small_grad, grad) < 1e-5
     means = [
         loss_sum(flat.views, random_weights(), m, compute()).item() / m.targets_M.numel()
-        for m in Batches(dataset, Schedule(8, batch, accumulation, seed=0), 1, CPU)
+        for m in Batches(dataset, RowSchedule(8, batch, accumulation, seed=0), 1, CPU)
         .batch(0)
         .micro_batches
     ]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minisft.batches import Batches, Schedule, StepBatch
-from minisft.config import LoraConfig, ModelConfig
+from minisft.batches import Batches, RowSchedule, StepBatch, TokenizedDataset
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
 from minisft.lora import Flat, allocate, init_lora_, trainable_shapes
 from minisft.optim import init_moments
 from minisft.step import State
-from minisft.tokens import TokenizedDataset
 
 CFG = ModelConfig(
     vocab_size=97,
@@ -106,7 +106,7 @@ def random_dataset(
 def all_rows(dataset: TokenizedDataset, **settings) -> StepBatch:
     """One step over every row of a dataset. settings: max_tokens, dropout, step, seed."""
     settings = {"max_tokens": 10**9, "dropout": False, "step": 0, "seed": 0} | settings
-    schedule = Schedule(len(dataset), len(dataset), 1, seed=settings["seed"])
+    schedule = RowSchedule(len(dataset), len(dataset), 1, seed=settings["seed"])
     batches = Batches(dataset, schedule, settings["max_tokens"], CPU, dropout=settings["dropout"])
     return batches.batch(settings["step"])
 

@@ -1,5 +1,5 @@
 """Norm, clipping and AdamW over flat buffers."""
 
-from kernels.adamw.op import adamw_, global_norm
+from minisft.kernels.adamw.op import adamw_, global_norm
 
 __all__ = ["adamw_", "global_norm"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from minisft.kernels.adamw.reference import adamw_reference_, global_norm_reference
+from minisft.kernels.low_rank.op import use_triton
 from torch import Tensor
-
-from kernels.adamw.reference import adamw_reference_, global_norm_reference
-from kernels.low_rank.op import use_triton
 
 
 def global_norm(grads_n: Tensor, *, impl: str = "auto") -> Tensor:
@@ -22,7 +21,7 @@ def global_norm(grads_n: Tensor, *, impl: str = "auto") -> Tensor:
         )
     if not use_triton(grads_n, impl):
         return global_norm_reference(grads_n)
-    from kernels.adamw.kernel import launch_global_norm
+    from minisft.kernels.adamw.kernel import launch_global_norm
 
     return launch_global_norm(grads_n)
 
@@ -59,6 +58,6 @@ def adamw_(
     if not use_triton(p_n, impl):
         adamw_reference_(p_n, g_n, m_n, v_n, *numbers)
         return
-    from kernels.adamw.kernel import launch_adamw_
+    from minisft.kernels.adamw.kernel import launch_adamw_
 
     launch_adamw_(p_n, g_n, m_n, v_n, *numbers)

@@ -1,5 +1,5 @@
 """Cross-entropy from hidden states and output head without materialising the logits."""
 
-from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_grad
+from minisft.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_grad
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_grad"]

@@ -1,12 +1,11 @@
 """The public function: differentiable in hidden and head; the forward pass makes the gradients."""
 
 import torch
-from torch import Tensor
-
-from kernels.linear_cross_entropy.reference import (
+from minisft.kernels.linear_cross_entropy.reference import (
     cross_entropy_reference_,
     loss_and_grads_by_chunk,
 )
+from torch import Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -93,7 +92,7 @@ def linear_cross_entropy_grad(
         z_CV = logits[: rows.stop - start]
         torch.mm(hidden_MD[rows], head_VD.T, out=z_CV)
         if triton:
-            from kernels.linear_cross_entropy.kernel import launch_cross_entropy_
+            from minisft.kernels.linear_cross_entropy.kernel import launch_cross_entropy_
 
             launch_cross_entropy_(z_CV, targets_M[rows], losses[rows], weight, gradient=True)
         else:

@@ -1,6 +1,6 @@
 """The skinny products of LoRA: what other kernels add on the fly, and the sums over tokens."""
 
-from kernels.low_rank.op import (
+from minisft.kernels.low_rank.op import (
     LowRank,
     empty_rows,
     narrow_products,

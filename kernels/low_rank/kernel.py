@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def computed_once(x, PIN: tl.constexpr):
+def materialized_once(x, PIN: tl.constexpr):
     """x. PIN: the compiler cannot make it again; for a store and for a product it would make all of
     it twice, each in its own layout, where moving it from one to the other is cheaper.
     """
@@ -36,10 +36,10 @@ def wait_at_the_end():
 def narrow_products_kernel(
     x_ptr, x_stride, right_ptr, out_ptr, out_stride, num_rows,
     first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a matrix's R columns of BLOCK_T rows of out."""
-    if EARLY:  # a decode that follows may run beside it
+    if PDL:  # a decode that follows may run beside it
         tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     matrix = tl.program_id(1)
@@ -126,7 +126,7 @@ def reduce_partials_kernel(
 
 
 @functools.cache
-def overlapping(device: torch.device) -> dict[str, bool]:
+def pdl_option(device: torch.device) -> dict[str, bool]:
     """The launch option by which a kernel starts before the one before has ended, if there is one.
 
     Its first wait (gdc_wait) must come before it reads what that kernel writes, or writes at all.
@@ -139,7 +139,7 @@ def overlapping(device: torch.device) -> dict[str, bool]:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """How many programs run side by side, one on each; where there is no GPU, two in turn."""
     if device.type != "cuda":
         return 2
@@ -181,7 +181,7 @@ def launch_narrow_products(x, right, sizes, out) -> None:
     R, block_t = right.shape[1], 64
     narrow_products_kernel[(triton.cdiv(x.shape[0], block_t), len(sizes))](
         x, x.stride(0), right, out, out.stride(0), x.shape[0], *ends[:3],
-        R=R, RP=padded_rank(R), EARLY=bool(overlapping(x.device)), BLOCK_T=block_t, BLOCK_N=128,
+        R=R, RP=padded_rank(R), PDL=bool(pdl_option(x.device)), BLOCK_T=block_t, BLOCK_N=128,
         num_warps=8, num_stages=4 if x.element_size() == 2 else 2,
     )  # fmt: skip
 

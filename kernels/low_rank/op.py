@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-from kernels.low_rank.reference import (
+from minisft.kernels.low_rank.reference import (
     LowRank,
     narrow_products_reference,
     outer_sum_reference,
     reduce_partials_reference,
 )
+from torch import Tensor
 
 __all__ = [
-    "LowRank", "empty_rows", "narrow_products", "neighbours", "outer_sum", "place_block_diagonal",
-    "reduce_partials", "row_stride", "use_triton",
+    "LowRank",
+    "as_one_stack",
+    "empty_rows",
+    "narrow_products",
+    "outer_sum",
+    "place_block_diagonal",
+    "reduce_partials",
+    "row_stride",
+    "use_triton",
 ]  # fmt: skip
 
 
@@ -45,7 +51,7 @@ def empty_rows(rows: int, width: int, like: Tensor) -> Tensor:
     return out[:, :width]
 
 
-def neighbours(Bs: Sequence[Tensor | None]) -> Tensor | None:
+def as_one_stack(Bs: Sequence[Tensor | None]) -> Tensor | None:
     """At most three matrices [O_j, R] that follow each other in one storage, as one; else None."""
     there = [B for B in Bs if B is not None]
     if not there or len(there) != len(Bs) or len(there) > 3:
@@ -71,7 +77,7 @@ def narrow_products(
 
     x [T, N]: cut into columns of `sizes`, the further ones are not read. rights: M_j [size_j, R_j]
     with any strides, or None, which has no columns in out. out [T, sum of R_j]: overwritten;
-    columns contiguous, as x's. One launch for two or three neighbours of one storage and one rank
+    columns contiguous, as x's. One launch for two or three as_one_stack of one storage and one rank
     up to 64, and for one alone from MANY_ROWS on; else a product each, by cuBLAS, which is as fast.
     impl: "triton" also for one alone of few rows, "reference" (a product each), or "auto".
     ValueError if shapes do not fit.
@@ -84,12 +90,12 @@ def narrow_products(
             f"narrow_products: x {tuple(x_TN.shape)}, matrices of {rows} rows and {columns} "
             f"columns, sizes {tuple(sizes)} and out {tuple(out_TR.shape)} do not fit"
         )
-    matrix = neighbours(rights)
+    matrix = as_one_stack(rights)
     alone = len(rights) == 1 and impl == "auto" and x_TN.shape[0] < MANY_ROWS
     if alone or matrix is None or matrix.shape[1] > 64 or not use_triton(x_TN, impl):
         narrow_products_reference(x_TN, rights, sizes, out_TR)
         return
-    from kernels.low_rank.kernel import launch_narrow_products
+    from minisft.kernels.low_rank.kernel import launch_narrow_products
 
     launch_narrow_products(x_TN, matrix, sizes, out_TR)
 
@@ -118,7 +124,7 @@ def outer_sum(
     if not use_triton(x_TN, impl):
         outer_sum_reference(left_TR, x_TN, row_scale_T, column_scale_N, partials_SRN)
         return
-    from kernels.low_rank.kernel import launch_outer_sum
+    from minisft.kernels.low_rank.kernel import launch_outer_sum
 
     launch_outer_sum(left_TR, x_TN, row_scale_T, column_scale_N, partials_SRN)
 
@@ -143,6 +149,6 @@ def reduce_partials(
     if not use_triton(grads_n, impl):
         reduce_partials_reference(partials_Sn, grads_n, scale)
         return
-    from kernels.low_rank.kernel import launch_reduce_partials
+    from minisft.kernels.low_rank.kernel import launch_reduce_partials
 
     launch_reduce_partials(partials_Sn, grads_n, scale)

@@ -1,8 +1,8 @@
 """Triton: decode a 4-bit matrix in one launch, nested scales and codebook included.
 
-EARLY: on GPUs that can, the launch starts while the kernel before it still runs, reads and decodes
-the weight, and waits for that kernel only before it writes (BESIDE: at its end); so may the kernel
-after it. A decode is short, and what it waits for at its start is a tenth of it.
+PDL: on GPUs that can, the launch starts while the kernel before it still runs, reads and decodes
+the weight, and waits for that kernel only before it writes (PDL_WAIT_LAST: at its end); so may the
+kernel after it. A decode is short, and what it waits for at its start is a tenth of it.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -10,8 +10,7 @@ after it. A decode is short, and what it waits for at its start is a tenth of it
 import torch
 import triton
 import triton.language as tl
-
-from kernels.low_rank.kernel import overlapping, wait_at_the_end
+from minisft.kernels.low_rank.kernel import pdl_option, wait_at_the_end
 
 
 @triton.jit
@@ -46,12 +45,12 @@ def dequantize_kernel(
     WORDS_PER_BLOCK: tl.constexpr,  # 8: a block of 64 weights
     NESTED: tl.constexpr,
     OFFSETS: tl.constexpr,  # an offset for every 256 blocks instead of one
-    EARLY: tl.constexpr,
-    BESIDE: tl.constexpr,
+    PDL: tl.constexpr,
+    PDL_WAIT_LAST: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """in_features is a multiple of 8, so that a word's weights share a row of `out`."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     word = tl.program_id(0).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
     inside = word < num_words
@@ -70,10 +69,10 @@ def dequantize_kernel(
         row = first // in_features
         first = row * out_stride + (first - row * in_features)
     at = first[:, None] + lane[None, :]
-    if EARLY and not BESIDE:
+    if PDL and not PDL_WAIT_LAST:
         tl.extra.cuda.gdc_wait()
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    if BESIDE:
+    if PDL_WAIT_LAST:
         wait_at_the_end()
 
 
@@ -82,7 +81,7 @@ def dequantize_with_lora_kernel(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
     out_ptr, num_words, lora_ptr, lora_scale, first_end, second_end, num_rows, decoders,
     in_features: tl.constexpr, out_stride: tl.constexpr, WORDS_PER_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr, OFFSETS: tl.constexpr, EARLY: tl.constexpr, BELOW: tl.constexpr,
+    NESTED: tl.constexpr, OFFSETS: tl.constexpr, PDL: tl.constexpr, BELOW: tl.constexpr,
     R: tl.constexpr, LINEARS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """The first `decoders` programs decode; the rest write A below or B beside the matrix."""
@@ -90,10 +89,10 @@ def dequantize_with_lora_kernel(
         dequantize_kernel(
             packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
             nested_offset_ptr, out_ptr, num_words, in_features, out_stride, WORDS_PER_BLOCK,
-            NESTED, OFFSETS, EARLY, False, BLOCK_W,
+            NESTED, OFFSETS, PDL, False, BLOCK_W,
         )  # fmt: skip
     else:
-        if EARLY:  # the kernel before may have written A or B
+        if PDL:  # the kernel before may have written A or B
             tl.extra.cuda.gdc_wait()
         e = (tl.program_id(0) - decoders) * (BLOCK_W * 8) + tl.arange(0, BLOCK_W * 8)
         dtype = out_ptr.dtype.element_ty
@@ -169,15 +168,15 @@ def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
 
     Floating-point contraction is off: code * absmax + offset rounds twice, as bitsandbytes does.
     """
-    overlap = overlapping(out.device) if early else {}
+    overlap = pdl_option(out.device) if early else {}
     O, I = weight.shape
     pointers, flags = quantised_arguments(weight)
     if is_wide(weight):
         num_words = O * I // 8
         dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](
             weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
-            WORDS_PER_BLOCK=weight.blocksize // 8, **flags, EARLY=bool(overlap),
-            BESIDE=beside and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
+            WORDS_PER_BLOCK=weight.blocksize // 8, **flags, PDL=bool(overlap),
+            PDL_WAIT_LAST=beside and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
             enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return
@@ -190,7 +189,7 @@ def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
 
 def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank, early: bool) -> None:
     """out: [O + LINEARS * R, I] with A below, or [O, I + LINEARS * R] with B beside."""
-    overlap = overlapping(out.device) if early else {}
+    overlap = pdl_option(out.device) if early else {}
     O, I = weight.shape
     linears, num_words = len(sizes), O * I // 8
     pointers, flags = quantised_arguments(weight)
@@ -200,7 +199,7 @@ def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank, ea
     dequantize_with_lora_kernel[(decoders + triton.cdiv(further, BLOCK_WORDS * 8),)](
         weight.packed.view(torch.int32), *pointers, out, num_words, lora, scale, ends[0], ends[1],
         O, decoders, in_features=I, out_stride=out.stride(0),
-        WORDS_PER_BLOCK=weight.blocksize // 8, **flags, EARLY=bool(overlap), BELOW=below, R=rank,
+        WORDS_PER_BLOCK=weight.blocksize // 8, **flags, PDL=bool(overlap), BELOW=below, R=rank,
         LINEARS=linears, BLOCK_W=BLOCK_WORDS, num_warps=4, enable_fp_fusion=False,
         **overlap,
     )  # fmt: skip

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from minisft.kernels.low_rank.op import as_one_stack, place_block_diagonal
+from minisft.kernels.nf4.reference import NF4Weight, dequantize_reference
 from torch import Tensor
-
-from kernels.low_rank.op import neighbours, place_block_diagonal
-from kernels.nf4.reference import NF4Weight, dequantize_reference
 
 
 def dequantize(
@@ -44,7 +43,7 @@ def dequantize_into(
     if _impl(weight, impl) == "reference":
         out.copy_(dequantize_reference(weight, out.dtype))
         return
-    from kernels.nf4.kernel import launch_dequantize
+    from minisft.kernels.nf4.kernel import launch_dequantize
 
     launch_dequantize(weight, out, early)
 
@@ -59,7 +58,7 @@ def dequantize_with_A_below(
     """
     O = weight.shape[0]
     if _impl(weight, impl) == "triton":
-        from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
+        from minisft.kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
 
         if is_wide(weight):
             launch_dequantize_with_lora(weight, out, A_RI, scale, True, (O,), A_RI.shape[0], early)
@@ -75,11 +74,11 @@ def dequantize_with_B_beside(
     """out = [W, scale * B], [O, I + R]: B block diagonal, of linears with `sizes` rows each.
 
     Bs: [size, R_j] each, contiguous, or None for a linear without one; R is the sum of the R_j. One
-    launch where at most three B of one rank are neighbours in memory. early: as above.
+    launch where at most three B of one rank are as_one_stack in memory. early: as above.
     """
     I = weight.shape[1]
-    if _impl(weight, impl) == "triton" and (first := neighbours(Bs)) is not None:
-        from kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
+    if _impl(weight, impl) == "triton" and (first := as_one_stack(Bs)) is not None:
+        from minisft.kernels.nf4.kernel import is_wide, launch_dequantize_with_lora
 
         if is_wide(weight):
             rank = first.shape[1]

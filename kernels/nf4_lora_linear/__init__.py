@@ -1,5 +1,5 @@
 """y = x dequant(W)^T + b + s (x A^T) B^T for a 4-bit W, forward and backward."""
 
-from kernels.nf4_lora_linear.op import backward, forward, nf4_lora_linear
+from minisft.kernels.nf4_lora_linear.op import backward, forward, nf4_lora_linear
 
 __all__ = ["backward", "forward", "nf4_lora_linear"]

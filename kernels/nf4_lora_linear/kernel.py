@@ -12,9 +12,8 @@ so that u = x A^T, or t = dy B, comes along; dA and dB are made in the second.
 import torch
 import triton
 import triton.language as tl
-
-from kernels.low_rank.kernel import overlapping, padded_rank
-from kernels.nf4.kernel import block_scale, quantised_arguments
+from minisft.kernels.low_rank.kernel import padded_rank, pdl_option
+from minisft.kernels.nf4.kernel import block_scale, quantised_arguments
 
 
 @triton.jit
@@ -48,11 +47,11 @@ def forward_parts_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
     nested_offset_ptr, a_ptr, parts_ptr, M, O, x_stride, k_per_split,
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-    LANES: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; rows from O on are A's."""
     BLOCK_K: tl.constexpr = 64  # one block of the quantisation
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(O, BLOCK_N)
     split = tl.program_id(1)
@@ -110,11 +109,11 @@ def backward_parts_kernel(
     dy_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
     nested_offset_ptr, b_ptr, parts_ptr, M, O, dy_stride, o_per_split,
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-    LANES: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; rows from I on are B's."""
     BLOCK_I: tl.constexpr = 64  # one block of the quantisation
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = I // BLOCK_I
     split = tl.program_id(1)
@@ -177,7 +176,7 @@ def finish_kernel(
     parts_ptr, lora_ptr, lora_stride_n, lora_stride_r, bias_ptr, out_ptr, low_ptr, M, N, scaling,
     x_ptr, x_stride, dy_ptr, dy_stride, u_ptr, u_stride, da_ptr, db_ptr, O,
     SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
-    GRADS: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRADS: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = sum of parts + scaling * low @ lora^T + bias, where low is u or t [M, R].
 
@@ -206,7 +205,7 @@ def finish_kernel(
                     mask=m_ok[:, None] & n_ok[None, :],
                     other=0.0,
                 )
-        if EARLY:  # up to here nothing was read that the first launch writes
+        if PDL:  # up to here nothing was read that the first launch writes
             tl.extra.cuda.gdc_wait()
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for split in tl.static_range(SPLITS):
@@ -245,7 +244,7 @@ def finish_kernel(
             other=0.0,
         )
         db = scaling * tl.dot(dy, u, input_precision="ieee")
-        if EARLY:  # whatever was launched before may still fill db's memory
+        if PDL:  # whatever was launched before may still fill db's memory
             tl.extra.cuda.gdc_wait()
         tl.store(
             db_ptr + o[:, None] * R + r[None, :],
@@ -283,10 +282,10 @@ def fused_forward(x, weight, bias, A, B, scaling):
     splits = triton.cdiv(I, per_split)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
     pointers, flags = quantised_arguments(weight)
-    overlap = overlapping(x.device)
+    overlap = pdl_option(x.device)
     forward_parts_kernel[(tiles + triton.cdiv(R, block_n), splits)](
         x, weight.packed, *pointers, x if A is None else A, parts, M, O, x.stride(0), per_split,
-        I=I, R=R, **flags, LANES=_by_lanes(x), EARLY=bool(overlap), BLOCK_M=block_m,
+        I=I, R=R, **flags, LANES=_by_lanes(x), PDL=bool(overlap), BLOCK_M=block_m,
         BLOCK_N=block_n, num_warps=4, num_stages=1,
     )  # fmt: skip
     y = torch.empty((M, O), dtype=x.dtype, device=x.device)
@@ -297,7 +296,7 @@ def fused_forward(x, weight, bias, A, B, scaling):
         parts, lora, *strides, y if bias is None else bias, y, y if u is None else u, M, O, scaling,
         y, 1, y, 1, y, 1, y, y, 1,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=bias is not None, GRADS=False,
-        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=columns, num_warps=4, **overlap,
+        PDL=bool(overlap), BLOCK_M=block_m, BLOCK_N=columns, num_warps=4, **overlap,
     )  # fmt: skip
     return y, u
 
@@ -312,10 +311,10 @@ def fused_backward(dy, x, u, weight, A, B, scaling):
     splits = triton.cdiv(O, per_split)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
     pointers, flags = quantised_arguments(weight)
-    overlap = overlapping(dy.device)
+    overlap = pdl_option(dy.device)
     backward_parts_kernel[(tiles + triton.cdiv(R, 64), splits)](
         dy, weight.packed, *pointers, dy if B is None else B, parts, M, O, dy.stride(0), per_split,
-        I=I, R=R, **flags, LANES=_by_lanes(dy), EARLY=bool(overlap), BLOCK_M=block_m,
+        I=I, R=R, **flags, LANES=_by_lanes(dy), PDL=bool(overlap), BLOCK_M=block_m,
         BLOCK_O=block_o, num_warps=4, num_stages=1,
     )  # fmt: skip
     dx = torch.empty((M, I), dtype=dy.dtype, device=dy.device)
@@ -327,6 +326,6 @@ def fused_backward(dy, x, u, weight, A, B, scaling):
         parts, lora, *strides, dx, dx, dx, M, I, scaling,
         x, x.stride(0), dy, dy.stride(0), *grads, O,
         SPLITS=splits, R=R, RP=padded_rank(R), BIAS=False, GRADS=A is not None,
-        EARLY=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH_BACKWARD, num_warps=4, **overlap,
+        PDL=bool(overlap), BLOCK_M=block_m, BLOCK_N=FINISH_BACKWARD, num_warps=4, **overlap,
     )  # fmt: skip
     return dx, dA, dB

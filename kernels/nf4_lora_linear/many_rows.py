@@ -6,7 +6,7 @@ the tensor memory accelerator, and each program walks over several of them.
 
 The backward pass is five launches, of which two run beside their neighbours (on GPUs that can,
 and only such take this way): the decode beside t and the parts of dB, since nothing of theirs is
-its own; the parts of dA beside the product, on the processors that it leaves free, and on all of
+its own; the parts of dA beside the product, on the num_sms that it leaves free, and on all of
 them as it ends.
 """
 
@@ -19,29 +19,28 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from kernels.low_rank.kernel import (
-    overlapping,
+from minisft.kernels.low_rank.kernel import (
+    num_sms,
     padded_rank,
-    processors,
+    pdl_option,
     rows_per_split,
     shared_memory,
     wait_at_the_end,
 )
-from kernels.nf4 import dequantize
-from kernels.nf4.kernel import launch_dequantize
+from minisft.kernels.nf4 import dequantize
+from minisft.kernels.nf4.kernel import launch_dequantize
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
 def product_kernel(
     x, w, y, left_ptr, left_stride, right_ptr, right_stride_r, right_stride_n, scaling, M, N, K,
-    R: tl.constexpr, W_IS_NK: tl.constexpr, EARLY: tl.constexpr, FOLLOWED: tl.constexpr,
+    R: tl.constexpr, W_IS_NK: tl.constexpr, PDL: tl.constexpr, FOLLOWED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = scaling * left @ right + x @ w; x, w, y are descriptors. W_IS_NK: w holds w^T."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
@@ -105,13 +104,13 @@ def _store_sum(
 @triton.jit
 def from_dy_kernel(
     dy, B_ptr, t_ptr, u_ptr, u_stride, parts_ptr, M, O, rows_of_split,
-    R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """For each split of the rows, side by side so that they meet in the cache: t = dy B, BLOCK_T
     rows a program, and parts[split] [O, R] of dy^T u, BLOCK_N columns a program.
     """
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for_t = rows_of_split // BLOCK_T
@@ -143,7 +142,7 @@ def from_dy_kernel(
 @triton.jit
 def parts_of_dA_kernel(
     x, t_ptr, parts_ptr, M, I, large, small,
-    R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr, LARGE: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """parts[split] [I, R] of x^T t, over `large` rows in the first LARGE splits, `small` in others.
@@ -159,7 +158,7 @@ def parts_of_dA_kernel(
         x, block * BLOCK_N, t_ptr, R, first, last, I, parts_ptr + split.to(tl.int64) * I * R,
         R, RP, BLOCK_T, BLOCK_N, STAGES,
     )  # fmt: skip
-    if EARLY:
+    if PDL:
         wait_at_the_end()
 
 
@@ -183,11 +182,11 @@ def _sum_of_parts(
 @triton.jit
 def add_parts_kernel(
     parts_A_ptr, parts_B_ptr, dA_ptr, dB_ptr, I, O, scaling, PARTS_A: tl.constexpr,
-    PARTS_B: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EARLY: tl.constexpr,
+    PARTS_B: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dA [R, I] and dB [O, R]: scaling times the parts, added in order."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
     blocks, r = tl.cdiv(I, BLOCK_N), tl.arange(0, RP)
     if tl.program_id(0) < blocks:
@@ -215,7 +214,7 @@ def takes(x, weight, rank: int) -> bool:
     also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
     """
     whole = _aligned(x) and all(n * x.element_size() % 16 == 0 for n in weight.shape)
-    able = overlapping(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
+    able = pdl_option(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
     return whole and (not x.is_cuda or bool(able)) and 0 < rank <= 256 and x.shape[0] > 0
 
 
@@ -227,11 +226,11 @@ def _aligned(x) -> bool:
 def suits(x, columns: int, rank: int) -> bool:
     """Whether this is the fastest way to a result of that many columns (measured: README.md).
 
-    It is where its tiles come out as whole rounds of all processors, or nearly so, and the rank is
+    It is where its tiles come out as whole rounds of all num_sms, or nearly so, and the rank is
     at most 64.
     """
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
-    side_by_side = processors(x.device)
+    side_by_side = num_sms(x.device)
     return rank <= 64 and tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
 
 
@@ -273,7 +272,7 @@ def backward(dy, x, u, weight, A, B, scaling):
     """
     x, B = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format), B.contiguous()
     (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
-    overlap, padded = overlapping(dy.device), padded_rank(R)
+    overlap, padded = pdl_option(dy.device), padded_rank(R)
     columns = 128 if padded <= 64 else 64
     splits = splits_of(M, triton.cdiv(O, columns), padded)
     empty = functools.partial(torch.empty, device=dy.device)
@@ -283,7 +282,7 @@ def backward(dy, x, u, weight, A, B, scaling):
     parts_A = empty((splits.for_dA, I, R), dtype=torch.float32)
     parts_B = empty((splits.for_dB, O, R), dtype=torch.float32)
 
-    shared = {"R": R, "RP": padded, "EARLY": bool(overlap), "num_warps": 4, **overlap}
+    shared = {"R": R, "RP": padded, "PDL": bool(overlap), "num_warps": 4, **overlap}
     tiles = {"BLOCK_T": BLOCK_T, "BLOCK_N": columns, "STAGES": 4}
     describe = functools.partial(TensorDescriptor.from_tensor, block_shape=[BLOCK_T, columns])
     from_dy_kernel[(splits.for_dB * (splits.rows // BLOCK_T + triton.cdiv(O, columns)),)](
@@ -310,14 +309,14 @@ def _launch_product(x, w, y, left, right, scaling, *, w_is_nk: bool, followed: b
     (M, K), N, R = x.shape, right.shape[1], left.shape[1]
     block_m, block_n, block_k = BLOCKS
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, processors(x.device)))
-    overlap = overlapping(x.device)
+    programs = triton.cdiv(tiles, triton.cdiv(tiles, num_sms(x.device)))
+    overlap = pdl_option(x.device)
     product_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(w, [block_n, block_k] if w_is_nk else [block_k, block_n]),
         TensorDescriptor.from_tensor(y, [block_m, block_n]),
         left, left.stride(0), right, *right.stride(), scaling, M, N, K,
-        R=R, W_IS_NK=w_is_nk, EARLY=bool(overlap), FOLLOWED=followed and bool(overlap),
+        R=R, W_IS_NK=w_is_nk, PDL=bool(overlap), FOLLOWED=followed and bool(overlap),
         GROUP=8, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=8, num_stages=3,
         **overlap,

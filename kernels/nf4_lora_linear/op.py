@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
+from minisft.kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 from torch import Tensor
-
-from kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
-from kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 
 FUSED_ROWS = 64  # up to here the weight is decoded inside the product (measured: README.md)
 
@@ -32,14 +31,14 @@ def forward(
     if impl == "reference":
         return forward_reference(x_MI, weight, bias_O, A_RI, B_OR, scaling)
     if impl == "fused":
-        from kernels.nf4_lora_linear.kernel import fused_forward
+        from minisft.kernels.nf4_lora_linear.kernel import fused_forward
 
         return fused_forward(x_MI, weight, bias_O, A_RI, B_OR, scaling)
     if A_RI is None or B_OR is None:
         w_OI = dequantize(weight, x_MI.dtype)
         return torch.nn.functional.linear(x_MI, w_OI, bias_O), None
     if impl == "joined":
-        from kernels.nf4_lora_linear import many_rows
+        from minisft.kernels.nf4_lora_linear import many_rows
 
         return many_rows.forward(x_MI, weight, bias_O, A_RI, B_OR, scaling)
     O, I = weight.shape
@@ -78,11 +77,11 @@ def backward(
     if impl == "reference":
         return backward_reference(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling, need_dx)
     if impl == "fused" and need_dx:
-        from kernels.nf4_lora_linear.kernel import fused_backward
+        from minisft.kernels.nf4_lora_linear.kernel import fused_backward
 
         return fused_backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
     if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
-        from kernels.nf4_lora_linear import many_rows
+        from minisft.kernels.nf4_lora_linear import many_rows
 
         return many_rows.backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
     dx_MI = t_MR = None
@@ -121,7 +120,7 @@ def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: in
         return "reference"
     if impl == "auto" and fused:
         return "fused"
-    from kernels.nf4_lora_linear.many_rows import suits, takes
+    from minisft.kernels.nf4_lora_linear.many_rows import suits, takes
 
     rank = 0 if A is None else A.shape[0]
     joined = takes(x, weight, rank)

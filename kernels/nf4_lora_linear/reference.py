@@ -6,10 +6,9 @@ M rows  I inputs  O outputs  R rank
 from __future__ import annotations
 
 import torch.nn.functional as F
+from minisft.kernels.nf4 import NF4Weight
+from minisft.kernels.nf4.reference import dequantize_reference
 from torch import Tensor
-
-from kernels.nf4 import NF4Weight
-from kernels.nf4.reference import dequantize_reference
 
 
 def forward_reference(

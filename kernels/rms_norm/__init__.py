@@ -1,5 +1,5 @@
 """Residual addition and RMSNorm in one pass, forward and backward."""
 
-from kernels.rms_norm.op import add_rms_norm, normalise, rms_norm_backward
+from minisft.kernels.rms_norm.op import add_rms_norm, normalise, rms_norm_backward
 
 __all__ = ["add_rms_norm", "normalise", "rms_norm_backward"]

@@ -4,8 +4,7 @@
 
 import triton
 import triton.language as tl
-
-from kernels.low_rank.kernel import padded_rank, stages
+from minisft.kernels.low_rank.kernel import padded_rank, stages
 
 
 @triton.jit

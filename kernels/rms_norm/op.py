@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from kernels.low_rank.op import LowRank, empty_rows, use_triton
-from kernels.rms_norm.reference import (
+from minisft.kernels.low_rank.op import LowRank, empty_rows, use_triton
+from minisft.kernels.rms_norm.reference import (
     add_rms_norm_reference,
     normalise_reference,
     rms_norm_backward_reference,
 )
+from torch import Tensor
 
 
 def add_rms_norm(
@@ -34,7 +33,7 @@ def add_rms_norm(
     if not use_triton(x_TD, impl):
         out, h[:, :D], rstd = add_rms_norm_reference(x_TD, y_TD, delta, weight_D, eps)
         return out, h, rstd
-    from kernels.rms_norm.kernel import launch_add_rms_norm
+    from minisft.kernels.rms_norm.kernel import launch_add_rms_norm
 
     rstd = torch.empty(T, dtype=torch.float32, device=x_TD.device)
     out = x_TD if y_TD is None else torch.empty_like(x_TD, memory_format=torch.contiguous_format)
@@ -51,7 +50,7 @@ def normalise(
     if not use_triton(x_TD, impl):
         h[:, :D] = normalise_reference(x_TD, weight_D, rstd_T)
         return h
-    from kernels.rms_norm.kernel import launch_normalise
+    from minisft.kernels.rms_norm.kernel import launch_normalise
 
     launch_normalise(x_TD, weight_D, rstd_T, h)
     return h
@@ -76,7 +75,7 @@ def rms_norm_backward(
     if not use_triton(x_TD, impl):
         dx[:, :D] = rms_norm_backward_reference(dh_TD, x_TD, weight_D, rstd_T, dresidual_TD)
         return dx
-    from kernels.rms_norm.kernel import launch_rms_norm_backward
+    from minisft.kernels.rms_norm.kernel import launch_rms_norm_backward
 
     launch_rms_norm_backward(dh_TD, x_TD, weight_D, rstd_T, dresidual_TD, dx)
     return dx

@@ -6,9 +6,8 @@ T tokens  D hidden  R rank
 from __future__ import annotations
 
 import torch
+from minisft.kernels.low_rank.reference import LowRank, add_reference
 from torch import Tensor
-
-from kernels.low_rank.reference import LowRank, add_reference
 
 
 def add_rms_norm_reference(

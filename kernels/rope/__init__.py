@@ -1,5 +1,5 @@
 """Rotary embedding of queries and keys in place, and its inverse with the LoRA gradients dB."""
 
-from kernels.rope.op import rope_, rope_backward
+from minisft.kernels.rope.op import rope_, rope_backward
 
 __all__ = ["rope_", "rope_backward"]

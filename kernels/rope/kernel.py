@@ -4,8 +4,7 @@
 
 import triton
 import triton.language as tl
-
-from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split, stages
+from minisft.kernels.low_rank.kernel import materialized_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit
@@ -53,8 +52,8 @@ def _turn_back_head(
             e2 = d2 * cos - d1 * sin
             d1 = e1
             d2 = e2
-        d1 = computed_once(d1.to(out_ptr.dtype.element_ty), PIN)
-        d2 = computed_once(d2.to(out_ptr.dtype.element_ty), PIN)
+        d1 = materialized_once(d1.to(out_ptr.dtype.element_ty), PIN)
+        d2 = materialized_once(d2.to(out_ptr.dtype.element_ty), PIN)
         to = out_ptr + rows64 * out_stride + out_first + half[None, :]
         tl.store(to, d1, mask=ok[:, None])
         tl.store(to + HALF, d2, mask=ok[:, None])

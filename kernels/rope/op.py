@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from minisft.kernels.low_rank.op import use_triton
+from minisft.kernels.rope.reference import rope_backward_reference, rope_reference_
 from torch import Tensor
-
-from kernels.low_rank.op import use_triton
-from kernels.rope.reference import rope_backward_reference, rope_reference_
 
 _Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -20,7 +19,7 @@ def rope_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int, *, impl: str =
     if not use_triton(qk, impl):
         rope_reference_(qk, cos_TH, sin_TH, heads)
         return
-    from kernels.rope.kernel import launch_rope
+    from minisft.kernels.rope.kernel import launch_rope
 
     launch_rope(qk, cos_TH, sin_TH, heads)
 
@@ -44,6 +43,6 @@ def rope_backward(
     if not use_triton(out, impl):
         rope_backward_reference(grads, us, cos_TH, sin_TH, out, partials)
         return
-    from kernels.rope.kernel import launch_rope_backward
+    from minisft.kernels.rope.kernel import launch_rope_backward
 
     launch_rope_backward(grads, us, cos_TH, sin_TH, out, partials)

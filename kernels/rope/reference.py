@@ -6,9 +6,8 @@ T tokens  N query heads  K key/value heads  H head_dim  R rank  S splits of the 
 from __future__ import annotations
 
 import torch
+from minisft.kernels.low_rank.reference import outer_sum_reference
 from torch import Tensor
-
-from kernels.low_rank.reference import outer_sum_reference
 
 
 def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """silu(gate) * up, and its gradients with those LoRA sums over tokens that need them."""
 
-from kernels.swiglu.op import swiglu, swiglu_backward_
+from minisft.kernels.swiglu.op import swiglu, swiglu_backward_
 
 __all__ = ["swiglu", "swiglu_backward_"]

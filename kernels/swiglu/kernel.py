@@ -4,8 +4,7 @@
 
 import triton
 import triton.language as tl
-
-from kernels.low_rank.kernel import computed_once, padded_rank, rows_per_split, stages
+from minisft.kernels.low_rank.kernel import materialized_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit
@@ -71,8 +70,8 @@ def swiglu_backward_kernel(
         da = da.to(tl.float32)
         s = sigmoid(g)
         silu = g * s
-        du = computed_once((da * silu).to(dtype), PIN)
-        dg = computed_once((da * u * (s + silu - silu * s)).to(dtype), PIN)
+        du = materialized_once((da * silu).to(dtype), PIN)
+        dg = materialized_once((da * u * (s + silu - silu * s)).to(dtype), PIN)
         tl.store(at, dg, mask=ok)
         tl.store(at + F, du, mask=ok)
         if RG > 0:
@@ -80,7 +79,7 @@ def swiglu_backward_kernel(
         if RU > 0:
             total_u = _add(total_u, u_left, u_left_stride, rows64, row_ok, du, RU, PU)
         if RD > 0:
-            a = computed_once((silu * u).to(dtype), PIN)
+            a = materialized_once((silu * u).to(dtype), PIN)
             total_d = _add(total_d, d_left, d_left_stride, rows64, row_ok, a, RD, PD)
     if RG > 0:
         r = tl.arange(0, PG)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from minisft.kernels.low_rank.op import empty_rows, use_triton
+from minisft.kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
 from torch import Tensor
-
-from kernels.low_rank.op import empty_rows, use_triton
-from kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
 
 
 def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Tensor:
@@ -19,7 +18,7 @@ def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Te
     if not use_triton(gate_up, impl):
         out[:, :F] = swiglu_reference(gate_up, F)
         return out
-    from kernels.swiglu.kernel import launch_swiglu
+    from minisft.kernels.swiglu.kernel import launch_swiglu
 
     launch_swiglu(gate_up, F, out)
     return out
@@ -46,6 +45,6 @@ def swiglu_backward_(
     if not use_triton(gate_up, impl):
         swiglu_backward_reference_(gate_up, da_TF, lefts, partials)
         return
-    from kernels.swiglu.kernel import launch_swiglu_backward
+    from minisft.kernels.swiglu.kernel import launch_swiglu_backward
 
     launch_swiglu_backward(gate_up, da_TF, lefts, partials)

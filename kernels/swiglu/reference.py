@@ -6,9 +6,8 @@ T tokens  F ffn  R rank  S splits of the tokens
 from __future__ import annotations
 
 import torch
+from minisft.kernels.low_rank.reference import outer_sum_reference
 from torch import Tensor
-
-from kernels.low_rank.reference import outer_sum_reference
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 

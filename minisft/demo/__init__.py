@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minisft.config import TrainConfig
+from minisft.config.train import TrainConfig
 
 HERE = Path(__file__).parent
 

@@ -45,8 +45,9 @@ def scratch() -> Path:
     """A directory in memory where there is one, with a sound adapter and its base's config."""
     from runs import CONFIG
 
-    from minisft.adapter import save_adapter
-    from minisft.config import LoraConfig, parse_model_config
+    from minisft.config.hf import parse_model_config
+    from minisft.config.lora import LoraConfig
+    from minisft.files.adapter import save_adapter
     from minisft.lora import allocate, init_lora_, trainable_shapes
 
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -64,7 +65,7 @@ def scratch() -> Path:
 
 
 def read_config(data: bytes) -> None:
-    from minisft.weights import load_model_config
+    from minisft.files.weights import load_model_config
 
     (scratch() / "config.json").write_bytes(data)
     cfg = load_model_config(scratch())
@@ -72,7 +73,7 @@ def read_config(data: bytes) -> None:
 
 
 def read_quant_state(data: bytes) -> None:
-    from minisft.quant_state import parse_state
+    from minisft.files.quant_state import parse_state
 
     parse_state("w.quant_state.bitsandbytes__nf4", data, "file").members()
 
@@ -80,15 +81,15 @@ def read_quant_state(data: bytes) -> None:
 def read_adapter(data: bytes) -> None:
     from runs import CONFIG
 
-    from minisft.adapter import load_adapter
-    from minisft.config import parse_model_config
+    from minisft.config.hf import parse_model_config
+    from minisft.files.adapter import load_adapter
 
     (scratch() / "adapter" / "adapter_config.json").write_bytes(data)
     load_adapter(scratch() / "adapter", parse_model_config(CONFIG))
 
 
 def read_template(data: bytes) -> None:
-    from minisft import chat
+    from minisft.text import chat
 
     text = data.decode("utf-8", errors="replace")
     chat.MAX_SECONDS = 2.0
@@ -96,8 +97,8 @@ def read_template(data: bytes) -> None:
 
 
 def read_jsonl(data: bytes) -> None:
-    from minisft.data import tokenize_rows
-    from minisft.reading import read_rows
+    from minisft.data.readers import read_rows
+    from minisft.data.tokenize import tokenize_rows
 
     path = scratch() / "rows.jsonl"
     path.write_bytes(data)
@@ -106,7 +107,7 @@ def read_jsonl(data: bytes) -> None:
 
 
 def read_safetensors(data: bytes) -> None:
-    from minisft.safetensors_io import iter_tensors
+    from minisft.files.safetensors import iter_tensors
 
     path = scratch() / "x.safetensors"
     path.write_bytes(data)
@@ -115,8 +116,8 @@ def read_safetensors(data: bytes) -> None:
 
 
 def read_yaml(data: bytes) -> None:
-    from minisft.cli import parse_flags
-    from minisft.config import TrainConfig
+    from minisft.config.flags import parse_flags
+    from minisft.config.train import TrainConfig
 
     path = scratch() / "run.yaml"
     path.write_bytes(data)
@@ -127,7 +128,7 @@ def read_yaml(data: bytes) -> None:
 def tokenizer() -> Any:
     from tiny_tokenizer import write_byte_level
 
-    from minisft.tokenizer import load_tokenizer
+    from minisft.text.tokenizer import load_tokenizer
 
     return load_tokenizer(write_byte_level(scratch() / "tokenizer"))
 
@@ -195,7 +196,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
 
 def check(reader: str, data: bytes) -> None:
     """Read the bytes; anything but success or UserError is raised."""
-    from minisft.config import UserError
+    from minisft.config.errors import UserError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -266,11 +267,7 @@ def fuzz(reader: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["minisft", "json", "yaml", "jinja2"]):
-        import minisft.adapter
-        import minisft.cli
-        import minisft.data
-        import minisft.reading
-        import minisft.weights  # noqa: F401
+        pass
     sound = seeds()[reader]
     corpus = scratch() / "corpus"
     corpus.mkdir()

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":  # the repository first: tests/kernels would pass for the package
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "session")]
 
 from test_kill import (  # noqa: E402
     Yard,
@@ -63,7 +63,7 @@ def differences(out: Path, reference: Path) -> list[str]:
 
 def unusable(out: Path) -> bool:
     """Whether the newest visible checkpoint does not verify."""
-    from minisft.checkpoint import verify
+    from minisft.files.checkpoint import verify
 
     return bool(newest(out)) and verify(out / f"checkpoint-{newest(out)}") != ""
 
@@ -125,7 +125,9 @@ def in_phase(phase: str, draw: random.Random) -> Callable[[], None]:
     entry = draw.randint(2, 6)
 
     def prepare() -> None:
-        from minisft import checkpoint, evaluate, run, step
+        from minisft import run, step
+        from minisft.files import checkpoint
+        from minisft.session import evaluate
 
         module, name, call = {
             "load": (run, "load_model", 1),
@@ -202,7 +204,7 @@ def catches_sigterm(pid: int) -> bool:
 
 def damaged(yard: Yard, count: int, damage: Callable[[Path, random.Random], None]) -> dict:
     """Damage one file of the newest of two checkpoints; `auto` must take the other one."""
-    from minisft.checkpoint import find_checkpoint
+    from minisft.files.checkpoint import find_checkpoint
 
     reference = whole(yard)
     kept = sorted(p.name for p in reference.glob("checkpoint-*"))[-2:]

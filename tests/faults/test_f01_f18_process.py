@@ -15,7 +15,7 @@ from runs import ROOT, call, flags, metrics, pairs, read, step_lines, train, tre
 from runs import write_rows as rows_file
 from safetensors.torch import load_file
 
-from minisft.checkpoint import list_checkpoints, verify
+from minisft.files.checkpoint import list_checkpoints, verify
 
 SETTINGS = {
     "max_steps": 4, "save_steps": 1, "lora_r": 4, "max_length": 64, "learning_rate": 1e-2,
@@ -126,7 +126,7 @@ def test_f03_before_the_first_step_there_is_nothing_to_save(inputs, tmp_path, mo
 
 
 def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monkeypatch):
-    from minisft import evaluate
+    from minisft.session import evaluate
 
     given = inputs | {"eval_dataset": inputs["dataset"], "eval_strategy": "steps", "eval_steps": 2}
     train(**given, output_dir=tmp_path / "whole")
@@ -154,7 +154,8 @@ def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monke
 def test_f03_an_evaluation_that_no_checkpoint_knows_of_is_made_again(inputs, tmp_path, monkeypatch):
     """Stopped in the evaluation after step 2, made up for on resuming, then killed before step 3's
     checkpoint: the next resume makes it once more, and its line stands once."""
-    from minisft import evaluate, loop
+    from minisft import loop
+    from minisft.session import evaluate
 
     given = inputs | {
         "eval_dataset": inputs["dataset"], "eval_strategy": "steps", "eval_steps": 2,

@@ -16,9 +16,9 @@ import torch
 from runs import ROOT, call, flags, pairs, read, train, tree, write_model, write_rows
 from safetensors.torch import load_file, save_file
 
-from minisft import chat
-from minisft.config import UserError
-from minisft.safetensors_io import read_header
+from minisft.config.errors import UserError
+from minisft.files.safetensors import read_header
+from minisft.text import chat
 
 SMALL = {"lora_r": 2, "max_steps": 1, "max_length": 64}
 
@@ -196,7 +196,7 @@ TYPOS = {
 
 def test_f41_twenty_typos_are_told_with_the_right_name(place):
     assert len(TYPOS) == 20
-    from minisft.config import TrainConfig
+    from minisft.config.train import TrainConfig
 
     known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__}
     for typo, right in TYPOS.items():

@@ -7,10 +7,10 @@ import pytest
 from runs import call, flags, pairs, read, train, write_model, write_rows
 
 from minisft import loop
-from minisft.config import TrainConfig
-from minisft.preempt import Preempted
-from minisft.sources import load_train
-from minisft.tokenizer import load_tokenizer
+from minisft.config.train import TrainConfig
+from minisft.data.sources import load_train
+from minisft.session.signals import Preempted
+from minisft.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_the_ledger_sees_a_row_that_is_given_twice(model, tmp_path, monkeypatch)
     """With the rows of every step shifted by one, the count is not that of the rows."""
     from minisft import batches
 
-    real = batches.Schedule.rows
-    monkeypatch.setattr(batches.Schedule, "rows", lambda self, step, rank=0: real(self, 0, rank))
+    real = batches.RowSchedule.rows
+    monkeypatch.setattr(batches.RowSchedule, "rows", lambda self, step, rank=0: real(self, 0, rank))
     path = write_rows(tmp_path / "rows.jsonl", pairs(12))
     seen = []
     step_ = loop.train_step_

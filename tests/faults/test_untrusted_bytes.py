@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisft.config import UserError
-from minisft.safetensors_io import iter_tensors, read_header, save_file
+from minisft.config.errors import UserError
+from minisft.files.safetensors import iter_tensors, read_header, save_file
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True,

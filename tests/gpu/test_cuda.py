@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisft.batches import Batches, Schedule
-from minisft.config import LoraConfig, ModelConfig
+from minisft.batches import Batches, RowSchedule, TokenizedDataset
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
 from minisft.llama import Compute
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.nn import Documents, dropout, packed_attention
 from minisft.step import Plan, loss_and_grads
-from minisft.tokens import TokenizedDataset
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,7 +109,7 @@ def make_problem(device, dtype, lora_dropout=0.0, checkpoint_blocks=False):
         stats={},
     )
     batches = Batches(
-        dataset, Schedule(8, 2, 4, seed=0), 200, torch.device(device), dropout=lora_dropout > 0
+        dataset, RowSchedule(8, 2, 4, seed=0), 200, torch.device(device), dropout=lora_dropout > 0
     )
     compute = Compute(CFG, dtype, lora.scaling, lora_dropout, checkpoint_blocks)
     return moved, frozen, batches.batch(0), Plan(compute)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from minisft.kernels.adamw import global_norm
 from runs import metrics, pairs, read, train, write_model, write_rows
 from safetensors import safe_open
 
-from minisft.config import TrainConfig
-from minisft.lora import allocate, groups
-from minisft.nn import global_norm
+from minisft.config.train import TrainConfig
+from minisft.lora import allocate, param_groups
 from minisft.optim import init_moments, update_
 
 pytestmark = [
@@ -23,7 +23,7 @@ def ten_steps(optim, device, learning_rate=1e-2):
     flat = allocate(SHAPES, torch.device(device))
     generator = torch.Generator().manual_seed(0)
     flat.buffer.copy_(torch.randn(flat.buffer.shape, generator=generator))
-    slices = groups(SHAPES, config)
+    slices = param_groups(SHAPES, config)
     moments = init_moments(flat, slices, optim)
     for step in range(1, 11):
         noise = torch.randn(flat.buffer.shape, generator=generator) * 10.0 ** (step % 4 - 3)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from minisft.kernels.nf4 import NF4Weight, dequantize
 from runs import write_model
 
-from minisft.config import TrainConfig
-from minisft.model import load_model
-from minisft.nn import NF4Weight, dequantize
+from minisft.config.train import TrainConfig
+from minisft.files.load import load_base
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ def test_the_peak_is_the_quantised_model_and_one_tensor(base):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model, state = load_model(TrainConfig(model=str(base), device="cuda", lora_r=1))
+    model, state = load_base(TrainConfig(model=str(base), device="cuda", lora_r=1))
     kept = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
     packed = [w for w in model.frozen.values() if isinstance(w, NF4Weight)]
@@ -40,8 +40,8 @@ def test_the_peak_is_the_quantised_model_and_one_tensor(base):
 
 def test_the_gpu_quantises_as_the_cpu(base):
     """The mean of the scales is summed in another order: codes are equal, scales to a rounding."""
-    ours, _ = load_model(TrainConfig(model=str(base), device="cuda", dtype="float32"))
-    theirs, _ = load_model(TrainConfig(model=str(base), device="cpu", dtype="float32"))
+    ours, _ = load_base(TrainConfig(model=str(base), device="cuda", dtype="float32"))
+    theirs, _ = load_base(TrainConfig(model=str(base), device="cpu", dtype="float32"))
     for name, weight in ours.frozen.items():
         other = theirs.frozen[name]
         if not isinstance(weight, NF4Weight):

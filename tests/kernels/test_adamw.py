@@ -3,8 +3,7 @@
 import pytest
 import torch
 from fused import DEVICE, rand
-
-from kernels.adamw import adamw_, global_norm
+from minisft.kernels.adamw import adamw_, global_norm
 
 IMPLS = ("triton", "reference")
 SIZES = (1, 1023, 5000, 3 * 1024 * 1024 + 7)

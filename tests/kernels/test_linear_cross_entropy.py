@@ -5,11 +5,17 @@ import torch
 import torch.nn.functional as F
 from fused import DTYPES as FUSED_DTYPES
 from fused import close, rand
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
+from minisft.kernels.linear_cross_entropy.cases import (
+    DTYPES,
+    LLAMA,
+    SMALL,
+    Case,
+    Inputs,
+    make_inputs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grad
-from kernels.linear_cross_entropy.cases import DTYPES, LLAMA, SMALL, Case, Inputs, make_inputs
 
 TINY = 1e-6  # relative: where plain torch happens to be exact
 NAMES = ("loss", "d_hidden", "d_head")
@@ -205,7 +211,7 @@ def test_nothing_of_the_logits_is_kept_for_the_backward_pass():
 @pytest.mark.parametrize("case", LLAMA)
 def test_the_default_chunk_keeps_about_256_mib_of_logits(case, monkeypatch):
     """At most a quarter more than 256 MiB of float32, and no fewer rows than a GEMM wants."""
-    from kernels.linear_cross_entropy import op
+    from minisft.kernels.linear_cross_entropy import op
 
     M, _, V = LLAMA[case]
     asked = {}

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from fused import DEVICE, DTYPES, close, poisoned, rand, wide
-
-from kernels.low_rank import kernel, narrow_products, outer_sum, reduce_partials
-from kernels.low_rank.op import neighbours
+from minisft.kernels.low_rank import kernel, narrow_products, outer_sum, reduce_partials
+from minisft.kernels.low_rank.op import as_one_stack
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,11 +88,11 @@ def test_neighbours_lie_in_one_storage():
     """Next to each other in memory is not enough: a view of both would leave its storage."""
     both = np.zeros((64, 4), dtype=np.float32)
     x, y = torch.from_numpy(both[:32]), torch.from_numpy(both[32:])
-    assert y.data_ptr() == x.data_ptr() + x.nbytes and neighbours((x, y)) is None
+    assert y.data_ptr() == x.data_ptr() + x.nbytes and as_one_stack((x, y)) is None
     whole = torch.from_numpy(both)
-    joined = neighbours(whole.split((31, 1, 32)))
+    joined = as_one_stack(whole.split((31, 1, 32)))
     assert joined is not None and joined.data_ptr() == whole.data_ptr() and joined.shape == (64, 4)
-    assert neighbours((whole[:8], whole[9:])) is None and neighbours(whole.split(16)) is None
+    assert as_one_stack((whole[:8], whole[9:])) is None and as_one_stack(whole.split(16)) is None
 
 
 def test_narrow_products_of_a_large_rank_and_of_one_matrix():

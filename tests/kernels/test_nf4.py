@@ -14,8 +14,7 @@ if not GPU:
 
 import bitsandbytes.functional as bnb  # noqa: E402
 import numpy as np  # noqa: E402
-
-from kernels.nf4 import (  # noqa: E402
+from minisft.kernels.nf4 import (  # noqa: E402
     NF4Weight,
     dequantize,
     dequantize_into,
@@ -25,8 +24,8 @@ from kernels.nf4 import (  # noqa: E402
     reference,
     side_by_side,
 )
-from kernels.nf4.cases import DTYPES, SHAPES, make_weight  # noqa: E402
-from kernels.nf4.reference import FP4_CODE, NF4_CODE, dynamic_map, scales  # noqa: E402
+from minisft.kernels.nf4.cases import DTYPES, SHAPES, make_weight  # noqa: E402
+from minisft.kernels.nf4.reference import FP4_CODE, NF4_CODE, dynamic_map, scales  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 KERNEL_DTYPES = DTYPES if GPU else (torch.float32, torch.float16)

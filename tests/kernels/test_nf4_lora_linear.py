@@ -5,13 +5,12 @@ import functools
 import pytest
 import torch
 from fused import DEVICE, DTYPES, GPU, close, rand, wide
+from minisft.kernels.low_rank.kernel import num_sms
+from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
+from minisft.kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
+from minisft.kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
+from minisft.kernels.nf4_lora_linear.many_rows import suits
 from torch.utils.checkpoint import checkpoint
-
-from kernels.low_rank.kernel import processors
-from kernels.nf4 import NF4Weight, dequantize, quantize
-from kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
-from kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
-from kernels.nf4_lora_linear.many_rows import suits
 
 IMPLS = ("fused", "decode")
 
@@ -171,8 +170,8 @@ def test_a_policy_can_name_the_op():
 
 
 def test_the_joined_product_suits_whole_rounds_of_tiles_at_ranks_up_to_64():
-    """Of 128 x 256; the processors are two where there is no GPU."""
-    many = processors(torch.device(DEVICE)) // 2
+    """Of 128 x 256; the num_sms are two where there is no GPU."""
+    many = num_sms(torch.device(DEVICE)) // 2
     x = torch.empty(128, 8, device=DEVICE)
     assert suits(x, 2 * many * 256, 64) and not suits(x, 2 * many * 256, 65)
     assert suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256, 16)

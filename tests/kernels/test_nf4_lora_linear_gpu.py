@@ -3,10 +3,9 @@
 import pytest
 import torch
 from fused import GPU
-
-from kernels.nf4 import dequantize_into, quantize
-from kernels.nf4 import kernel as nf4_kernel
-from kernels.nf4_lora_linear import many_rows
+from minisft.kernels.nf4 import dequantize_into, quantize
+from minisft.kernels.nf4 import kernel as nf4_kernel
+from minisft.kernels.nf4_lora_linear import many_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA device")]
 # M, I, O. The product ends long after what runs beside it, long before it, and at about the same

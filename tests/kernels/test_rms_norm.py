@@ -3,9 +3,8 @@
 import pytest
 import torch
 from fused import DTYPES, close, rand, wide
-
-from kernels.low_rank import LowRank
-from kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
+from minisft.kernels.low_rank import LowRank
+from minisft.kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 
 EPS = 1e-5
 sizes = pytest.mark.parametrize(

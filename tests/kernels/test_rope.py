@@ -3,9 +3,8 @@
 import pytest
 import torch
 from fused import DTYPES, close, poisoned, rand, wide
-
-from kernels.rope import rope_, rope_backward
-from kernels.rope.reference import rotate
+from minisft.kernels.rope import rope_, rope_backward
+from minisft.kernels.rope.reference import rotate
 
 CASES = pytest.mark.parametrize(
     "T, N, K, H, ranks",

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from fused import DTYPES, close, poisoned, rand, wide
-
-from kernels.swiglu import swiglu, swiglu_backward_
+from minisft.kernels.swiglu import swiglu, swiglu_backward_
 
 CASES = pytest.mark.parametrize(
     "T, F, ranks",

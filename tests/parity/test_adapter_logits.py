@@ -12,7 +12,7 @@ from test_adapter_peft import (
     random_tensors,
 )
 
-from minisft.adapter import load_adapter, save_adapter
+from minisft.files.adapter import load_adapter, save_adapter
 from minisft.llama import Compute, logits, make_tokens
 
 peft = pytest.importorskip("peft")

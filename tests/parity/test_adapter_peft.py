@@ -19,9 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minisft.adapter import load_adapter, read_adapter_config, save_adapter
-from minisft.config import LINEAR_NAMES, LoraConfig, ModelConfig, UserError, parse_model_config
-from minisft.targets import adapter_shapes
+from minisft.config.errors import UserError
+from minisft.config.hf import parse_model_config
+from minisft.config.lora import LoraConfig
+from minisft.config.model import LINEAR_NAMES, ModelConfig
+from minisft.config.targets import adapter_shapes
+from minisft.files.adapter import load_adapter, read_adapter_config, save_adapter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 peft = pytest.importorskip("peft")

@@ -19,12 +19,14 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_tokenizer import write_byte_level, write_llama2  # noqa: E402
 
-from minisft.batches import Schedule  # noqa: E402
-from minisft.data import Settings, named_rows, tokenize, tokenize_rows  # noqa: E402
-from minisft.packing import pack  # noqa: E402
-from minisft.reading import read_rows  # noqa: E402
-from minisft.tokenizer import load_tokenizer  # noqa: E402
-from minisft.tokens import TokenizedDataset  # noqa: E402
+from minisft.batches import (  # noqa: E402
+    RowSchedule,
+    TokenizedDataset,
+)
+from minisft.data.packing import pack  # noqa: E402
+from minisft.data.readers import read_rows  # noqa: E402
+from minisft.data.tokenize import Settings, named_rows, tokenize, tokenize_rows  # noqa: E402
+from minisft.text.tokenizer import load_tokenizer  # noqa: E402
 
 SHARED = Path(__file__).parents[3] / "shared"
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -288,7 +290,7 @@ def test_order_of_every_epoch_equals_trainer(
         data_collator=lambda batch: {"row": [example["row"] for example in batch]},
     )
     loader = trainer.get_train_dataloader()
-    schedule = Schedule(num_rows=rows, batch_size=size, accumulation=1, seed=5)
+    schedule = RowSchedule(num_rows=rows, batch_size=size, accumulation=1, seed=5)
     per_epoch = schedule.steps_per_epoch
     assert len(loader) == per_epoch
     for epoch in range(3):

@@ -5,9 +5,9 @@ import torch
 from runs import write_model
 from safetensors.torch import load_file, save_file
 
-from minisft.generate import Sampling, generate
+from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute
-from minisft.weights import load_model_config, open_checkpoint, stream_weights
+from minisft.session.generate import Sampling, generate
 
 transformers = pytest.importorskip("transformers")
 

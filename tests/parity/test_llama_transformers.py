@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minisft.config import parse_model_config
+from minisft.config.hf import parse_model_config
+from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute, logits, make_tokens
-from minisft.nn import linear_cross_entropy, rope_inverse_frequencies
-from minisft.weights import load_model_config, open_checkpoint, stream_weights
+from minisft.rope import rope_inverse_frequencies
 
 BASE = {
     "vocab_size": 97,

@@ -9,25 +9,25 @@ import shlex
 import bitsandbytes
 import pytest
 import torch
+from minisft.kernels.nf4 import NF4Weight, dequantize
 from runs import call, flags, pairs, read, train, write_rows
 from safetensors import safe_open
 from test_adapter_peft import peft
 from tiny_tokenizer import write_byte_level
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from minisft.adapter import load_adapter
-from minisft.config import LoraConfig
-from minisft.export import save_shards
-from minisft.llama import Compute, logits, make_tokens
-from minisft.nn import NF4Weight, dequantize
-from minisft.targets import adapter_shapes
-from minisft.weights import (
+from minisft.config.lora import LoraConfig
+from minisft.config.targets import adapter_shapes
+from minisft.files.adapter import load_adapter
+from minisft.files.export import save_shards
+from minisft.files.weights import (
     four_bit_names,
     load_model_config,
     open_checkpoint,
-    place,
     stream_weights,
+    to_device,
 )
+from minisft.llama import Compute, logits, make_tokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -83,7 +83,7 @@ def load_ours(directory, dtype, load_in_4bit=True):
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     names = four_bit_names(checkpoint, load_in_4bit)
     weights = {
-        name: place(name, weight, CPU, dtype, name in names)
+        name: to_device(name, weight, CPU, dtype, name in names)
         for name, weight in stream_weights(checkpoint)
     }
     return checkpoint.cfg, weights

@@ -14,13 +14,16 @@ from safetensors.torch import load_file
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from minisft.kernels.nf4 import dequantize, quantize  # noqa: E402
+
 import minisft.run  # noqa: E402
-from minisft.config import LoraConfig, TrainConfig, UserError  # noqa: E402
+from minisft.config.errors import UserError  # noqa: E402
+from minisft.config.lora import LoraConfig  # noqa: E402
+from minisft.config.targets import adapter_shapes  # noqa: E402
+from minisft.config.train import TrainConfig  # noqa: E402
+from minisft.files.load import load_base  # noqa: E402
+from minisft.files.weights import load_model_config  # noqa: E402
 from minisft.llama import logits, make_tokens  # noqa: E402
-from minisft.model import load_model  # noqa: E402
-from minisft.nn import dequantize, quantize  # noqa: E402
-from minisft.targets import adapter_shapes  # noqa: E402
-from minisft.weights import load_model_config  # noqa: E402
 
 IDS = [[0, 9, 77, 300, 4, 60, 21, 8], [0, 5, 6, 200]]
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -66,7 +69,7 @@ def our_logits(model, state):
 def start(directory, **settings):
     """Ours before the first step."""
     config = TrainConfig(model=str(directory), device="cpu", **COMMON | settings)
-    return *load_model(config), config.lora
+    return *load_base(config), config.lora
 
 
 def part(model, state, lora, path):
@@ -172,7 +175,7 @@ def test_resuming_takes_the_start_from_the_checkpoint(place, tmp_path, monkeypat
     assert call("train", flags(**resumed, dry_run=True)).code == 0
     refused = call("train", flags(**resumed | {"lora_r": 2}))
     assert refused.code == 2 and "--lora-r was 4, now 2" in refused.err
-    monkeypatch.setattr("minisft.model.split", None)
+    monkeypatch.setattr("minisft.files.load.split", None)
     train(**resumed)
     names = ("adapter_model.safetensors", "optimizer.safetensors")
     ends = [

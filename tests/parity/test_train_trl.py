@@ -17,10 +17,11 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 
 import minisft  # noqa: E402
-from minisft import model as minisft_model  # noqa: E402
-from minisft.adapter import KEY_PREFIX  # noqa: E402
-from minisft.batches import Schedule  # noqa: E402
-from minisft.config import LINEAR_NAMES, TrainConfig  # noqa: E402
+from minisft.batches import RowSchedule  # noqa: E402
+from minisft.config.model import LINEAR_NAMES  # noqa: E402
+from minisft.config.train import TrainConfig  # noqa: E402
+from minisft.files import load as minisft_model  # noqa: E402
+from minisft.files.adapter import KEY_PREFIX  # noqa: E402
 
 STEPS, SEED = 8, 11
 SETTINGS = {
@@ -172,7 +173,7 @@ def test_full_finetuning_equals_sft_trainer(llama_directory, tmp_path, monkeypat
     assert [len(step) for step in got.rows] == [6, 6, 3] * 2 + [6, 6]
     start = load_file(llama_directory / "model.safetensors")
     assert all((got.tensors[n] - t).abs().max() > 1e-4 for n, t in start.items())
-    schedule = Schedule(15, 2, 3, SEED)
+    schedule = RowSchedule(15, 2, 3, SEED)
     dealt = [[r for batch in schedule.rows(s) for r in batch] for s in range(STEPS)]
     assert want.rows == dealt
 
@@ -248,7 +249,7 @@ def test_row_order_equals_trainer_s(count, batch, accumulation, seed, llama_dire
         max_length=16,
         logging_steps=1,
     )
-    schedule = Schedule(count, batch, accumulation, seed)
+    schedule = RowSchedule(count, batch, accumulation, seed)
     steps = range(3 * schedule.steps_per_epoch)
     assert want.rows == [[row for b in schedule.rows(step) for row in b] for step in steps]
     assert [line["epoch"] for line in want.log] == [schedule.epoch_after(step) for step in steps]

@@ -16,19 +16,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*for which the file has no tens
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from minisft.adapter import load_adapter  # noqa: E402
-from minisft.config import LoraConfig, ModelConfig, TrainConfig, UserError  # noqa: E402
+from minisft.config.errors import UserError  # noqa: E402
+from minisft.config.lora import LoraConfig  # noqa: E402
+from minisft.config.model import ModelConfig  # noqa: E402
+from minisft.config.targets import adapter_shapes, check_patterns, match_targets, scaling_ratios  # noqa: E402
+from minisft.config.train import TrainConfig  # noqa: E402
+from minisft.files.adapter import load_adapter  # noqa: E402
+from minisft.files.weights import load_model_config  # noqa: E402
 from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens  # noqa: E402
 from minisft.lora import allocate, init_lora_, trainable_shapes  # noqa: E402
-from minisft.serving import vllm_problems  # noqa: E402
+from minisft.session.serving import vllm_problems  # noqa: E402
 from minisft.step import Plan, loss_and_grads  # noqa: E402
-from minisft.targets import (  # noqa: E402
-    adapter_shapes,
-    check_patterns,
-    match_targets,
-    scaling_ratios,
-)
-from minisft.weights import load_model_config  # noqa: E402
 
 IDS = [[0, 9, 77, 300, 4, 60, 21, 8], [0, 5, 6, 200]]
 VARIANTS = {  # our flags -> PEFT's settings
@@ -294,14 +292,14 @@ def test_dora_starts_as_the_base_and_trains_its_magnitudes(place, tmp_path):
 
 def test_dora_with_dropout_is_peft_s_formula(place):
     """The same entries are dropped for the base's change and for the adapter."""
-    from minisft.nn import Adapter, Linear, Lora, dropout, linear
+    from minisft.nn import Linear, Lora, LoraContext, dropout, linear
 
     generator = torch.Generator().manual_seed(0)
     x, W, A, B, m = (
         torch.randn(shape, generator=generator) for shape in ((5, 8), (6, 8), (2, 8), (6, 2), (6,))
     )
     keys, s = torch.arange(5) * 77, 1.5
-    y = linear(x, Linear(W, None, Lora(A, B, 3, m)), Adapter(s, 0.5, keys))
+    y = linear(x, Linear(W, None, Lora(A, B, 3, m)), LoraContext(s, 0.5, keys))
     dropped = dropout(x, keys, 3, 0.5)
     ratio = m / (W + s * B @ A).norm(dim=1)
     want = x @ W.T + (ratio - 1) * (dropped @ W.T) + ratio * s * (dropped @ A.T @ B.T)

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from runs import (
     CONFIG,
     call,
@@ -26,17 +27,19 @@ from runs import (
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import SPECIALS, TEMPLATE, write_byte_level
 
-from minisft.batches import IGNORED, Schedule, StepBatch, make_micro_batch
-from minisft.config import TrainConfig, parse_model_config, parse_rope
-from minisft.data import TokenizedDataset, tokenize_rows
-from minisft.generate import stop_ids
+from minisft.batches import IGNORED, RowSchedule, StepBatch, make_micro_batch
+from minisft.config.hf import parse_model_config, parse_rope
+from minisft.config.train import TrainConfig
+from minisft.data.tokenize import TokenizedDataset, tokenize_rows
+from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute, hidden_states, logits, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.loss import evaluation, loss_sum
-from minisft.nn import linear_cross_entropy, rms_norm, rope_inverse_frequencies
+from minisft.nn import rms_norm
+from minisft.rope import rope_inverse_frequencies
+from minisft.session.generate import stop_ids
 from minisft.step import Plan, loss_and_grads
-from minisft.tokenizer import encode, load_tokenizer
-from minisft.weights import load_model_config, open_checkpoint, stream_weights
+from minisft.text.tokenizer import encode, load_tokenizer
 
 CPU = torch.device("cpu")
 FULL = {"load_in_4bit": False, "lora_r": 4, "max_length": 64, "learning_rate": 1e-2}
@@ -196,7 +199,7 @@ def test_t07_the_mask_holds_the_assistants_turns_and_nothing_else(tokenizer):
     assert text == "good day<|eot|>very fine, thank you<|eot|>"
     # the same spans from the lengths of the rendered beginnings of the chat
     wanted, before = [], ""
-    from minisft.chat import render
+    from minisft.text.chat import render
 
     names = {"special_tokens": tokenizer.special_tokens}
     for n in range(1, len(TALK) + 1):
@@ -314,7 +317,7 @@ def test_t12_the_eval_loss_does_not_depend_on_the_batch_size(given, tmp_path):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_t13_every_row_is_seen_once_an_epoch_over_all_ranks(rows, world):
-    schedule = Schedule(num_rows=rows, batch_size=2, accumulation=2, seed=7, world=world)
+    schedule = RowSchedule(num_rows=rows, batch_size=2, accumulation=2, seed=7, world=world)
     for epoch in range(3):
         first = epoch * schedule.steps_per_epoch
         seen = [
@@ -537,7 +540,7 @@ def test_t23_rope_frequencies_are_those_of_the_closed_form(kind, spelling):
 
 
 def test_t23_an_unknown_rope_type_is_refused():
-    from minisft.config import UserError
+    from minisft.config.errors import UserError
 
     with pytest.raises(UserError, match="su"):
         parse_rope({"rope_scaling": {"type": "su", "factor": 2.0}}, 4096)

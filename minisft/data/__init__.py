@@ -1,0 +1,1 @@
+"""From rows to token arrays: readers, formats, tokenisation, packing, caches, previews."""

@@ -1,0 +1,324 @@
+"""What a dataset row means: which format its columns say, and the row in one common form.
+
+Errors here name the column and the value; `minisft.data.tokenize` adds the file and the row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from minisft.config.errors import UserError
+
+FORMATS = (  # in order of precedence
+    "input_ids",
+    "prompt-completion",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "text",
+)
+KNOWN_COLUMNS = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template_kwargs",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "input_ids",
+    "labels",
+    "completion_mask",
+    "assistant_masks",
+    "attention_mask",
+)
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "model",
+    "tool",
+    "function",
+    "ipython",
+    "observation",
+)
+MEDIA = ("image", "audio", "video")  # in the types and keys of a content's parts
+# The ShareGPT spelling (`from`/`value`) comes with role names that no chat template knows.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+# Column names that often stand for ours, for the remedy in an error.
+_LIKELY = {
+    "prompt": ("question", "instruction", "query", "input"),
+    "completion": ("answer", "response", "output", "target", "chosen"),
+    "text": ("content", "body", "document"),
+}
+
+
+class Example(NamedTuple):
+    """One row: text where the fields are strings, a chat where they are message lists."""
+
+    prompt: str | list[dict] | None  # context, not trained by default; None: there is none
+    completion: str | list[dict]  # what is trained: the whole text or chat if prompt is None
+    tools: list[dict] | None = None
+    variables: dict[str, Any] | None = None  # of the row's chat_template_kwargs
+
+
+def detect_format(columns: Iterable[str], *, text_field: str = "text", source: str = "") -> str:
+    """One of FORMATS for these column names; the first that has all its columns.
+
+    Raises UserError listing the columns found, the nearest guess, and the flag that mends it.
+    """
+    columns = list(columns)
+    for format in FORMATS:
+        if not missing_columns(format, columns, text_field=text_field):
+            return format
+    where = f"{source}: " if source else ""
+    raise UserError(
+        f"{where}no known format; found columns {', '.join(columns) or '(none)'}; expected "
+        f"{text_field!r}, or 'prompt' and 'completion', or 'messages', or 'conversations', or "
+        f"'instruction' and 'output', or 'input_ids'; "
+        f"{_remedy(columns)}"
+    )
+
+
+def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
+    """The columns that a format needs and that are not there; UserError for an unknown format."""
+    if format not in FORMATS:
+        raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
+    columns = set(columns)
+    needed = {
+        "prompt-completion": ["prompt", "completion"],
+        "sharegpt": ["conversations"],
+        "alpaca": ["instruction", "output"],
+        "text": [text_field],
+    }
+    return [name for name in needed.get(format, [format]) if name not in columns]
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that is spelt most like this one, or None if none is close."""
+    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.72)
+    return found[0] if found else None
+
+
+def _remedy(columns: list[str]) -> str:
+    def guess(ours: str, taken: str | None = None) -> str | None:
+        likely = [c for c in columns if c.lower() in (ours, *_LIKELY[ours])]
+        found = likely[0] if likely else nearest(ours, columns)
+        return None if found == taken else found
+
+    prompt = guess("prompt")
+    completion = guess("completion", prompt)
+    if prompt and completion:
+        return f"did you mean --columns prompt={prompt} completion={completion}?"
+    text = guess("text") or nearest("messages", columns)
+    if text and nearest("messages", [text]) == text:
+        return f"did you mean --columns messages={text}?"
+    if text or len(columns) == 1:
+        return f"did you mean --dataset-text-field {text or columns[0]}?"
+    return "name them with --dataset-text-field NAME or --columns prompt=NAME completion=NAME"
+
+
+# ----------------------------------------------------------------------------------------- a row
+
+
+def read_text(record: dict, *, text_field: str = "text") -> Example:
+    """A row of plain text: Example(None, str). Raises UserError if it is not a string."""
+    return Example(None, _string(record, text_field))
+
+
+def read_prompt_completion(record: dict) -> Example:
+    """A row of prompt and completion, both strings or both message lists.
+
+    Raises UserError for a missing or null value, another type, or one of each kind.
+    """
+    prompt, completion = (_present(record, name) for name in ("prompt", "completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Example(_string(record, "prompt"), _string(record, "completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Example(
+            _messages(prompt, "prompt"), _messages(completion, "completion"), **_chat_extras(record)
+        )
+    raise UserError(
+        f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings "
+        "or two lists of messages"
+    )
+
+
+def read_messages(record: dict) -> Example:
+    """A chat: `messages` (or `conversations`), in either spelling. Example(None, messages).
+
+    Raises UserError for an empty chat, an unknown role, or content that is not text.
+    """
+    other = "messages" not in record and "conversations" in record
+    return _read_chat(record, "conversations" if other else "messages")
+
+
+def read_sharegpt(record: dict) -> Example:
+    """A chat: `conversations` of from/value, and a `system` text if there is one.
+
+    from/value become role/content, and the role names human and gpt become user and assistant.
+    Raises UserError as `read_messages`.
+    """
+    example = _read_chat(record, "conversations")
+    if record.get("system"):
+        system = {"role": "system", "content": _string(record, "system")}
+        chat = [m for m in example.completion if isinstance(m, dict)]
+        if chat[0]["role"] == "system":
+            raise UserError("the row has a system column and a system message; keep one of them")
+        return example._replace(completion=[system, *chat])
+    return example
+
+
+def _read_chat(record: dict, name: str) -> Example:
+    return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
+
+
+def read_alpaca(record: dict) -> Example:
+    """`instruction`, `input` (may be empty or absent) and `output`: one turn of a chat.
+
+    The user's message is the instruction, and after an empty line the input; a `system` text comes
+    first. Example(prompt messages, [the answer]): the answer is what is trained.
+    Raises UserError for a value that is not a string.
+    """
+    asked = _string(record, "instruction")
+    if record.get("input"):
+        asked += "\n\n" + _string(record, "input")
+    prompt = [{"role": "user", "content": asked}]
+    if record.get("system"):
+        prompt.insert(0, {"role": "system", "content": _string(record, "system")})
+    answer = [{"role": "assistant", "content": _string(record, "output")}]
+    return Example(prompt, answer, **_chat_extras(record))
+
+
+def is_empty(example: Example) -> bool:
+    """Whether nothing is left to learn: a blank completion, text, or last assistant message."""
+    if isinstance(example.completion, str):
+        return not example.completion.strip()
+    last = example.completion[-1]
+    content = last.get("content")
+    parts = content if isinstance(content, list) else [content or ""]
+    blank = all((text := part_text(part)) is not None and not text.strip() for part in parts)
+    others = set(k for k, v in last.items() if v) - {"role", "content"}
+    return last["role"] in ("assistant", "model") and blank and not others
+
+
+def _chat_extras(record: dict) -> dict[str, Any]:
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as e:
+            raise UserError(f"tools is a string but not JSON ({e}); expected a list") from None
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    ):
+        raise UserError(f"tools is {_kind(tools)}; expected a list of JSON schemas")
+    variables = record.get("chat_template_kwargs")
+    if variables is not None and not isinstance(variables, dict):
+        raise UserError(f"chat_template_kwargs is {_kind(variables)}; expected an object")
+    # Some templates write a tool preamble for [], none for None.
+    return {"tools": tools or None, "variables": variables}
+
+
+def _messages(value: Any, column: str) -> list[dict]:
+    if not isinstance(value, list):
+        hint = "; .csv holds none, .jsonl and .parquet do" if isinstance(value, str) else ""
+        raise UserError(f"{column} is {_kind(value)}; expected a list of messages{hint}")
+    if not value:
+        raise UserError(f"{column} is an empty list; expected at least one message")
+    return [_message(message, f"{column}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is {_kind(value)}; expected an object with role and content")
+    message = dict(value)
+    if "role" not in message and "from" in message:
+        role = message.pop("from")
+        message["role"] = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    role = message.get("role")
+    if role not in ROLES:
+        close = nearest(role, ROLES) if isinstance(role, str) else None
+        hint = f"; did you mean {close!r}?" if close else ""
+        raise UserError(f"{name} has role {role!r}; expected one of {', '.join(ROLES)}{hint}")
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, (dict, str)) for part in content):
+            raise UserError(f"{name}.content holds a part that is neither an object nor a string")
+        for i, part in enumerate(content):
+            if isinstance(part, dict):
+                _check_part(part, f"{name}.content[{i}]")
+    elif not isinstance(content, str) and not (content is None and _may_be_silent(message)):
+        what = _kind(content) if "content" in message else "missing"
+        close = nearest("content", message) if what == "missing" else None
+        hint = f" (its {close!r} is not read; rename it)" if close else ""
+        raise UserError(f"{name}.content is {what}; expected a string{hint}")
+    return message
+
+
+def _check_part(part: dict, name: str) -> None:
+    """Refuse an image, a sound or a video among a content's parts, and a text part without text."""
+    kind = part_type(part)
+    if not isinstance(kind, str):
+        raise UserError(f"{name}.type is {_kind(kind)}; expected a string, such as 'text'")
+    if found := [word for word in MEDIA if word in kind or part.get(word) is not None]:
+        raise UserError(
+            f"{name} is of type {kind!r} and holds {found[0]}; the models here read text only: "
+            "leave such rows out, or give the text alone"
+        )
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise UserError(f"{name}.text is {_kind(part.get('text'))}; expected a string")
+
+
+def part_type(part: dict) -> Any:
+    """What an object among a content's parts says it is; one that says nothing is text."""
+    return "text" if part.get("type") is None else part["type"]
+
+
+def part_text(part: str | dict) -> str | None:
+    """The text of a content's part, None where it is of another type."""
+    if isinstance(part, str):
+        return part
+    return part["text"] if part_type(part) == "text" else None
+
+
+def _may_be_silent(message: dict) -> bool:
+    """Whether a message needs no content: an answer or a tool's, with something else in it.
+
+    A key that was meant for `content`, by its spelling, is nothing else.
+    """
+    others = [key for key, value in message.items() if value is not None and key != "role"]
+    meant = "content" not in message and nearest("content", others)
+    return bool(others) and not meant and message["role"] not in ("user", "system", "developer")
+
+
+def _present(record: dict, name: str) -> Any:
+    if name not in record:
+        raise UserError(f"column {name!r} is missing in this row; it has {', '.join(record)}")
+    return record[name]
+
+
+def _string(record: dict, name: str) -> str:
+    value = _present(record, name)
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {_kind(value)}; expected a string")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, with a short look at it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    return f"{kinds.get(type(value), type(value).__name__)} ({shown})"

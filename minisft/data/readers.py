@@ -1,0 +1,389 @@
+"""Files to rows: .jsonl, .json, .csv, .parquet and datasets of the Hugging Face hub.
+
+Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read again as they are
+asked for, so such a source may be larger than memory; .json and .csv files are read whole.
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import hashlib
+import io
+import itertools
+import json
+import logging
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, overload
+
+from minisft.config.errors import UserError
+from minisft.data import formats
+
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+_CHUNK = 1000  # parquet rows turned into dicts together
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A sequence of row dicts; `rows[i]` has its columns under our names."""
+
+    source: str  # file name or hub id, for messages
+    records: Sequence[dict]
+    columns: tuple[str, ...]  # under our names: the union over rows
+    renames: dict[str, str] = field(default_factory=dict)  # our name -> the file's
+    lines: Sequence[int] | None = None  # line of each row, where the file has lines
+    skipped: int = 0  # malformed rows left out on request
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.records[i]
+        if not self.renames:
+            return record
+        hidden = {*self.renames, *self.renames.values()}
+        kept = {name: value for name, value in record.items() if name not in hidden}
+        return kept | {ours: record[name] for ours, name in self.renames.items() if name in record}
+
+    def where(self, i: int) -> str:
+        """Names row i (counted from 0) for a message: "data.jsonl:4 (row 3)"."""
+        line = f":{self.lines[i]}" if self.lines is not None else ""
+        return f"{self.source}{line} (row {i})"
+
+
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    columns: dict[str, str],
+    columns_optional: bool = False,
+    skip_bad: bool = False,
+) -> Rows:
+    """Read a .jsonl, .json, .csv or .parquet file, or a dataset of the Hugging Face hub by its id.
+
+    columns: our name -> the file's column, e.g. {"prompt": "question"}. columns_optional: a rename
+    of a column that is not there is left out. split is for the hub.
+    skip_bad: leave out and count malformed lines of a .jsonl file instead of stopping.
+    Raises UserError naming the file, and the line or byte where it is at fault; also for an empty
+    file, an unknown extension, or a column that is not there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise UserError(f"{source}: is a directory; expected a file ending in {_extensions()}")
+    if not path.exists() and not _looks_like_path(source):
+        return _renamed(_read_hub(source, split), columns, columns_optional)
+    if not path.exists():
+        raise UserError(f"{source}: no such file; check the path")
+    if path.suffix not in EXTENSIONS:
+        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
+    if split != "train":
+        raise UserError(
+            f"{source}: split is {split!r}, but a file has no splits; name its own file"
+        )
+    readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        if path.suffix == ".jsonl":
+            rows = _read_jsonl(path, skip_bad)
+        else:
+            rows = readers[path.suffix](path)
+    except OSError as e:
+        raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
+    if not len(rows):
+        skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
+        raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
+    return _renamed(rows, columns, columns_optional)
+
+
+def _extensions() -> str:
+    return ", ".join(EXTENSIONS)
+
+
+def _looks_like_path(source: str) -> bool:
+    return Path(source).suffix in EXTENSIONS or source.startswith((".", "/", "~"))
+
+
+def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
+    if optional:
+        columns = {ours: theirs for ours, theirs in columns.items() if theirs in rows.columns}
+    for ours, theirs in columns.items():
+        if ours not in formats.KNOWN_COLUMNS:
+            close = formats.nearest(ours, formats.KNOWN_COLUMNS)
+            hint = f"did you mean {close}?" if close else ", ".join(formats.KNOWN_COLUMNS)
+            raise UserError(f"--columns {ours}={theirs}: {ours!r} is not a name we read; {hint}")
+        if theirs not in rows.columns:
+            close = formats.nearest(theirs, rows.columns)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise UserError(
+                f"{rows.source}: no column {theirs!r} (asked for by --columns {ours}={theirs}); "
+                f"found columns {', '.join(rows.columns)}{hint}"
+            )
+    hidden = {*columns, *columns.values()}
+    kept = tuple(name for name in rows.columns if name not in hidden)
+    return Rows(
+        rows.source, rows.records, (*columns, *kept), dict(columns), rows.lines, rows.skipped
+    )
+
+
+class _Lines(Sequence[dict]):
+    """The objects of a .jsonl file, parsed when asked for; only their offsets are in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.offsets, self.numbers = array("q"), array("q")  # byte offset, line number from 1
+        self._file: io.BufferedReader | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, i: int) -> dict: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict]: ...
+    def __getitem__(self, i: int | slice) -> dict | list[dict]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        where = f"{self.path}:{self.numbers[i]}"
+        try:
+            self._file = self._file or self.path.open("rb")
+            self._file.seek(self.offsets[i])
+            record = _parse_line(self._file.readline(), where, self.path, self.offsets[i])
+        except OSError as e:
+            raise UserError(f"{where}: cannot be read ({e.strerror or e})") from None
+        if record is None:
+            raise UserError(f"{where}: the line is gone; the file was changed while it was read")
+        return record
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # another process opens the file itself
+
+
+def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
+    records, names, skipped = _Lines(path), {}, 0
+    with path.open("rb") as file:
+        for number, offset, raw in _numbered_lines(file):
+            try:
+                record = _parse_line(raw, f"{path}:{number}", path, offset)
+            except UserError:
+                if not skip_bad:
+                    raise
+                skipped += 1
+                continue
+            if record is not None:
+                records.offsets.append(offset)
+                records.numbers.append(number)
+                names.update(dict.fromkeys(record))
+    return Rows(str(path), records, tuple(names), {}, records.numbers, skipped)
+
+
+def _numbered_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset of the line, its bytes), without the byte order mark."""
+    offset = 0
+    for number, raw in enumerate(file, 1):
+        mark = 3 if number == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
+        yield number, offset + mark, raw[mark:]
+        offset += len(raw)
+
+
+def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
+    try:
+        text = raw.decode("utf-8").strip()
+        if not text:
+            return None
+        record = json.loads(text)
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{where}: {path.name} is not UTF-8 at byte {offset + e.start} "
+            f"(0x{raw[e.start]:02x}); convert it to UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            f"{where}: malformed JSON ({_json_reason(e, text)}); expected one JSON object per line"
+        ) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: the row is {type(record).__name__}; expected a JSON object")
+    return record
+
+
+def _json_reason(error: Exception, text: str) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    snippet = text[max(error.pos - 20, 0) : error.pos + 20]
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}: ...{snippet!r}..."
+
+
+def _read_json(path: Path) -> Rows:
+    text = _read_utf8(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        if getattr(e, "msg", "") == "Extra data":  # JSON lines under the name .json
+            return _read_jsonl(path, skip_bad=False)
+        line = f":{e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
+        raise UserError(
+            f"{path}{line}: malformed JSON ({_json_reason(e, text)}); expected a list of objects"
+        ) from None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) != 1:
+            raise UserError(
+                f"{path}: an object with keys {', '.join(value)}; expected a list of objects, or "
+                "an object that holds one such list"
+            )
+        value = lists[0]
+    if not isinstance(value, list):
+        raise UserError(f"{path}: is {type(value).__name__}; expected a list of objects")
+    names: dict[str, None] = {}
+    for i, record in enumerate(value):
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path} (row {i}): the row is {type(record).__name__}; expected a JSON object"
+            )
+        names.update(dict.fromkeys(record))
+    return Rows(str(path), value, tuple(names))
+
+
+def _read_utf8(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        # The codec counts from behind a byte order mark.
+        start = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
+        raise UserError(
+            f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
+        ) from None
+
+
+def _read_csv(path: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    records, lines = [], []
+    try:
+        header = next((row for row in reader if row), [])
+        for separator in (";", "\t", "|"):
+            if len(header) == 1 and separator in header[0]:
+                names = ",".join(f"{name}" for name in header[0].split(separator))
+                raise UserError(
+                    f"{path}: the header is one field, {header[0]!r}; is the file separated by "
+                    f"{separator!r}? Save it with commas ({names})"
+                )
+        if len(header) > 1 and not header[0]:  # the index that pandas writes
+            header[0] = "Unnamed: 0"  # as pandas reads it
+        if len(set(header)) != len(header) or "" in header:
+            raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
+        for row in reader:
+            if len(row) == len(header):
+                records.append(dict(zip(header, row, strict=True)))
+                lines.append(reader.line_num)
+            elif row:  # a blank line is an empty row
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(row)} fields; the header has {len(header)} "
+                    f"({', '.join(header)}); quote fields that hold commas"
+                )
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: malformed CSV ({e})") from None
+    return Rows(str(path), records, tuple(header), {}, lines)
+
+
+class _ParquetRows(Sequence[dict]):
+    """Rows of a parquet file; one row group (compressed as Arrow) is in memory at a time."""
+
+    def __init__(self, path: Path):
+        import pyarrow.parquet
+
+        self.path = path
+        self._file: Any = pyarrow.parquet.ParquetFile(path)
+        meta = self._file.metadata
+        sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+        self.starts = list(itertools.accumulate(sizes, initial=0))  # of each row group, and the end
+        self.names = tuple(self._file.schema_arrow.names)
+        self._group: tuple[int, Any] = (-1, None)  # row group in memory: (its number, its table)
+        self._chunk: tuple[int, list[dict]] = (-1, [])  # rows in memory: (number of the first)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, i: int) -> dict: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict]: ...
+    def __getitem__(self, i: int | slice) -> dict | list[dict]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        first, rows = self._chunk
+        if not first <= i < first + len(rows):
+            group = bisect.bisect_right(self.starts, i) - 1
+            if self._group[0] != group:
+                self._group = (group, self._read(group))
+            first = i - (i - self.starts[group]) % _CHUNK
+            table = self._group[1].slice(first - self.starts[group], _CHUNK)
+            rows = table.to_pylist()
+            self._chunk = (first, rows)
+        return rows[i - first]
+
+    def _read(self, group: int) -> Any:
+        import pyarrow.parquet
+
+        try:
+            self._file = self._file or pyarrow.parquet.ParquetFile(self.path)
+            return self._file.read_row_group(group)
+        except (pyarrow.ArrowException, ValueError, OSError) as e:
+            raise _bad_parquet(self.path, e) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None, "_group": (-1, None), "_chunk": (-1, [])}
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+
+    try:
+        records = _ParquetRows(path)
+    except (pyarrow.ArrowException, ValueError) as e:
+        raise _bad_parquet(path, e) from None
+    return Rows(str(path), records, records.names)
+
+
+def _bad_parquet(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path}: not a readable parquet file ({reason}); write it again")
+
+
+def _read_hub(source: str, split: str) -> Rows:
+    import datasets  # seconds to import, so only here
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries: one line does
+    try:
+        dataset = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(
+            f"{source}: neither a file nor a dataset that can be loaded with split {split!r} "
+            f"({reason}); a local file ends in {_extensions()}"
+        ) from None
+    if not len(dataset):
+        raise UserError(f"{source}: split {split!r} holds no rows")
+    records = cast(Sequence[dict], dataset)
+    return Rows(source, records, tuple(dataset.column_names))
+
+
+def source_digest(source: str, split: str = "train") -> str:
+    """SHA-256 of a file's bytes as hex, or the fingerprint of a hub dataset's split."""
+    path = Path(source)
+    if not path.is_file():
+        records: Any = _read_hub(source, split).records
+        return str(records._fingerprint)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as e:
+        raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
+    return digest.hexdigest()

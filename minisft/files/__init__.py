@@ -1,0 +1,1 @@
+"""Bytes in and out: safetensors, base models, checkpoints, adapters, exports."""

@@ -1,0 +1,269 @@
+"""Checkpoints that are complete or absent.
+
+OUTPUT_DIR/checkpoint-N/ holds the model files (an adapter that PEFT loads, or model.safetensors),
+optimizer.safetensors (for AdamW exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
+manifest.json with the SHA-256 of each. It is written under a temporary name, synced, and renamed:
+a directory of that name is whole, and the digests prove it again on reading. safetensors and JSON
+only. There is no random state to keep: every draw is a function of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisft.config.errors import UserError
+from minisft.files.disk import file_digest, load_json, sync, write_json, writing
+from minisft.files.safetensors import iter_tensors, save_file
+from minisft.lora import viewed
+from minisft.step import State
+from minisft.variants.pissa import trained_half
+
+MANIFEST = "manifest.json"
+
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+_COUNTERS = (
+    "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
+    "losses", "spikes",
+    "best_value", "best_step", "evaluations_since_best",
+)  # fmt: skip
+
+
+_NAME = re.compile(r"checkpoint-\d+")
+
+
+_TEMPORARY = "tmp-checkpoint-"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: State,
+    write_model: Callable[[Path], None],
+    facts: dict[str, Any],
+) -> Path:
+    """Write checkpoint-{state.step} and return its path.
+
+    write_model(directory) writes the trained tensors; facts (JSON) are kept in trainer_state.json.
+    UserError if the disk is full or read-only: the older checkpoints stay as they were.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    temporary = output_dir / f"{_TEMPORARY}{state.step}-{os.getpid()}"
+    try:
+        with writing(final):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_model(temporary)
+            owned = {n: t.clone() for n, t in _optimizer_tensors(state).items()}
+            save_file(owned, temporary / OPTIMIZER, {"format": "pt"})
+            counters = {name: getattr(state, name) for name in _COUNTERS}
+            write_json(temporary / "trainer_state.json", {**counters, **facts})
+            files = sorted(p for p in temporary.iterdir())
+            write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
+            for path in [*files, temporary / MANIFEST]:
+                sync(path)
+            sync(temporary)
+            os.rename(temporary, final)
+            sync(output_dir)
+    except UserError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{e}. {what_is_kept(output_dir)}") from e
+    return final
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a verified checkpoint: counters, and the facts stored with them.
+
+    Raises UserError if it lacks what `load_checkpoint_` and a comparison of settings read.
+    """
+    file = path / "trainer_state.json"
+    raw = load_json(file)
+    fields: dict[str, Any] = {"config": dict}
+    fields |= dict.fromkeys(("data_hash", "base_digest", "weights_digest"), str)
+    fields |= dict.fromkeys(("step", "updates", "good_steps", "num_tokens", "spikes"), int)
+    fields |= dict.fromkeys(("loss_scale", "total_loss"), (int, float))
+    fields |= dict.fromkeys(("unlogged", "losses"), list)
+    for name, kind in fields.items():
+        if not isinstance(raw, dict) or not isinstance(raw.get(name), kind):
+            raise UserError(f"{file}: {name} is missing or malformed; use an older checkpoint")
+    return raw
+
+
+def load_checkpoint_(
+    path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
+) -> None:
+    """Fill `state` from a verified checkpoint.
+
+    model_file holds the trained tensors under prefix + name, those of `halves` beside what they
+    started from. UserError names what does not fit.
+    """
+    facts = read_facts(path)
+    for name in _COUNTERS:
+        setattr(state, name, facts.get(name, getattr(state, name)))
+    _fill_trained(path / model_file, state, prefix, halves)
+    _fill(path / OPTIMIZER, _optimizer_tensors(state))
+
+
+def load_trained_(
+    path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
+) -> None:
+    """Fill the trained tensors, and nothing else, from a checkpoint; UserError if it is damaged."""
+    if problem := verify(path):
+        raise UserError(
+            f"{path}, the best checkpoint, cannot be loaded: {problem}. The last one is complete"
+        )
+    _fill_trained(path / model_file, state, prefix, halves)
+
+
+def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that --resume-from-checkpoint means: `auto` or a path.
+
+    auto: the newest that verifies; damaged ones are skipped with a line each; None if there is
+    no checkpoint at all. UserError if there are some and none verifies: starting from step 0 would
+    give up what they hold. A path must verify: UserError says what is wrong with it.
+    """
+    if which != "auto":
+        path = Path(which)
+        if not path.is_dir():
+            raise UserError(
+                f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
+                "directory or `auto`"
+            )
+        problem = verify(path)
+        if problem:
+            raise UserError(
+                f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
+            )
+        return path
+    found = list_checkpoints(output_dir)
+    for path in reversed(found):
+        problem = verify(path)
+        if not problem:
+            return path
+        say(f"skipping {path.name}: {problem}")
+    if found:
+        raise UserError(
+            f"{output_dir}: all {len(found)} checkpoints are damaged, {found[-1].name} among them "
+            f"({verify(found[-1])}); restore one, or start over with --overwrite-output-dir"
+        )
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """checkpoint-N directories, oldest first; none where there is no such output directory."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=_number)
+
+
+def what_is_kept(output_dir: Path) -> str:
+    """Where a run that ends early can be continued from, in words."""
+    if not list_checkpoints(output_dir):
+        return "There is no checkpoint yet: the same command starts again"
+    return "Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
+
+
+def set_aside_newer(output_dir: Path, step: int) -> list[str]:
+    """Rename the checkpoints beyond `step` to abandoned-checkpoint-N; the names they had.
+
+    They are damaged, or of a course that resuming from `step` gives up: neither `auto` nor rotation
+    may take them for the newest of what is trained from here.
+    """
+    newer = [p for p in list_checkpoints(output_dir) if _number(p) > step]
+    for path in newer:
+        aside = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return [p.name for p in newer]
+
+
+def verify(path: Path) -> str:
+    """Why a checkpoint cannot be trusted, or "" if every file matches the manifest's digest."""
+    try:
+        manifest = load_json(path / MANIFEST)
+        files = manifest["files"]
+        for name, digest in files.items():
+            if Path(name).name != name:
+                return f"its manifest names {name!r}, outside the directory"
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if file_digest(path / name) != digest:
+                return f"{name} does not match its digest (damaged)"
+        if not {OPTIMIZER, "trainer_state.json"} <= set(files):
+            return "its manifest is incomplete"
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as e:
+        return f"no usable {MANIFEST} ({e})"
+    return ""
+
+
+def clean_temporaries(output_dir: Path) -> None:
+    """Remove what an interrupted save or export left behind."""
+    for path in output_dir.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (".*.tmp", ".part-*.safetensors"):
+        for path in output_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def rotate(output_dir: Path, limit: int, best_step: int = 0) -> None:
+    """Remove the oldest checkpoints beyond `limit` (0 keeps all); the newest and the best stay.
+
+    A directory is renamed away first, so that a kill while deleting leaves no half checkpoint.
+    """
+    paths = list_checkpoints(output_dir)
+    best = [p for p in paths[:-1] if _number(p) == best_step]
+    others = [p for p in paths[:-1] if p not in best]
+    kept = limit - len(best) - 1  # of the others
+    for path in others[: len(others) - max(0, kept)] if limit else []:
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _optimizer_tensors(state: State) -> dict[str, Any]:
+    """Views of the optimizer's state: a buffer as long as the trained one by tensor, KIND.NAME."""
+    trained = state.trainable
+    out = {}
+    for kind, moment in state.moments.items():
+        if moment.numel() != trained.buffer.numel() or moment.dtype != torch.float32:
+            out[kind] = moment
+            continue
+        for name, view in viewed(moment, trained.shapes).views.items():
+            out[f"{kind}.{name}"] = view
+    return out
+
+
+def _fill_trained(file: Path, state: State, prefix: str, halves: Collection[str]) -> None:
+    targets = {prefix + name: view for name, view in state.trainable.views.items()}
+    _fill(file, targets, {prefix + name for name in halves})
+
+
+def _fill(file: Path, targets: dict[str, Any], halves: Collection[str] = ()) -> None:
+    missing = set(targets)
+    for name, tensor in iter_tensors(file):
+        if name not in targets:
+            continue
+        if name in halves:
+            tensor = trained_half(name, tensor)
+        if targets[name].shape != tensor.shape:
+            raise UserError(
+                f"{file}: {name} is {tuple(tensor.shape)}, this run's is "
+                f"{tuple(targets[name].shape)}; resume with the checkpoint's own settings"
+            )
+        targets[name].copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise UserError(
+            f"{file}: {min(missing)} is missing; resume with the checkpoint's own settings"
+        )

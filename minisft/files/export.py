@@ -1,0 +1,179 @@
+"""The result of a run, in the files that other programs load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisft.config.lora import LoraConfig
+from minisft.config.model import ModelConfig
+from minisft.files.adapter import model_card, save_adapter
+from minisft.files.disk import load_json, write_json, writing
+from minisft.files.safetensors import save_file
+from minisft.lora import Flat
+from minisft.session.modelfile import modelfile
+from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
+from minisft.variants.pissa import exported_lora, exported_tensors
+
+_MAX_SHARD_BYTES = 5 * 10**9
+
+
+def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
+    """(file, key prefix) under which a checkpoint or a result keeps the trained tensors."""
+    return ("adapter_model.safetensors", "base_model.model.") if lora else ("model.safetensors", "")
+
+
+def write_trained(
+    directory: Path,
+    trainable: Flat,
+    lora: LoraConfig | None,
+    cfg: ModelConfig,
+    base: str,
+    revision: str | None,
+    base_4bit: str,
+    start: Mapping[str, Tensor],
+    card: str | None = None,
+) -> None:
+    """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors.
+
+    start: as `minisft.variants.pissa.exported_tensors` takes it.
+    """
+    if lora:
+        save_adapter(
+            directory, exported_tensors(trainable.views, start), exported_lora(lora), cfg, base,
+            revision=revision, card=card, base_4bit=base_4bit,
+        )  # fmt: skip
+        return
+    tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def export_adapter(
+    directory: Path,
+    trainable: Flat,
+    lora: LoraConfig,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    base: str,
+    revision: str | None,
+    base_4bit: str,
+    start: Mapping[str, Tensor],
+    facts: dict[str, Any],
+) -> None:
+    """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
+    _write_files(directory, export_tokenizer_files(tokenizer))
+    source = f"FROM {Path(base).as_posix()}\nADAPTER ."
+    _write_files(directory, {"Modelfile": modelfile(source, tokenizer, cfg).encode()})
+    card = model_card({"base_model": base, **facts}, base_4bit)
+    write_trained(directory, trainable, lora, cfg, base, revision, base_4bit, start, card)
+
+
+def export_model(
+    directory: Path,
+    trainable: Flat,
+    base_directory: Path,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """A complete transformers directory with every weight in `dtype`, sharded above 5 GB."""
+    save_shards(directory, trainable.views.items(), dtype)
+    write_model_files(directory, base_directory, cfg, tokenizer, dtype)
+
+
+def write_model_files(
+    directory: Path,
+    base_directory: Path,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """What a transformers directory holds beside its weights, config.json last; a Modelfile.
+
+    base_directory: of the model whose config.json and generation_config.json these follow.
+    """
+    _write_files(directory, export_tokenizer_files(tokenizer))
+    _write_files(directory, {"Modelfile": modelfile("FROM .", tokenizer, cfg).encode()})
+    raw = load_json(base_directory / "config.json")
+    raw |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+    }
+    for name in ("torch_dtype", "quantization_config"):
+        raw.pop(name, None)
+    generation = base_directory / "generation_config.json"
+    if generation.exists():
+        write_json(directory / generation.name, load_json(generation))
+    write_json(directory / "config.json", raw)
+
+
+def save_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
+
+    dtype: that of the files; None keeps each tensor's own. A tensor larger than max_bytes is a
+    shard of its own. `tensors` may be made as they are asked for: no more than one shard is in host
+    memory at a time. Shards get their final names at the end, once their number is known.
+    """
+    parts: list[tuple[Path, list[str]]] = []
+    count, total = 0, 0
+    for shard in _shards(tensors, dtype, max_bytes):
+        path = directory / f".part-{len(parts)}.safetensors"
+        save_file(shard, path, {"format": "pt"})
+        parts.append((path, list(shard)))
+        count += sum(t.numel() for t in shard.values())
+        total += sum(t.nbytes for t in shard.values())
+    weight_map = {}
+    for i, (path, names) in enumerate(parts):
+        final = "model.safetensors"
+        if len(parts) > 1:
+            final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        path.replace(directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(parts) > 1:
+        meta = {"total_size": total, "total_parameters": count}
+        index = {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _shards(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, max_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+        size += nbytes
+    yield shard
+
+
+def _write_files(directory: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        path = directory / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def describe_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that a model card lists: those that are not empty."""
+    return {k: v for k, v in config.items() if v not in ("", None, (), [])}
+
+
+def to_json_line(value: dict[str, Any]) -> str:
+    """One line of JSON; numbers that are not finite become null: JSON has no spelling for them."""
+    clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in value.items()}
+    return json.dumps(clean) + "\n"

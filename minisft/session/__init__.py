@@ -1,0 +1,1 @@
+"""Around the training loop: evaluation, logs, resuming, signals, the final report."""
