@@ -12,8 +12,9 @@ from torch import Tensor
 
 from minisft.batches import StepBatch
 from minisft.config.train import TrainConfig
-from minisft.explicit import ExplicitPass, explicit_loss_and_grads
+from minisft.explicit import Choice, ExplicitPass, explicit_loss_and_grads, prepare
 from minisft.kernels.adamw import global_norm
+from minisft.kernels.nf4 import NF4Weight
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat, ParamGroup, viewed
 from minisft.loss import loss_sum
@@ -21,14 +22,34 @@ from minisft.optim import Moments, update_
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How gradients are computed; loss and gradients do not depend on it but for rounding."""
+class ExecutionPlan:
+    """How gradients are computed. Loss and gradients do not depend on it, except for rounding.
+
+    ExecutionPlan(compute) is autograd over the reference block, one micro-batch after another.
+    """
 
     compute: Compute
-    loss_scale: float = 1.0  # the loss is multiplied by it before the backward pass (fp16)
-    fast: ExplicitPass | None = (
-        None  # the hand-written pass, where it covers the run; else autograd
-    )
+    choice: Choice | None = None  # which pass, memory policies, micro-batch size; None: autograd
+    explicit: ExplicitPass | None = None  # buffers of the hand-written pass, once `prepared`
+    loss_scale: float = 1.0  # multiplies the loss before the backward pass (fp16)
+
+    def prepared(self, trainable: Flat, frozen: dict[str, Tensor | NF4Weight]) -> ExecutionPlan:
+        """The plan with the buffers of the hand-written pass allocated, where it was chosen.
+
+        Rewrites `frozen`: linears that read one input become views of one tensor.
+        """
+        if self.choice is None or not self.choice.explicit:
+            return self
+        explicit = prepare(
+            trainable,
+            frozen,
+            self.compute,
+            list(self.choice.policies),
+            chunk=self.choice.chunk,
+            max_tokens=self.choice.tokens,
+            mlp_tokens=self.choice.mlp_tokens,
+        )
+        return dataclasses.replace(self, explicit=explicit)
 
 
 @dataclass
@@ -60,16 +81,15 @@ class StepResult(NamedTuple):
 
 
 def loss_and_grads(
-    trainable: Flat, frozen: Weights, batch: StepBatch, plan: Plan
+    trainable: Flat, frozen: Weights, batch: StepBatch, plan: ExecutionPlan
 ) -> tuple[Tensor, Tensor]:
-    """The token-mean loss of a step and its gradient: the one door to both.
+    """The token-mean loss of a step and its gradient; every pass is called from here.
 
     Returns (loss [] float32, flat gradient float32 [n] in the order of trainable.buffer). The mean
-    is over batch.num_loss_tokens, however the step is cut into micro-batches. By hand where the
-    plan has it; else autograd over the reference block, one micro-batch after another.
+    is over batch.num_loss_tokens, however the step is cut into micro-batches.
     """
-    if plan.fast is not None:
-        return explicit_loss_and_grads(plan.fast, trainable, batch, plan.loss_scale)
+    if plan.explicit is not None:
+        return explicit_loss_and_grads(plan.explicit, trainable, batch, plan.loss_scale)
     grads = viewed(torch.zeros_like(trainable.buffer), trainable.shapes)
     leaves = {}
     for name, view in trainable.views.items():
@@ -96,7 +116,7 @@ def train_step_(
     state: State,
     frozen: Weights,
     batch: StepBatch,
-    plan: Plan,
+    plan: ExecutionPlan,
     groups: list[ParamGroup],
     config: TrainConfig,
     factor: float,

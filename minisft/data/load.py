@@ -15,7 +15,6 @@ from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.sources import load_eval, load_train
 from minisft.data.token_files import data_hash
-from minisft.files.load import Base
 from minisft.session.report import say
 from minisft.text.tokenizer import Tokenizer
 
@@ -36,9 +35,9 @@ class Data:
         return {"data": self.train.stats, "eval_data": self.eval.stats if self.eval else None}
 
 
-def load_data(config: TrainConfig, model: Base, out: Path) -> Data:
+def load_data(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int, out: Path) -> Data:
     """Read, render, tokenise and (with --packing) pack the rows; UserError if none is trained."""
-    given = (config, model.tokenizer, model.cfg.vocab_size)
+    given = (config, tokenizer, vocab_size)
     if config.dry_run:
         train_set, eval_set = load_sample(*given)
         if is_sample(train_set):

@@ -117,9 +117,9 @@ MUTANTS = [
         "    pass",
     ),
     Mutant(
-        19, "minisft/loop.py",
-        "        factor = lr_factor(state.step, total_steps, config)",
-        "        factor = lr_factor(state.step + 1, total_steps, config)",
+        19, "minisft/run.py",
+        "        factor = lr_factor(state.step, last, config)",
+        "        factor = lr_factor(state.step + 1, last, config)",
     ),
     Mutant(
         20, "minisft/session/merge.py",
@@ -158,7 +158,7 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        27, "minisft/loop.py",
+        27, "minisft/session/guards.py",
         "    if not skipped and trace(state)[1] == before[1]:",
         "    if False:",
     ),
