@@ -1,4 +1,4 @@
-"""One optimizer step: gradients through one door, then clip and AdamW on the flat buffers."""
+"""One optimizer step: loss and gradients, then clipping and the update of the flat buffer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExecutionPlan:
 
 @dataclass
 class State:
-    """All that a step changes: the trained tensors (float32), the optimizer's state, counters."""
+    """Everything that a step changes: trained tensors (float32), optimizer state, counters."""
 
     trainable: Flat
     moments: Moments
@@ -62,7 +62,7 @@ class State:
     updates: int = 0  # of those, the ones applied (fp16 skips a step whose gradients overflow)
     loss_scale: float = 1.0
     good_steps: int = 0  # since the loss scale last changed
-    num_tokens: int = 0  # seen so far
+    num_tokens: int = 0  # processed so far
     total_loss: float = 0.0  # sum over steps of the step's mean loss
     best_value: float | None = None  # of --metric-for-best-model, and the step that reached it
     best_step: int = 0
@@ -73,7 +73,7 @@ class State:
 
 
 class StepResult(NamedTuple):
-    """What a step reports: token-mean loss, norm before clipping, whether it was applied."""
+    """Token-mean loss, gradient norm before clipping, and whether the update was applied."""
 
     loss: float
     grad_norm: float
@@ -94,21 +94,25 @@ def loss_and_grads(
     leaves = {}
     for name, view in trainable.views.items():
         leaves[name] = view.detach().requires_grad_()
+        # backward() adds to an existing .grad in place: the gradients of all tensors land in one
+        # flat buffer, and micro-batches accumulate without a copy.
         leaves[name].grad = grads.views[name]
     total = torch.zeros((), dtype=torch.float32, device=trainable.buffer.device)
     weight = plan.loss_scale / max(1, batch.num_loss_tokens)
     for micro in batch.micro_batches:
+        # Without a target the loss is a constant 0, which has no backward pass.
         if micro.targets_M.numel() == 0:
-            continue  # contributes exactly nothing
+            continue
         loss = loss_sum(leaves, frozen, micro, plan.compute)
-        (loss * weight).backward()  # accumulates into leaf.grad, the views above
+        # Divided by the targets of the whole step, not of the micro-batch: a mean of micro-batch
+        # means would weigh tokens of short micro-batches more.
+        (loss * weight).backward()
         total += loss.detach()
     if plan.loss_scale != 1:
         grads.buffer.mul_(1 / plan.loss_scale)
     return total / max(1, batch.num_loss_tokens), grads.buffer
 
 
-# torch.amp.GradScaler's constants
 _GROWTH_INTERVAL, _GROWTH, _BACKOFF, INITIAL_LOSS_SCALE = 2000, 2.0, 0.5, 2.0**16
 
 
@@ -121,16 +125,18 @@ def train_step_(
     config: TrainConfig,
     factor: float,
 ) -> StepResult:
-    """One optimizer step on `state`, in place; factor: the schedule's, on every learning rate.
+    """Make one optimizer step on `state`, in place.
 
-    The update is skipped, and nothing but the loss scale changes, where the loss or the gradient is
-    not finite: with a loss scale (fp16) that is an overflow, else the caller's cause to stop.
+    factor: the schedule's factor on every learning rate. The update is skipped, and only the loss
+    scale changes, if the loss or the gradient is not finite: with fp16 that is an overflow of the
+    scaled gradient; otherwise the caller has to stop (StepResult.applied is False).
     """
     scaled = plan.compute.dtype == torch.float16
     plan = dataclasses.replace(plan, loss_scale=state.loss_scale)
     loss, grads = loss_and_grads(state.trainable, frozen, batch, plan)
     norm = global_norm(grads)
-    loss_value, norm_value = torch.stack((loss, norm)).tolist()  # the step's one device sync
+    # The step's only synchronisation with the device: two reads would wait twice.
+    loss_value, norm_value = torch.stack((loss, norm)).tolist()
     applied = _finite(loss_value) and _finite(norm_value)
     if applied:
         state.updates += 1
@@ -144,6 +150,7 @@ def train_step_(
             factor=factor,
             config=config,
         )
+    # torch.amp.GradScaler's rule: halve after an overflow, double after 2,000 steps without one.
     if scaled:
         state.good_steps = state.good_steps + 1 if applied else 0
         if not applied:

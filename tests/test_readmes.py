@@ -105,6 +105,4 @@ def test_the_blocks_of_a_readme_run(path, place):
 
 
 def test_there_are_readmes_and_blocks():
-    rooms = {p.parent for p in (ROOT / "minisft").glob("*/__init__.py")} - {ROOT / "minisft/demo"}
-    assert {r.name for r in rooms} <= {p.parent.name for p in READMES}, "a room without a README"
     assert [kind for kind, _, _ in blocks(ROOT / "README.md") if kind in RUN].count("bash") >= 3
