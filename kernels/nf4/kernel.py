@@ -160,15 +160,15 @@ def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
 BLOCK_WORDS = 512  # of eight weights, to a program
 
 
-def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
+def launch_dequantize(weight, out, pdl: bool, wait_last: bool = False) -> None:
     """Decode `weight` into `out` [O, >= I columns], whose rows may be strided.
 
-    beside, with early: `out` is written early too. The launch before has nothing to do with it, and
+    wait_last, with pdl: `out` is written early too. The launch before has nothing to do with it, and
     let this one start only after all before it had ended.
 
     Floating-point contraction is off: code * absmax + offset rounds twice, as bitsandbytes does.
     """
-    overlap = pdl_option(out.device) if early else {}
+    overlap = pdl_option(out.device) if pdl else {}
     O, I = weight.shape
     pointers, flags = quantised_arguments(weight)
     if is_wide(weight):
@@ -176,7 +176,7 @@ def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
         dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](
             weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
             WORDS_PER_BLOCK=weight.blocksize // 8, **flags, PDL=bool(overlap),
-            PDL_WAIT_LAST=beside and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
+            PDL_WAIT_LAST=wait_last and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
             enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return
@@ -187,9 +187,9 @@ def launch_dequantize(weight, out, early: bool, beside: bool = False) -> None:
     )  # fmt: skip
 
 
-def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank, early: bool) -> None:
+def launch_dequantize_with_lora(weight, out, lora, scale, below, sizes, rank, pdl: bool) -> None:
     """out: [O + LINEARS * R, I] with A below, or [O, I + LINEARS * R] with B beside."""
-    overlap = pdl_option(out.device) if early else {}
+    overlap = pdl_option(out.device) if pdl else {}
     O, I = weight.shape
     linears, num_words = len(sizes), O * I // 8
     pointers, flags = quantised_arguments(weight)
