@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from minisft.kernels._impl import use_triton
 from minisft.kernels.adamw.reference import adamw_reference_, global_norm_reference
-from minisft.kernels.low_rank.op import use_triton
 from torch import Tensor
 
 

@@ -1,7 +1,6 @@
-"""The skinny products of LoRA: what other kernels add on the fly, and the sums over tokens."""
+"""LoRA's narrow products: updates added inside other kernels, and sums over tokens."""
 
 from minisft.kernels.low_rank.op import (
-    LowRank,
     empty_rows,
     narrow_products,
     outer_sum,
@@ -9,6 +8,7 @@ from minisft.kernels.low_rank.op import (
     reduce_partials,
     row_stride,
 )
+from minisft.kernels.low_rank.reference import LowRank
 
 __all__ = [
     "LowRank", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",

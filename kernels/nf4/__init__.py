@@ -9,6 +9,6 @@ from minisft.kernels.nf4.op import (
 from minisft.kernels.nf4.reference import NF4Weight, quantize, side_by_side
 
 __all__ = [
-    "NF4Weight", "dequantize", "dequantize_into", "dequantize_concat_rows_A",
-    "dequantize_concat_columns_B", "quantize", "side_by_side",
+    "NF4Weight", "dequantize", "dequantize_concat_columns_B", "dequantize_concat_rows_A",
+    "dequantize_into", "quantize", "side_by_side",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ kernel after it. A decode is short, and what it waits for at its start is a tent
 import torch
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import pdl_option, wait_at_the_end
+from minisft.kernels._triton import pdl_option, wait_at_the_end
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import (
+from minisft.kernels._triton import (
     num_sms,
     padded_rank,
     pdl_option,

@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import padded_rank, stages
+from minisft.kernels._triton import padded_rank, stages
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from minisft.kernels.low_rank.op import LowRank, empty_rows, use_triton
+from minisft.kernels._impl import use_triton
+from minisft.kernels.low_rank import LowRank, empty_rows
 from minisft.kernels.rms_norm.reference import (
     add_rms_norm_reference,
     normalise_reference,

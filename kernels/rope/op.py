@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisft.kernels.low_rank.op import use_triton
+from minisft.kernels._impl import use_triton
 from minisft.kernels.rope.reference import rope_backward_reference, rope_reference_
 from torch import Tensor
 

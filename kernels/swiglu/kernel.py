@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import materialized_once, padded_rank, rows_per_split, stages
+from minisft.kernels._triton import materialized_once, padded_rank, rows_per_split, stages
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from minisft.kernels.low_rank.op import empty_rows, use_triton
+from minisft.kernels._impl import use_triton
+from minisft.kernels.low_rank import empty_rows
 from minisft.kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
 from torch import Tensor
 
