@@ -121,7 +121,7 @@ def outer_sum(
 def place_block_diagonal(
     Bs: Sequence[Tensor | None], sizes: Sequence[int], scale: float, out: Tensor
 ) -> None:
-    """Write out [O, R] = scale * block_diag(B_1, ...); B_j: [sizes[j], R_j], or None for R_j = 0."""
+    """Write out [O, R] = scale * block_diag(B_1, ...); B_j: [sizes[j], R_j] or None (R_j = 0)."""
     out.zero_()
     row = column = 0
     for size, B in zip(sizes, Bs, strict=True):
