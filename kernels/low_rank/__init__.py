@@ -1,6 +1,7 @@
 """LoRA's narrow products: updates added inside other kernels, and sums over tokens."""
 
 from minisft.kernels.low_rank.op import (
+    as_one_stack,
     empty_rows,
     narrow_products,
     outer_sum,
@@ -11,6 +12,6 @@ from minisft.kernels.low_rank.op import (
 from minisft.kernels.low_rank.reference import LowRank
 
 __all__ = [
-    "LowRank", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",
+    "LowRank", "as_one_stack", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",
     "reduce_partials", "row_stride",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""4-bit weights in bitsandbytes' formats: NF4 and FP4, single and double quantisation."""
+"""4-bit weights in the formats of bitsandbytes: NF4 and FP4, single and double quantisation."""
 
 from minisft.kernels.nf4.op import (
     dequantize,
