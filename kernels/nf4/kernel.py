@@ -206,6 +206,6 @@ def launch_dequantize_concat(
 
 
 def reads_words(weight) -> bool:
-    """Return True if aligned words of eight weights never cross a row or block: the fast kernels."""
+    """Return True if aligned words of eight weights never cross a row or block (fast kernels)."""
     aligned = weight.packed.data_ptr() % 4 == 0
     return weight.shape[1] % 8 == 0 and weight.blocksize % 8 == 0 and aligned
