@@ -17,7 +17,8 @@ from minisft.files.safetensors import read_header
 from minisft.files.weights import load_model_config
 from minisft.session.generate import Sampling, generate, stop_ids
 from minisft.text.chat import render
-from minisft.text.tokenizer import decode, encode, load_tokenizer
+from minisft.text.encoding import decode, encode
+from minisft.text.tokenizer import load_tokenizer
 
 make_demo = script("make_demo")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from minisft.config.errors import UserError
+from minisft.text.parts import part_text, part_type
 
 FORMATS = (  # in order of precedence
     "input_ids",
@@ -277,18 +278,6 @@ def _check_part(part: dict, name: str) -> None:
         )
     if kind == "text" and not isinstance(part.get("text"), str):
         raise UserError(f"{name}.text is {_kind(part.get('text'))}; expected a string")
-
-
-def part_type(part: dict) -> Any:
-    """What an object among a content's parts says it is; one that says nothing is text."""
-    return "text" if part.get("type") is None else part["type"]
-
-
-def part_text(part: str | dict) -> str | None:
-    """The text of a content's part, None where it is of another type."""
-    if isinstance(part, str):
-        return part
-    return part["text"] if part_type(part) == "text" else None
 
 
 def _may_be_silent(message: dict) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.text.tokenizer import Tokenizer, decode
+from minisft.text.encoding import decode
+from minisft.text.tokenizer import Tokenizer
 
 _SHORT = 150  # characters of a stretch of text, in the short form
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"

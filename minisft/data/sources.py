@@ -160,7 +160,8 @@ def cache_key(
     """SHA-256 as hex of everything that shapes the token arrays, this package's code included."""
     code = hashlib.sha256()
     for room in ("text", "data"):
-        for file in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+        files = (Path(__file__).parents[1] / room).rglob("*")
+        for file in sorted(f for f in files if f.suffix in (".py", ".jinja")):
             code.update(file.read_bytes())
     templates = sorted(tokenizer.chat_templates.items())
     facts: dict[str, Any] = {

@@ -31,16 +31,16 @@ from minisft.data.formats import Example
 from minisft.data.packing import GROUP_ROWS, check_packing, pack_group
 from minisft.data.readers import Rows
 from minisft.data.token_files import TokenWriter
-from minisft.text import chat, masks
-from minisft.text.parts import join_unread
-from minisft.text.tokenizer import (
+from minisft.text import chat, masks, sandbox
+from minisft.text.encoding import (
     TEXT_OPEN,
-    Tokenizer,
     encode_batch,
     encode_chat,
     encode_spans,
     mark_special_text,
 )
+from minisft.text.parts import join_unread
+from minisft.text.tokenizer import Tokenizer
 
 OVERLONG = ("truncate", "drop", "split", "error")
 
@@ -686,9 +686,9 @@ def _marked_spans(text: str, settings: Settings) -> list[tuple[int, int]] | None
 def _encodable(text: str) -> str:
     """Refuse what cannot be tokenised: half of a surrogate pair, which JSON can spell and no UTF-8
     text can hold, and a row so long that its tokens alone would fill the memory."""
-    if len(text) > chat.MAX_CHARS:
+    if len(text) > sandbox.MAX_CHARS:
         raise UserError(
-            f"the text has {len(text):,} characters; at most {chat.MAX_CHARS:,} of one row are "
+            f"the text has {len(text):,} characters; at most {sandbox.MAX_CHARS:,} of one row are "
             "tokenised: split it into several rows"
         )
     try:

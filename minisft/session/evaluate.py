@@ -27,7 +27,8 @@ from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import Sampling, generate, stop_ids
 from minisft.step import State
-from minisft.text.tokenizer import Tokenizer, decode
+from minisft.text.encoding import decode
+from minisft.text.tokenizer import Tokenizer
 
 STEP0 = "step0.json"  # eval loss and answers before training
 

@@ -23,7 +23,8 @@ from minisft.data.packing import pack
 from minisft.data.readers import Rows, read_rows
 from minisft.data.token_files import data_hash
 from minisft.data.tokenize import tokenize_rows
-from minisft.text.tokenizer import Tokenizer, decode, encode_batch, encode_spans, load_tokenizer
+from minisft.text.encoding import decode, encode_batch, encode_spans
+from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 BOS, EOT = 0, 1
@@ -450,14 +451,14 @@ def test_a_template_that_marks_other_than_turns_cannot_leave_one_out(tmp_path: P
             ]
         }
     ]
-    with pytest.raises(UserError, match=r"mem \(row 0\).*marks 2 stretches in 1 assistant turns"):
+    with pytest.raises(UserError, match=r"mem \(row 0\).*marks 2 spans in 1 assistant turns"):
         _tokenize(rows, tokenizer, assistant_only_loss=True)
 
 
 def test_rows_beyond_all_measure_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minisft.text.chat.MAX_CHARS", 1000)
+    monkeypatch.setattr("minisft.text.sandbox.MAX_CHARS", 1000)
     with pytest.raises(
         UserError, match=r"mem \(row 1\): the text has 1,2\d\d characters; at most 1"
     ):
@@ -471,7 +472,7 @@ def test_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.Mo
     spans = [(t, [(0, len(t) // 2)]) for t in texts]
     at_once = encode_batch(tokenizer, texts, add_special_tokens=True)
     covered = encode_spans(tokenizer, spans, add_special_tokens=True)
-    monkeypatch.setattr("minisft.text.tokenizer.PART_CHARS", 30)
+    monkeypatch.setattr("minisft.text.encoding.PART_CHARS", 30)
     assert encode_batch(tokenizer, texts, add_special_tokens=True) == at_once
     assert encode_spans(tokenizer, spans, add_special_tokens=True) == covered
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from minisft.config.errors import UserError
 from minisft.files.safetensors import read_header
-from minisft.text import chat
+from minisft.text import chat, sandbox
 
 SMALL = {"lora_r": 2, "max_steps": 1, "max_length": 64}
 
@@ -408,7 +408,7 @@ BLANK = {
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_f45_f46_f47_a_hostile_template_is_refused_in_bounded_time(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)  # ten, for whoever waits
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)  # ten, for whoever waits
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     with pytest.raises(UserError, match=r"^chat template"):

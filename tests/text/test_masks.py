@@ -15,8 +15,9 @@ from minisft.batches import IGNORED
 from minisft.config.errors import UserError
 from minisft.data.tokenize import Settings, named_rows, tokenize
 from minisft.text import chat, masks
-from minisft.text.templates import BUILT_IN
-from minisft.text.tokenizer import Tokenizer, decode, encode, load_tokenizer
+from minisft.text.built_in import BUILT_IN
+from minisft.text.encoding import decode, encode
+from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 # Special tokens of the shipped templates, by their looks.
 LOOKS_SPECIAL = re.compile(r"<\|?[a-z_\|｜▁/]+\|?>|<｜[^｜]*｜>|</s>|\[/?INST\]")
@@ -120,7 +121,10 @@ def test_a_last_turn_of_its_own_shape_is_told_by_the_end_of_turn(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("m['role'] + '<|end|>\n'", "m['role'] + (messages | length) | string"), "another way"),
+        (
+            ("m['role'] + '<|end|>\n'", "m['role'] + (messages | length) | string"),
+            "renders the messages before message 1 differently",
+        ),
         (("m['content'] | trim", "m['role'] | trim"), "does not write the assistant's words"),
     ],
 )
@@ -272,7 +276,7 @@ def test_marker_spans(text: str, expected: list[str]) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_templates(name: str, tmp_path: Path) -> None:
     directory = write_byte_level(tmp_path, chat_template=None)
-    writes = BUILT_IN[name][1]
+    writes = BUILT_IN[name]
     if writes:
         with pytest.raises(UserError, match=rf"--chat-template {name} writes .*alpaca or plain"):
             load_tokenizer(directory, chat_template=name)

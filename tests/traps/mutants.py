@@ -62,9 +62,9 @@ MUTANTS = [
         "        if piece == _OPEN:\n            start = 0",
     ),
     Mutant(
-        8, "minisft/text/tokenizer.py",
-        "        return encode(tokenizer, rendered, add_special_tokens=False)\n    return [i for",
-        "        return encode(tokenizer, rendered, add_special_tokens=True)\n    return [i for",
+        8, "minisft/text/encoding.py",
+        "encoding = backend.encode(lead + text, add_special_tokens=False)",
+        "encoding = backend.encode(lead + text, add_special_tokens=True)",
     ),
     Mutant(
         9, "minisft/text/tokenizer.py",
@@ -148,7 +148,7 @@ MUTANTS = [
         "    alpha = 16\n",
     ),
     Mutant(
-        25, "minisft/text/tokenizer.py",
+        25, "minisft/text/encoding.py",
         r'return tokenizer.special_text.sub(rf"{TEXT_OPEN}\g<0>{TEXT_CLOSE}", value)',
         "return value",
     ),

@@ -39,7 +39,8 @@ from minisft.nn import rms_norm
 from minisft.rope import rope_inverse_frequencies
 from minisft.session.generate import stop_ids
 from minisft.step import ExecutionPlan, loss_and_grads
-from minisft.text.tokenizer import encode, load_tokenizer
+from minisft.text.encoding import encode
+from minisft.text.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 FULL = {"load_in_4bit": False, "lora_r": 4, "max_length": 64, "learning_rate": 1e-2}
