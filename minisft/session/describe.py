@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minisft.batches import Batches
+from minisft.config.fields import idle_settings
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data, is_sample
 from minisft.data.preview import describe_data, show_preview
@@ -109,28 +110,20 @@ def without_effect(
 ) -> Iterator[tuple[str, str]]:
     """(name, why) of each setting that was given and that this run makes no use of.
 
-    What the settings alone tell is refused (`TrainConfig`), unless Trainer takes the pair.
+    What the settings alone tell is refused by `TrainConfig`, unless Trainer accepts the pair.
     """
     idle = []
     if not choice.peak_bytes:
         why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
         idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
-    unread = {"sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion_8bit": ("adam_epsilon",)}
-    unread["adafactor"] = unread["sgd"]
-    idle += [(name, f"--optim {config.optim} has none") for name in unread.get(config.optim, ())]
     if not any(name in trainable.views for name in EMBEDDING_WEIGHTS):
         idle.append(("embedding_learning_rate", "no embedding and no head is trained in full"))
-    if config.max_steps > 0:
-        idle.append(("num_train_epochs", f"--max-steps {config.max_steps} is given"))
-    if config.save_strategy == "no":
-        idle.append(("save_total_limit", "--save-strategy no writes no checkpoints"))
-    if config.report_to == ("trackio",):
-        idle.append(("logging_dir", "trackio writes to its own, $TRACKIO_DIR"))
     sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
     if all(told["format"] != "text" for told in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
+    yield from ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
+    yield from ((name, f"{why} {note.warning}") for name, why, note in idle_settings(config))
 
 
 def summarise(out: Path, result: TrainOutput, config: TrainConfig, model: Base) -> None:
