@@ -18,6 +18,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def wrong(name: str, value: object, expected: str) -> UserError:
+    """The error for a value that cannot be used: `NAME is VALUE; expected EXPECTED`."""
+    return UserError(f"{name} is {value!r}; expected {expected}")
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is spelled most like this one, for "did you mean"; None if none is."""
     # Below 0.72, guesses share letters rather than meaning: --wandb, --lr-decay.

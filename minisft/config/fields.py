@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from minisft.config.errors import UserError, flag
+from minisft.config.errors import UserError, flag, wrong
 
 Note = TypeVar("Note")
 
@@ -146,7 +146,7 @@ class Setting(NamedTuple):
         if isinstance(value, dict) and "=" in self.items.what:
             value = tuple(f"{k}={v}" for k, v in value.items())
         if not self._has_type(value):
-            raise UserError(f"{flag(self.name)} is {value!r}; expected {self.expected}")
+            raise wrong(flag(self.name), value, self.expected)
         return self._list(value) if self.kind is tuple else value
 
     def _has_type(self, value: Any) -> bool:
@@ -169,20 +169,15 @@ class Setting(NamedTuple):
         """Raise UserError for a value that is not among the choices or fails a `Check`."""
         if value is None:
             return
+        name, items = flag(self.name), self.items
         if self.choices and value not in self.choices:
-            known = ", ".join(map(str, self.choices))
-            raise UserError(f"{flag(self.name)} is {value!r}; expected one of {known}")
-        for note in self.all(Check):
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            if infinite or not note.holds(value):
-                shown = repr(value) if isinstance(value, str) else value
-                expected = note.expected + ", or none" * self.optional
-                raise UserError(f"{flag(self.name)} is {shown}; expected {expected}")
-        for item in value if self.items.choices else ():
-            if item not in self.items.choices:
-                raise UserError(
-                    f"{flag(self.name)} is {item!r}; expected some of {self.items.what}"
-                )
+            raise wrong(name, value, f"one of {', '.join(self.choices)}")
+        for check in self.all(Check):
+            if not check.holds(value) or (isinstance(value, float) and math.isinf(value)):
+                raise wrong(name, value, check.expected + ", or none" * self.optional)
+        for item in value if items.choices else ():
+            if item not in items.choices:
+                raise wrong(name, item, f"some of {items.what}")
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from minisft.config.errors import UserError, flag
+from minisft.config.errors import UserError, flag, wrong
 from minisft.config.fields import Setting, settings
 from minisft.config.names import nearest, refusal, translate, translate_flags
 
@@ -217,9 +217,7 @@ def _yaml_values(file: str, known: dict[str, Setting]) -> dict[str, Any]:
         try:
             values[name] = setting.normalized(_coerced(value, setting))
         except UserError:
-            raise UserError(
-                f"--config {file}: {key} is {value!r}; expected {setting.expected}"
-            ) from None
+            raise wrong(f"--config {file}: {key}", value, setting.expected) from None
     return values
 
 

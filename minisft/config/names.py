@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Collection
 from pathlib import Path
 
-from minisft.config.errors import UserError, closest, flag
+from minisft.config.errors import UserError, closest, flag, wrong
 
 _TABLES = tomllib.loads((Path(__file__).parent / "names.toml").read_text(encoding="utf-8"))
 ALIASES: dict[str, str] = _TABLES["aliases"]
@@ -47,9 +47,7 @@ def translate(name: str, value: str | None, known: Collection[str]) -> tuple[str
     plain = name.replace("-", "_")
     ours = plain if plain in known else ALIASES.get(plain, "")
     if plain == "warmup_ratio" and not _below_one(value):
-        raise UserError(
-            f"{flag(plain)} is {value}; expected a share of the steps below 1, or --warmup-steps N"
-        )
+        raise wrong(flag(plain), value, "a share of the steps below 1, or --warmup-steps N")
     if ours in known:
         new_value = VALUES.get(ours, {}).get((value or "").lower(), value)
         return name if ours == plain else ours, new_value
@@ -58,7 +56,7 @@ def translate(name: str, value: str | None, known: Collection[str]) -> tuple[str
     if switch and switch[0] in known:
         text = (value or "").lower()
         if text not in _ON + _OFF:
-            raise UserError(f"{flag(plain)} is {value!r}; expected true or false")
+            raise wrong(flag(plain), value, "true or false")
         return ("", None) if negated or text in _OFF else switch
     key = plain if refusal(plain) else plain.removeprefix("no_")
     # Other scripts have few flags, and refuse an unknown name as such.

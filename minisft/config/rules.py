@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.config.errors import UserError, flag
+from minisft.config.errors import UserError, flag, wrong
 from minisft.config.fields import as_flag, idle_settings, settings
 from minisft.config.lora import LoraConfig, matches
 
@@ -27,10 +27,10 @@ _SCHEDULE_OPTIONS = {
     "polynomial": ("lr_end", "power"),
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": (
-        *("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"),
-        *("warmup_type", "decay_type"),
+        "num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles", "warmup_type",
+        "decay_type",
     ),
-}
+}  # fmt: skip
 
 
 def normalize_(config: TrainConfig) -> None:
@@ -58,9 +58,9 @@ def check(config: TrainConfig) -> None:
     _check_evaluation(config)
     for derived in (lora, column_map, scheduler_options):  # raise where a part is malformed
         derived(config)
-    read = [name for name, _ in sources(config)] + [config.eval_dataset]
+    read = [Path(name).resolve() for name in (*dict(sources(config)), config.eval_dataset)]
     written = config.preview_json
-    if written and Path(written).resolve() in [Path(name).resolve() for name in read]:
+    if written and Path(written).resolve() in read:
         raise UserError(f"--preview-json {written} is a file of rows that is read; name another")
 
 
@@ -69,13 +69,13 @@ def _check_evaluation(config: TrainConfig) -> None:
     strategy = config.eval_strategy
     if strategy != "no" and not config.eval_dataset:
         raise UserError(f"--eval-strategy {strategy} needs --eval-dataset; give one")
-    if config.keeps_best and strategy == "no":
-        reasons = {
-            "--load-best-model-at-end": config.load_best_model_at_end,
-            "--early-stopping-patience": config.early_stopping_patience,
-        }
-        name = next((name for name, on in reasons.items() if on), "--save-strategy best")
-        raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
+    for name, chooses_best in {
+        "--load-best-model-at-end": config.load_best_model_at_end,
+        "--early-stopping-patience": config.early_stopping_patience,
+        "--save-strategy best": config.save_strategy == "best",
+    }.items():
+        if chooses_best and strategy == "no":
+            raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
     if config.load_best_model_at_end and config.save_strategy == "no":
         raise UserError(
             "--load-best-model-at-end needs checkpoints, but --save-strategy is no; use best"
@@ -88,28 +88,25 @@ def lora(config: TrainConfig) -> LoraConfig | None:
     """The adapter's settings, or None with full_finetuning."""
     if config.full_finetuning:
         return None
-    given = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(LoraConfig)}
-    given |= {
-        "r": config.lora_r,
-        "rank_pattern": tuple((k, int(v)) for k, v in _pattern(config, "rank_pattern")),
-        "alpha_pattern": _pattern(config, "alpha_pattern"),
-    }
+    # LoraConfig has PEFT's names; only its r is lora_r here.
+    given = {f.name: getattr(config, f.name, config.lora_r) for f in dataclasses.fields(LoraConfig)}
+    for name in ("rank_pattern", "alpha_pattern"):
+        given[name] = _pattern(config, name)
     for name in ("layers_to_transform", "trainable_token_indices"):
         given[name] = _whole_numbers(config, name)
     return LoraConfig(**given)
 
 
 def _pattern(config: TrainConfig, name: str) -> tuple[tuple[str, float], ...]:
-    """`--rank-pattern q_proj=8` as (("q_proj", 8.0),)."""
-    pairs = []
+    """`--rank-pattern q_proj=8` as (("q_proj", 8),): ranks are int, alphas float."""
+    pairs, whole = [], name == "rank_pattern"
     for item in getattr(config, name):
         key, _, text = item.rpartition("=")
         value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
-        if not key or value <= 0 or (name == "rank_pattern" and value != int(value)):
-            kind = "a whole number" if name == "rank_pattern" else "a number"
-            raise UserError(f"{flag(name)} is {item!r}; expected MODULE={kind} above 0")
+        if not key or value <= 0 or (whole and value != int(value)):
+            raise wrong(flag(name), item, f"MODULE=a {'whole ' * whole}number above 0")
         matches(key, "")  # raises for a malformed regular expression
-        pairs.append((key, value))
+        pairs.append((key, int(value) if whole else value))
     return tuple(pairs)
 
 
@@ -117,11 +114,10 @@ def _whole_numbers(config: TrainConfig, name: str) -> tuple[int, ...]:
     items = getattr(config, name)
     for item in items:
         if not item.isdecimal():
-            what = settings(type(config))[name].items.what
-            raise UserError(f"{flag(name)} is {item!r}; expected {what}, from 0")
+            raise wrong(flag(name), item, f"{settings(type(config))[name].items.what}, from 0")
     numbers = tuple(map(int, items))
     if len(set(numbers)) != len(numbers):
-        raise UserError(f"{flag(name)} is {' '.join(items)}; expected each once")
+        raise wrong(flag(name), " ".join(items), "each once")
     return numbers
 
 
@@ -138,7 +134,7 @@ def sources(config: TrainConfig) -> list[tuple[str, float | None]]:
             found.append((item, None))
             continue
         if not 0 < weight < math.inf:
-            raise UserError(f"--dataset is {item!r}; expected a weight above 0")
+            raise wrong("--dataset", item, "a weight above 0")
         found.append((name, weight))
     given = [weight for _, weight in found if weight is not None]
     if given and len(given) != len(found):
@@ -191,9 +187,9 @@ def column_map(config: TrainConfig) -> dict[str, str]:
     pairs = [item.split("=", 1) for item in config.columns]
     for item, pair in zip(config.columns, pairs, strict=True):
         if len(pair) != 2 or not all(pair):
-            raise UserError(f"--columns is {item!r}; expected NAME=COLUMN, such as prompt=question")
+            raise wrong("--columns", item, "NAME=COLUMN, such as prompt=question")
     if len({ours for ours, _ in pairs}) < len(pairs):
-        raise UserError(f"--columns is {' '.join(config.columns)}; expected each NAME once")
+        raise wrong("--columns", " ".join(config.columns), "each NAME once")
     return {ours: theirs for ours, theirs in pairs if ours != theirs}
 
 
@@ -226,17 +222,13 @@ def _scheduler_option(kind: str, item: str) -> tuple[str, float | str]:
     name, _, text = item.partition("=")
     known = _SCHEDULE_OPTIONS.get(kind, ())
     if name not in known:
-        raise UserError(
-            f"--lr-scheduler-kwargs is {item!r}; expected NAME=VALUE, and --lr-scheduler-type "
-            f"{kind} knows these names: {', '.join(known) or 'none'}"
-        )
+        names = f"--lr-scheduler-type {kind} knows these names: {', '.join(known) or 'none'}"
+        raise wrong("--lr-scheduler-kwargs", item, f"NAME=VALUE, and {names}")
     if name.endswith("_type"):
         if text not in _WAVES:
-            raise UserError(
-                f"--lr-scheduler-kwargs is {item!r}; expected one of {', '.join(_WAVES)}"
-            )
+            raise wrong("--lr-scheduler-kwargs", item, f"one of {', '.join(_WAVES)}")
         return name, text
     value = _number(text)
     if value is None or not 0 <= value < math.inf:
-        raise UserError(f"--lr-scheduler-kwargs is {item!r}; expected a number, 0 or more")
+        raise wrong("--lr-scheduler-kwargs", item, "a number, 0 or more")
     return name, value

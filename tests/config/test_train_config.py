@@ -97,7 +97,10 @@ def test_what_is_not_implemented_is_named(change, culprit):
         ({"modules_to_save": ("norm",)}, "--modules-to-save"),
         ({"modules_to_save": ("lm_head",), "full_finetuning": True}, "--modules-to-save"),
         ({"columns": ("prompt",)}, "--columns"),
-        ({"columns": ("text=a", "text=b")}, "--columns is text=a text=b; expected each NAME once"),
+        (
+            {"columns": ("text=a", "text=b")},
+            "--columns is 'text=a text=b'; expected each NAME once",
+        ),
         ({"report_to": None}, "--report-to is None; expected a list of none, tensorboard, wan"),
         ({"target_modules": [1]}, "--target-modules holds 1; expected a list of strings"),
         ({"trainable_token_indices": 5}, "--trainable-token-indices is 5; expected a list of tok"),
