@@ -75,33 +75,18 @@ class Items:
 
 @dataclass(frozen=True)
 class Idle:
-    """The setting has no effect on a run for whose settings `when` is true, because of `other`.
+    """The setting has no effect while `other` has one of the values; with `unless`, none of them.
 
-    Giving it is an error that suggests `remedy`. With a `warning` it is not, for Trainer accepts
-    the pair: the run then prints the value of `other` and that text.
+    Giving it is an error that suggests the remedy; without a remedy it is a warning, for pairs
+    that Trainer accepts. why: the cause, by default the other setting as a flag; {name} in it
+    stands for the value of that setting.
     """
 
     other: str
-    when: Callable[[Any], Any]
+    values: tuple[Any, ...]
     remedy: str = ""
-    warning: str = ""
-
-
-def unused_with(other: str, *values: Any, remedy: str = "drop one", warning: str = "") -> Idle:
-    """The setting has no effect while `other` has one of these values, or without: is on."""
-    return Idle(
-        other,
-        lambda config: getattr(config, other) in values if values else getattr(config, other),
-        remedy,
-        warning,
-    )
-
-
-def needs(other: str, *values: Any, warning: str = "") -> Idle:
-    """The setting has no effect unless `other` has one of these values, or without: is on."""
-    on = unused_with(other, *values).when
-    remedy = " ".join(["add", flag(other), *map(str, values[:1])])
-    return Idle(other, lambda config: not on(config), remedy, warning)
+    why: str = ""
+    unless: bool = False
 
 
 class Setting(NamedTuple):
@@ -171,7 +156,7 @@ class Setting(NamedTuple):
             return
         name, items = flag(self.name), self.items
         if self.choices and value not in self.choices:
-            raise wrong(name, value, f"one of {', '.join(self.choices)}")
+            raise wrong(name, value, f"one of {', '.join(map(str, self.choices))}")
         for check in self.all(Check):
             if not check.holds(value) or (isinstance(value, float) and math.isinf(value)):
                 raise wrong(name, value, check.expected + ", or none" * self.optional)
@@ -215,25 +200,26 @@ def respelled(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return {n: known[n].respelled(v) if n in known else v for n, v in values.items()}
 
 
-def idle_settings(config: Any) -> Iterator[tuple[str, str, Idle]]:
-    """(name, why, note) of each setting that was given although the others leave it unused.
+def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, why, remedy) of each setting that was given although the others leave it unused.
 
-    Given means different from the default.
+    Given means different from the default. The remedy is "" where a warning is enough.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, setting in settings(type(config)).items():
         for note in setting.all(Idle):
-            if getattr(config, name) != defaults[name] and note.when(config):
-                yield name, as_flag(note.other, getattr(config, note.other)), note
+            value = getattr(config, note.other)
+            if getattr(config, name) != defaults[name] and (value in note.values) != note.unless:
+                why = note.why.format_map(vars(config)) or as_flag(note.other, value)
+                yield name, why, note.remedy
 
 
 def as_flag(name: str, value: Any) -> str:
     """A setting as on the command line: --packing, --no-packing, --lora-r 8, --report-to none."""
     if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    if isinstance(value, tuple):
-        return f"{flag(name)} {' '.join(value) or 'none'}"
-    return f"{flag(name)} {value}" if value != "" else f"{flag(name)} ''"
+        return flag(name if value else f"no_{name}")
+    shown = " ".join(value) or "none" if isinstance(value, tuple) else value
+    return f"{flag(name)} {shown}" if shown != "" else f"{flag(name)} ''"
 
 
 def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -51,10 +51,10 @@ def check(config: TrainConfig) -> None:
     for name, setting in settings(type(config)).items():
         setting.check(getattr(config, name))
     # No setting that the user gave is ignored silently.
-    for name, why, note in idle_settings(config):
-        if not note.warning:
+    for name, why, remedy in idle_settings(config):
+        if remedy:
             given = as_flag(name, getattr(config, name))
-            raise UserError(f"{given} has no effect with {why}; {note.remedy}")
+            raise UserError(f"{given} has no effect with {why}; {remedy}")
     _check_evaluation(config)
     for derived in (lora, column_map, scheduler_options):  # raise where a part is malformed
         derived(config)

@@ -16,8 +16,6 @@ from minisft.config.fields import (
     Items,
     above,
     at_least,
-    needs,
-    unused_with,
 )  # fmt: skip
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES
 
@@ -45,36 +43,44 @@ BestMetric = Literal[Metric, "eval_loss", "eval_mean_token_accuracy", "eval_entr
 # Earlier versions gave the policies these names, and recorded them in checkpoints.
 _OLD_POLICIES = ("gate_up", "gate_up+qkv", "gate_up+offload", "gate_up+qkv+offload")
 
-# Notes that take long to write, or that several settings share. First other spellings:
+# Other spellings of values.
 _OPTIMIZERS = {name: "adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")}
 _SAME_OPTIMIZER = Also(_OPTIMIZERS | {"adamw_bnb_8bit": "adamw_8bit"})
-_SAME_POLICY = Also(
-    {True: "full", False: "none"} | {old: f"recompute_{old}" for old in _OLD_POLICIES}
-)
+_POLICIES = {old: f"recompute_{old}" for old in _OLD_POLICIES}
+_SAME_POLICY = Also({True: "full", False: "none"} | _POLICIES)
 _SAME_CHECKPOINT = Also({True: "auto", "true": "auto", False: "", "false": ""})
 _SAME_START = Also({True: "default", "true": "default"})
-# conditions on the value,
+# Conditions on values.
 _SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
+_RANK = Check(lambda r: 1 <= r <= 65536, "at least 1 and at most 65536")
 _STARTS = Check(
     re.compile(r"default|gaussian|olora|pissa(_niter_\d{1,3})?").fullmatch,
     "one of default, gaussian, pissa, pissa_niter_N (such as pissa_niter_4), olora",
 )
 _SOME = Check(lambda n: n == -1 or n > 0, "a positive number, or -1 for epochs")
-# items of lists,
+_SEED = Check(lambda n: 0 <= n < 2**63, "0 to 2**63 - 1")
+# Items of lists.
 _COPIES = Items("embed_tokens and/or lm_head", EMBEDDING_NAMES)
+_LAYERS = Items("numbers of layers", also=Integral)
+_TOKENS = Items("token ids", also=Integral)
 _LOGGERS = Items("none, tensorboard, wandb, trackio", ("none", "tensorboard", "wandb", "trackio"))
-# and what leaves settings without effect.
-_ADAPTER = unused_with("full_finetuning")
-_BEST = Idle(
-    "load_best_model_at_end", lambda c: not c.keeps_best, remedy="add --load-best-model-at-end"
-)
-_BETAS = unused_with("optim", "sgd", "adafactor", warning="has none")
-_EPSILON = unused_with("optim", "sgd", "adafactor", "lion_8bit", warning="has none")
-_EPOCHS = needs("max_steps", -1, warning="is given")
-_RESUME = unused_with("resume_from_checkpoint", remedy="continue the run, or start over")
-_CONSTANT = unused_with("lr_scheduler_type", "constant", remedy="take constant_with_warmup")
-_TRACKIO = unused_with("report_to", ("trackio",), warning="writes to its own, $TRACKIO_DIR")
-_UNSAVED = unused_with("save_strategy", "no", warning="writes no checkpoints")
+# What leaves a setting without effect: an error with a remedy, a warning without.
+_FULL = Idle("full_finetuning", (True,), "drop one")
+_PACKING = Idle("packing", (False,), "add --packing")
+_BEST = Idle("keeps_best", (False,), "add --load-best-model-at-end", "--no-load-best-model-at-end")
+_LOGGER = Idle("report_to", ((),), "name a logger there")
+_ROWS = Idle("eval_dataset", ("",), "give eval rows")
+_PATIENCE = Idle("early_stopping_patience", (0,), "give a patience")
+_RESUME = Idle("resume_from_checkpoint", ("",), "continue the run, or start over", unless=True)
+_SAVE_STEPS = Idle("save_strategy", ("steps",), "take --save-strategy steps", unless=True)
+_EVAL_STEPS = Idle("eval_strategy", ("steps",), "add --eval-strategy steps", unless=True)
+_CONSTANT = Idle("lr_scheduler_type", ("constant",), "take constant_with_warmup")
+_DFT = Idle("loss_type", ("dft",), "drop one")
+_BETAS = Idle("optim", ("sgd", "adafactor"), why="--optim {optim} has none")
+_EPSILON = Idle("optim", ("sgd", "adafactor", "lion_8bit"), why="--optim {optim} has none")
+_EPOCHS = Idle("max_steps", (-1,), why="--max-steps {max_steps} is given", unless=True)
+_TRACKIO = Idle("report_to", (("trackio",),), why="trackio writes to its own, $TRACKIO_DIR")
+_UNSAVED = Idle("save_strategy", ("no",), why="--save-strategy no writes no checkpoints")
 
 
 @dataclass(frozen=True)
@@ -101,41 +107,35 @@ class TrainConfig:
     """Longest row in tokens; longer rows are truncated, and counted."""
 
     # --- what is trained
-    lora_r: Annotated[
-        int, Fixed, Check(lambda r: 1 <= r <= 65536, "at least 1 and at most 65536"), _ADAPTER
-    ] = 16
+    lora_r: Annotated[int, Fixed, _RANK, _FULL] = 16
     """LoRA rank."""
-    lora_alpha: Annotated[float, Fixed, above(0), _ADAPTER] = 16
+    lora_alpha: Annotated[float, Fixed, above(0), _FULL] = 16
     """LoRA scale numerator: the update is scaled by alpha / r."""
-    lora_dropout: Annotated[float, Fixed, _SHARE, _ADAPTER] = 0.0
+    lora_dropout: Annotated[float, Fixed, _SHARE, _FULL] = 0.0
     """Dropout on the input of the LoRA branch."""
-    use_rslora: Annotated[bool, Fixed, _ADAPTER] = False
+    use_rslora: Annotated[bool, Fixed, _FULL] = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    target_modules: Annotated[Names, Fixed, _ADAPTER] = LINEAR_NAMES
+    target_modules: Annotated[Names, Fixed, _FULL] = LINEAR_NAMES
     """Module name suffixes, `all-linear`, or one `re:PATTERN`. embed_tokens and lm_head here mean
     trained copies, as in --modules-to-save."""
-    modules_to_save: Annotated[Names, Fixed, _COPIES, _ADAPTER] = ()
+    modules_to_save: Annotated[Names, Fixed, _COPIES, _FULL] = ()
     """embed_tokens and/or lm_head: train a copy of the matrix itself, next to the adapter."""
-    use_dora: Annotated[bool, Fixed, _ADAPTER] = False
+    use_dora: Annotated[bool, Fixed, _FULL] = False
     """DoRA: train the norm of each output row of an adapted matrix as well as its direction."""
-    rank_pattern: Annotated[Names, Fixed, Items("MODULE=RANK", commas=False), _ADAPTER] = ()
+    rank_pattern: Annotated[Names, Fixed, Items("MODULE=RANK", commas=False), _FULL] = ()
     """Ranks of single modules, e.g. `q_proj=8 layers.0.mlp.up_proj=32` (names or regular
     expressions)."""
-    alpha_pattern: Annotated[Names, Fixed, Items("MODULE=ALPHA", commas=False), _ADAPTER] = ()
+    alpha_pattern: Annotated[Names, Fixed, Items("MODULE=ALPHA", commas=False), _FULL] = ()
     """lora_alpha of single modules, in the same form."""
-    layers_to_transform: Annotated[
-        Names, Fixed, Items("numbers of layers", also=Integral), _ADAPTER
-    ] = ()
+    layers_to_transform: Annotated[Names, Fixed, _LAYERS, _FULL] = ()
     """Numbers of the layers to adapt, from 0; by default all."""
-    exclude_modules: Annotated[Names, Fixed, _ADAPTER] = ()
+    exclude_modules: Annotated[Names, Fixed, _FULL] = ()
     """Names, suffixes, or one `re:PATTERN`, that are not adapted although the targets name them."""
-    lora_embeddings: Annotated[bool, Fixed, _ADAPTER] = False
+    lora_embeddings: Annotated[bool, Fixed, _FULL] = False
     """Adapt the embedding too, as embed_tokens among PEFT's targets; a tied head stays as it is."""
-    trainable_token_indices: Annotated[
-        Names, Fixed, Items("token ids", also=Integral), _ADAPTER
-    ] = ()
+    trainable_token_indices: Annotated[Names, Fixed, _TOKENS, _FULL] = ()
     """Token ids whose rows of the embedding (and of a tied head) are trained, the others not."""
-    init_lora_weights: Annotated[str, Fixed, _SAME_START, _STARTS, _ADAPTER] = "default"
+    init_lora_weights: Annotated[str, Fixed, _SAME_START, _STARTS, _FULL] = "default"
     """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r), with B zero. Of
     both: pissa (the largest singular values of the weight; slow on large models), pissa_niter_4
     (an approximation of it, and fast) or olora (a QR decomposition). These three subtract the
@@ -191,7 +191,7 @@ class TrainConfig:
     touched."""
     packing: Annotated[bool, Fixed] = False
     """Pack several rows into one of max_length tokens, document boundaries kept."""
-    packing_strategy: Annotated[PackingStrategy, Fixed, needs("packing")] = "bfd"
+    packing_strategy: Annotated[PackingStrategy, Fixed, _PACKING] = "bfd"
     """bfd (best-fit decreasing), bfd_split or wrapped."""
 
     # --- the run
@@ -217,7 +217,7 @@ class TrainConfig:
     embedding_learning_rate: Annotated[float | None, Free, at_least(0)] = None
     """Peak learning rate of trained embeddings and heads, on the same schedule; by default
     --learning-rate."""
-    loraplus_lr_ratio: Annotated[float | None, Free, above(0), _ADAPTER] = None
+    loraplus_lr_ratio: Annotated[float | None, Free, above(0), _FULL] = None
     """Learning rate of the lora_B matrices over that of the rest (LoRA+)."""
     weight_decay: Annotated[float, Free, at_least(0)] = 0.0
     """Decoupled weight decay; norms and biases are not decayed."""
@@ -230,7 +230,7 @@ class TrainConfig:
     """More of the schedule, e.g. `num_cycles=2` or `min_lr=1e-5`, under transformers' names."""
     loss_type: Annotated[Literal["nll", "dft"], Fixed] = "nll"
     """nll, or dft: each token's loss weighted by its probability (arXiv:2508.05629)."""
-    label_smoothing: Annotated[float, Fixed, _SHARE, unused_with("loss_type", "dft")] = 0.0
+    label_smoothing: Annotated[float, Fixed, _SHARE, _DFT] = 0.0
     """Share of the target that is spread evenly over the vocabulary."""
     neftune_noise_alpha: Annotated[float, Fixed, at_least(0)] = 0.0
     """Uniform noise of up to alpha / sqrt(tokens of the document * hidden size) on the embeddings
@@ -266,35 +266,35 @@ class TrainConfig:
     last 100 and 1 above it; a spike always gives a warning."""
     deterministic: Annotated[bool, Free] = False
     """Use only algorithms that give the same bits in every process (on a GPU: slower)."""
-    seed: Annotated[int, Fixed, Check(lambda n: 0 <= n < 2**63, "0 to 2**63 - 1")] = 3407
+    seed: Annotated[int, Fixed, _SEED] = 3407
     """Seed of row order, adapter initialisation and dropout."""
     logging_steps: Annotated[int, Free, at_least(1)] = 1
     """Write a metrics line every N steps (the mean over them)."""
     report_to: Annotated[Names, Free, _LOGGERS] = ()
     """tensorboard, wandb and/or trackio, besides metrics.jsonl, which is always written."""
-    run_name: Annotated[str, Free, needs("report_to")] = ""
+    run_name: Annotated[str, Free, _LOGGER] = ""
     """Name of the run in these loggers; by default that of the output directory."""
-    logging_dir: Annotated[str, Free, needs("report_to"), _TRACKIO] = ""
+    logging_dir: Annotated[str, Free, _LOGGER, _TRACKIO] = ""
     """Where these loggers write; by default the output directory. Not for trackio: $TRACKIO_DIR."""
     save_strategy: Annotated[SaveStrategy, Free, Also({False: "no"})] = "steps"
     """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
     where an evaluation is the best so far, each also at the end; `no` only when stopped."""
-    save_steps: Annotated[int, Free, at_least(1), needs("save_strategy", "steps")] = 500
+    save_steps: Annotated[int, Free, at_least(1), _SAVE_STEPS] = 500
     """Steps between checkpoints under --save-strategy steps."""
     save_total_limit: Annotated[int, Free, at_least(0), _UNSAVED] = 0
     """Keep at most N checkpoints, the newest and the best always among them; 0 keeps all."""
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], Free, Also({False: "no"})] = "no"
     """With --eval-dataset: `no` evaluates before the first step and after the last; `steps` also
     every eval_steps, `epoch` also after each pass over the rows."""
-    eval_steps: Annotated[int, Free, at_least(0), needs("eval_strategy", "steps")] = 0
+    eval_steps: Annotated[int, Free, at_least(0), _EVAL_STEPS] = 0
     """Steps between evaluations under --eval-strategy steps; 0 means logging_steps."""
-    per_device_eval_batch_size: Annotated[int, Free, at_least(0), needs("eval_dataset")] = 0
+    per_device_eval_batch_size: Annotated[int, Free, at_least(0), _ROWS] = 0
     """Rows per evaluation batch; 0 means per_device_train_batch_size. The loss is the mean over
     tokens and does not depend on it."""
     eval_generate: Annotated[int, Free, at_least(0)] = 0
     """Answer the first N eval prompts greedily at every evaluation: samples.jsonl; count exact
     matches and ends of turn."""
-    save_merged: Annotated[bool, Free, _ADAPTER] = False
+    save_merged: Annotated[bool, Free, _FULL] = False
     """Also write the adapter merged into its base (as scripts/merge.py does) to merged/."""
     load_best_model_at_end: Annotated[bool, Free] = False
     """Export the weights of the best evaluation, not the last; each best one gets a checkpoint."""
@@ -305,9 +305,7 @@ class TrainConfig:
     """Whether a greater metric is better; by default it is unless the metric is the loss."""
     early_stopping_patience: Annotated[int, Free, at_least(0)] = 0
     """Stop once N evaluations in a row were no better than the best; 0 never does."""
-    early_stopping_threshold: Annotated[
-        float, Free, at_least(0), needs("early_stopping_patience")
-    ] = 0.0
+    early_stopping_threshold: Annotated[float, Free, at_least(0), _PATIENCE] = 0.0
     """By how much an evaluation must be better than the best to reset the patience."""
 
     def __post_init__(self):

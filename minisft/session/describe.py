@@ -123,7 +123,7 @@ def without_effect(
         idle.append(("dataset_text_field", "no rows are of the format text"))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     yield from ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
-    yield from ((name, f"{why} {note.warning}") for name, why, note in idle_settings(config))
+    yield from ((name, why) for name, why, _ in idle_settings(config))
 
 
 def summarise(out: Path, result: TrainOutput, config: TrainConfig, model: Base) -> None:

@@ -56,8 +56,8 @@ def test_a_cpu_gets_autograd_and_a_gpu_s_memory_is_not_asked_for():
 
 
 def test_the_explicit_pass_can_be_asked_for():
-    choice = on_cpu(step_impl="explicit", gradient_checkpointing="recompute_gate_up")
-    assert choice.explicit and choice.policies == (POLICIES["recompute_gate_up"],) * 2
+    choice = on_cpu(step_impl="explicit", gradient_checkpointing="gate_up")
+    assert choice.explicit and choice.policies == (POLICIES["gate_up"],) * 2
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_it_does_not_cover_is_refused_only_if_asked_for(compute, lora, reas
 
 
 def test_cheaper_policies_need_less_memory_and_more_time():
-    names = ["none", "recompute_gate_up", "recompute_gate_up+qkv", "all_but_attention", "full"]
+    names = ["none", "gate_up", "gate_up+qkv", "all_but_attention", "full"]
     peaks = [peak_bytes(ONE_B, (POLICIES[n],) * 16, 4096, 512, 8192, 2, RANKS) for n in names]
     times = [token_seconds(ONE_B, (POLICIES[n],) * 16, 4096, 8192, 2048, 2, RANKS) for n in names]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
@@ -139,7 +139,7 @@ def test_no_more_is_pinned_than_the_host_has():
 
 def test_pinned_memory_is_counted_as_it_is_handed_out():
     x, qkv = 4096 * 2 * 3000, (4096 + 2 * 1024 + 48) * 2 * 3000
-    two = [POLICIES["full+offload"], POLICIES["recompute_gate_up+offload"]]
+    two = [POLICIES["full+offload"], POLICIES["gate_up+offload"]]
     expected = 4 * 2**25 + 2**26  # x; x, attention's output and mid; q, k and v: powers of two
     assert 2**24 < x <= 2**25 < qkv <= 2**26
     assert pinned_bytes(two, EIGHT_B, 2, RANKS, 3000) == expected
