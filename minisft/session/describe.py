@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from minisft.config.errors import flag
+from minisft.config.fields import idle_settings
 from minisft.data.load import is_sample
 from minisft.data.preview import describe_data, show_preview
 from minisft.data.sources import num_shared
@@ -124,29 +125,21 @@ def _announce_steps(run: Run) -> None:
 def without_effect(run: Run) -> Iterator[tuple[str, str]]:
     """(name, why) of each setting that was given but that this run does not use.
 
-    Where the settings alone show it, `TrainConfig` refuses them, unless Trainer accepts the pair.
+    What the settings alone tell is refused by `TrainConfig`, unless Trainer accepts the pair.
     """
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
         why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
         idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
-    unread = {"sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion_8bit": ("adam_epsilon",)}
-    unread["adafactor"] = unread["sgd"]
-    idle += [(name, f"--optim {config.optim} has none") for name in unread.get(config.optim, ())]
     if not any(name in run.state.trainable.views for name in EMBEDDING_WEIGHTS):
         idle.append(("embedding_learning_rate", "no embedding and no head is trained in full"))
-    if config.max_steps > 0:
-        idle.append(("num_train_epochs", f"--max-steps {config.max_steps} is given"))
-    if config.save_strategy == "no":
-        idle.append(("save_total_limit", "--save-strategy no writes no checkpoints"))
-    if config.report_to == ("trackio",):
-        idle.append(("logging_dir", "trackio writes to its own, $TRACKIO_DIR"))
     sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
     if all(source["format"] != "text" for source in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
+    yield from ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
+    yield from ((name, why) for name, why, _ in idle_settings(config))
 
 
 def summarise(run: Run, result: TrainOutput) -> None:

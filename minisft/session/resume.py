@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minisft.config.errors import UserError, flag
+from minisft.config.fields import fixed_on_resume, respelled
 from minisft.config.targets import adapter_shapes, split_targets
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import (
@@ -27,16 +28,6 @@ from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain
 from minisft.session.report import say
 from minisft.variants.pissa import read_initial_lora
 
-# A checkpoint made under other values of these is not a checkpoint of this run.
-_FIXED_ON_RESUME = (
-    "dtype", "load_in_4bit", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora",
-    "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
-    "loss_type", "label_smoothing", "neftune_noise_alpha", "use_dora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "exclude_modules", "init_lora_weights",
-    "trainable_token_indices", "lora_embeddings",
-)  # fmt: skip
-
 
 def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
     """The result of a complete run that is being resumed, or None.
@@ -52,9 +43,10 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
         return None  # refused by name later on
     if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
-    names = (*_FIXED_ON_RESUME, "model", "dataset", "load_best_model_at_end")
+    names = (*fixed_on_resume(type(config)), "model", "dataset", "load_best_model_at_end")
     try:
-        raw, then = load_json(out / OUTPUT), load_json(out / RUN)["config"]
+        raw = load_json(out / OUTPUT)
+        then = respelled(type(config), load_json(out / RUN)["config"])
         output = TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
         steps, epoch = int(output.global_step), float(output.metrics["epoch"])
         patience = config.early_stopping_patience
@@ -126,6 +118,7 @@ def resume_(run: Run) -> None:
             "--full-finetuning?"
         )
     then = read_facts(path)
+    then["config"] = respelled(type(config), then["config"])
     if problems := _resume_problems(then, config, run.base, run.facts):
         raise UserError(
             f"{path} was made with other settings: {'; '.join(problems)}. "
@@ -185,7 +178,7 @@ def _resume_problems(
     """What tells a checkpoint from one of this run, a difference each."""
     settings = {"load_in_4bit": False} | then["config"]  # as before there was the flag
     found = []
-    for name in _FIXED_ON_RESUME:
+    for name in fixed_on_resume(type(config)):
         if name not in settings:
             continue
         was, now = settings[name], plain(getattr(config, name))

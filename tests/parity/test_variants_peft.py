@@ -363,7 +363,7 @@ def test_malformed_settings_are_told(settings, message):
             "--exclude-modules k_porj matches none of the 14 target modules",
         ),
         ({"exclude_modules": ("re:.*",)}, "matches all of the 14 target modules"),
-        ({"exclude_modules": ("re:(",)}, "is no regular expression"),
+        ({"exclude_modules": ("re:(",)}, "is not a regular expression"),
         (
             {"rank_pattern": (("q_porj", 2),)},
             "--rank-pattern names 'q_porj', which matches no adapted module",
