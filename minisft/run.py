@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from minisft.batches import Batches, BatchFn, Collator, RowSchedule, source_shares
+from minisft.batches import Batches, RowSchedule, source_shares
 from minisft.config.errors import UserError, flag
 from minisft.config.lora import LoraConfig
 from minisft.config.train import TrainConfig
+from minisft.data.collator import BatchFn, Collator
 from minisft.data.load import Data, check_rows, collated, estimated_rows, load_data, most_tokens
 from minisft.explicit import Choice, choose, flash_attention
 from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
@@ -64,7 +65,7 @@ from minisft.variants.pissa import is_pair
 def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     """Fine-tune as `config` says and write everything to config.output_dir.
 
-    batch_fn: a data collator (`minisft.batches.BatchFn`) for the rows of every micro-batch.
+    batch_fn: a data collator (`minisft.data.collator.BatchFn`) for the rows of every micro-batch.
     Raises UserError for what the user can mend, TrainingStopped when a guard ends training,
     Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
     changes nothing and returns its result. With dry_run all goes as it would up to the first
@@ -83,7 +84,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
             return done
         model, state = load_base(config, saved_initial_lora(out, config))
         collator = None if batch_fn is None else Collator(batch_fn, model.cfg.vocab_size)
-        data = collated(load_data(config, model, out), config, collator)
+        data = load_data(config, model.tokenizer, model.cfg.vocab_size, out, say)
+        data = collated(data, config, collator)
         stop.raise_if_asked()
         choice = choose_pass(config, model, state, data)
         batches, total_steps = plan_steps(config, data, model.device, collator, choice)
@@ -222,7 +224,7 @@ def plan_steps(
     choice: Choice,
 ) -> tuple[Batches, int]:
     """Which rows each step sees, and how many steps there are."""
-    rows = [told["rows"] for told in data.train.stats["sources"]]
+    rows = [source["rows"] for source in data.train.stats["sources"]]
     rows = estimated_rows(data.train) if config.dry_run else rows
     schedule = RowSchedule(
         num_rows=sum(rows),
@@ -238,7 +240,7 @@ def plan_steps(
         device=torch.device("cpu") if choice.explicit else device,
         ahead=device.type == "cuda" and collator is None,
         dropout=config.lora_dropout > 0 or config.neftune_noise_alpha > 0,
-        collator=collator,
+        collate=collator,
     )
     epochs = math.ceil(config.num_train_epochs * schedule.steps_per_epoch)
     return batches, config.max_steps if config.max_steps > 0 else epochs

@@ -17,8 +17,9 @@ from minisft.batches import TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.readers import Rows, read_rows, source_digest
+from minisft.data.settings import Settings
 from minisft.data.token_files import TokenWriter, check_cache, load_tokens
-from minisft.data.tokenize import Settings, tokenize
+from minisft.data.tokenize import tokenize
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -144,7 +145,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, names: list[str]) -
 
 
 def _checked(dataset: TokenizedDataset, vocab_size: int) -> TokenizedDataset:
-    highest = dataset.max_token_id
+    highest = dataset.stats["max_token_id"]
     if highest >= vocab_size:
         names = ", ".join(told["source"] for told in dataset.stats["sources"])
         raise UserError(
