@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def _malformed(job: Job, row: int, error: UserError | str, counts: Counts) -> No
     counts.dropped["malformed"] += 1
 
 
-def _read(job: Job, begin: int, stop: int, counts: Counts) -> dict[int, Example | Document]:
+def _read(job: Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
     """Row number -> Example, or Document for rows that hold token ids."""
     settings, rows = job.settings, job.rows
     readers = {
