@@ -6,7 +6,6 @@ be larger than memory. No row is dropped or cut without being counted in `stats`
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -14,16 +13,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minisft.batches import TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.data.groups import Group, Job, tokenize_group
-from minisft.data.one_row import Piece
-from minisft.data.packing import GROUP_ROWS, pack_group
+from minisft.data import formats
+from minisft.data.formats import Example
+from minisft.data.one_row import Document, Piece, fit, label_row, read_ids
+from minisft.data.packing import GROUP_ROWS, write_packed
 from minisft.data.readers import Rows
-from minisft.data.render import end_of_turn
+from minisft.data.render import Rendered, end_of_turn, render_example
 from minisft.data.settings import Settings, settings_of_source
 from minisft.data.stats import (
     Counts,
@@ -33,7 +34,7 @@ from minisft.data.stats import (
     source_stats,
 )
 from minisft.data.token_files import TokenWriter
-from minisft.text.tokenizer import Tokenizer
+from minisft.text.tokenizer import TEXT_OPEN, Tokenizer, encode_batch, encode_chat, encode_spans
 
 
 def tokenize(
@@ -62,7 +63,7 @@ def tokenize(
             end = end_of_turn(resolved, tokenizer) if len(rows) else None
             here, first_row = Counts(), writer.num_rows
             here.dropped["malformed"] += rows.skipped
-            groups = _groups(Job(rows, tokenizer, resolved), num_proc, limit)
+            groups = _groups(_Job(rows, tokenizer, resolved), num_proc, limit)
             _write_source(groups, settings, writer, here)
             check_instruction_part(settings, here, rows.source)
             num_rows = writer.num_rows - first_row
@@ -78,10 +79,11 @@ def tokenize(
 
 
 def _write_source(
-    groups: Iterator[Group], settings: Settings, writer: TokenWriter, counts: Counts
+    groups: Iterator[_Group], settings: Settings, writer: TokenWriter, counts: Counts
 ) -> None:
     """Write the documents of a source as rows; adds to counts."""
     waiting: list[Piece] = []
+    max_length = settings.max_length or 0  # packing has one: `check_packing`
     for group in groups:
         counts.add(group.counts)
         for ids, _ in group.documents:
@@ -92,30 +94,158 @@ def _write_source(
             continue
         waiting += group.documents
         while len(waiting) >= GROUP_ROWS:
-            _write_packed(writer, waiting[:GROUP_ROWS], settings)
+            write_packed(writer, waiting[:GROUP_ROWS], max_length, settings.packing)
             waiting = waiting[GROUP_ROWS:]
-    if waiting:
-        _write_packed(writer, waiting, settings)
+    if waiting and settings.packing is not None:
+        write_packed(writer, waiting, max_length, settings.packing)
 
 
-def _write_packed(writer: TokenWriter, documents: list[Piece], settings: Settings) -> None:
-    assert settings.max_length is not None and settings.packing is not None
-    ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
-    offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
-    for row in pack_group(offsets, max_length=settings.max_length, strategy=settings.packing):
-        writer.add([(ids[a:b], labels[a:b]) for a, b in row])
+# ------------------------------------------------------------------------------ groups of rows
+
+
+class _Job(NamedTuple):
+    """One source and what its rows are tokenised with; sent once to each worker process."""
+
+    rows: Rows
+    tokenizer: Tokenizer
+    settings: Settings  # from `settings_of_source`: format and completion_only_loss are known
+
+
+class _Group(NamedTuple):
+    """The documents of some consecutive rows, in row order, with their counts."""
+
+    documents: list[Piece]
+    counts: Counts
+
+
+def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
+    """Return rows begin..stop of a source as documents.
+
+    Raises UserError naming the row if one is malformed, unless skip_bad is set.
+    """
+    counts = Counts()
+    counts.seen["read"] = stop - begin
+    rows = _read(job, begin, stop, counts)
+    found = list(rows.items()) if job.settings.format == "input_ids" else _encode(job, rows, counts)
+    counts.longest = max((len(document.ids) for _, document in found), default=0)
+    documents, bos = [], job.tokenizer.bos_token_id
+    for i, document in found:
+        pieces = fit(document, job.settings, job.rows.where(i), counts)
+        documents += pieces
+        if pieces:
+            ids = document.ids
+            counts.seen["kept"] += 1
+            counts.seen["two_bos"] += bool(len(ids) > 1 and ids[0] == bos == ids[1])
+            counts.seen.update(document.seen)
+    return _Group(documents, counts)
+
+
+def _malformed(job: _Job, row: int, error: UserError | str, counts: Counts) -> None:
+    """Count a malformed row as dropped with skip_bad, else raise a UserError that names it."""
+    if not job.settings.skip_bad:
+        raise UserError(f"{job.rows.where(row)}: {error}") from None
+    counts.dropped["malformed"] += 1
+
+
+def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
+    """Row number -> Example, or Document for rows that hold token ids."""
+    settings, rows = job.settings, job.rows
+    readers = {
+        "text": lambda r: formats.read_text(r, text_field=settings.text_field),
+        "prompt-completion": formats.read_prompt_completion,
+        "messages": formats.read_messages,
+        "sharegpt": formats.read_sharegpt,
+        "alpaca": formats.read_alpaca,
+        "input_ids": lambda r: read_ids(
+            r, completion_only_loss=bool(settings.completion_only_loss)
+        ),
+    }
+    read = readers[settings.format or ""]
+    examples = {}
+    for i in range(begin, stop):
+        try:
+            example = read(rows[i])
+        except UserError as e:
+            _malformed(job, i, e, counts)
+            continue
+        if isinstance(example, Example) and formats.is_empty(example):
+            counts.dropped["empty"] += 1
+            continue
+        examples[i] = example
+    return examples
+
+
+def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tuple[int, Document]]:
+    """(row, document) in row order; texts go to the tokenizer in batches, which use all cores."""
+    settings, tokenizer = job.settings, job.tokenizer
+    rendered: dict[int, Rendered] = {}
+    for i, example in examples.items():
+        try:
+            rendered[i] = render_example(example, settings, tokenizer)
+        except UserError as e:
+            _malformed(job, i, e, counts)
+            continue
+        if settings.instruction_part:
+            counts.seen["instruction"] += settings.instruction_part in rendered[i].text
+    encoded = iter(_encode_all(tokenizer, list(rendered.values())))
+    alone = [
+        Rendered(r.prompt, r.is_chat, None, None) for r in rendered.values() if r.prompt is not None
+    ]
+    prompts = iter(_encode_all(tokenizer, alone))
+    documents = []
+    for i, row in rendered.items():
+        ids, mask = next(encoded)
+        prompt = next(prompts)[0] if row.prompt is not None else None
+        untrained = mask is not None and settings.assistant_only_loss and not mask.any()
+        # Every answer may be marked as not to train: such a row is dropped later, not an error.
+        if untrained and not row.untrained_answer:
+            why = (
+                "assistant_only_loss finds no assistant token in this chat; does it hold an "
+                "answer, and does the chat template mark every assistant turn?"
+            )
+            _malformed(job, i, why, counts)
+            continue
+        documents.append((i, label_row(ids, mask, prompt, row, settings, tokenizer)))
+    return documents
+
+
+def _encode_all(
+    tokenizer: Tokenizer, texts: list[Rendered]
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """(ids, mask) of each text; mask (None: all trained) is True on tokens that the spans cover."""
+    batches: dict[tuple[bool, bool], Iterator[Any]] = {}
+    for is_chat in (False, True):
+        mine = [t for t in texts if t.is_chat == is_chat]
+        # A chat that marks special-token strings as text is encoded on its own, piece by piece.
+        plain = [t.text for t in mine if t.spans is None and not (is_chat and TEXT_OPEN in t.text)]
+        covered = [(t.text, t.spans) for t in mine if t.spans is not None]
+        ids = encode_batch(tokenizer, plain, add_special_tokens=not is_chat)
+        ids_and_mask = encode_spans(tokenizer, covered, add_special_tokens=not is_chat)
+        batches[is_chat, False], batches[is_chat, True] = iter(ids), iter(ids_and_mask)
+    out = []
+    for t in texts:
+        mask = None
+        if t.spans is not None:
+            ids, mask = next(batches[t.is_chat, True])
+            mask = np.array(mask, dtype=bool)
+        elif t.is_chat and TEXT_OPEN in t.text:
+            ids = encode_chat(tokenizer, t.text)
+        else:
+            ids = next(batches[t.is_chat, False])
+        out.append((np.array(ids, dtype=np.int32), mask))
+    return out
 
 
 # ------------------------------------------------------------------------------ worker processes
 
 
-def _groups(job: Job, num_proc: int, limit: int | None) -> Iterator[Group]:
+def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:
     """The groups of a source in order, tokenised in this process or by num_proc workers."""
     num_rows = len(job.rows) if limit is None else min(limit, len(job.rows))
     ranges = [(a, min(a + GROUP_ROWS, num_rows)) for a in range(0, num_rows, GROUP_ROWS)]
     if num_proc <= 1 or len(ranges) <= 1:
         for begin, stop in ranges:
-            yield tokenize_group(job, begin, stop)
+            yield _tokenize_group(job, begin, stop)
         return
     try:
         yield from _groups_of_workers(job, min(num_proc, len(ranges)), ranges)
@@ -126,7 +256,7 @@ def _groups(job: Job, num_proc: int, limit: int | None) -> Iterator[Group]:
         ) from None
 
 
-def _groups_of_workers(job: Job, num_proc: int, ranges: list[tuple[int, int]]) -> Iterator[Group]:
+def _groups_of_workers(job: _Job, num_proc: int, ranges: list[tuple[int, int]]) -> Iterator[_Group]:
     # spawn: a forked process would share the threads and the CUDA context of this one.
     with ProcessPoolExecutor(
         num_proc,
@@ -134,7 +264,7 @@ def _groups_of_workers(job: Job, num_proc: int, ranges: list[tuple[int, int]]) -
         initializer=_start_worker,
         initargs=(job,),
     ) as pool:
-        pending: deque[Future[Group]] = deque()
+        pending: deque[Future[_Group]] = deque()
         try:
             for begin, stop in ranges:
                 pending.append(pool.submit(_work, begin, stop))
@@ -148,15 +278,15 @@ def _groups_of_workers(job: Job, num_proc: int, ranges: list[tuple[int, int]]) -
 
 
 # The job of a worker process; empty elsewhere. Pickled once per worker instead of once per group.
-_worker_job: list[Job] = []
+_worker_job: list[_Job] = []
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: _Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     # Ctrl-C is sent to the whole process group: the run handles it, and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_job[:] = [job]
 
 
-def _work(begin: int, stop: int) -> Group:
-    return tokenize_group(_worker_job[0], begin, stop)
+def _work(begin: int, stop: int) -> _Group:
+    return _tokenize_group(_worker_job[0], begin, stop)
