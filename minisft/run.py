@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from minisft.batches import Ahead, Batches, BatchFn, Collator, RowSchedule, source_shares
+from minisft.batches import Ahead, Batches, RowSchedule, source_shares
 from minisft.config.train import TrainConfig
+from minisft.data.collator import BatchFn, Collator
 from minisft.data.load import Data, check_rows, collated, estimated_rows, load_data
 from minisft.explicit import choose
 from minisft.files.device import memory_gib
@@ -30,7 +31,7 @@ from minisft.session.guards import check_changed, reason_to_stop, trace, trainin
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
 from minisft.session.record import start_over
-from minisft.session.report import reporting
+from minisft.session.report import reporting, say
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
 from minisft.session.save import go_on, save, save_due
 from minisft.session.signals import Preempted
@@ -42,7 +43,7 @@ from minisft.text.tokenizer import load_tokenizer
 def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     """Fine-tune as `config` says, write everything to config.output_dir, return the result.
 
-    batch_fn: a data collator (`minisft.batches.BatchFn`) for the rows of every micro-batch.
+    batch_fn: a data collator (`minisft.data.collator.BatchFn`) for the rows of every micro-batch.
     Raises UserError for what the user can fix, TrainingStopped when a guard ends training,
     Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
     changes nothing and returns its result. With dry_run everything happens up to the first write,
@@ -56,7 +57,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
         base, state = load_base(config, saved_initial_lora(place.out, config), directory)
         collator = None if batch_fn is None else Collator(batch_fn, base.cfg.vocab_size)
-        data = load_data(config, tokenizer, base.cfg.vocab_size, place.out)
+        data = load_data(config, tokenizer, base.cfg.vocab_size, place.out, say)
         data = collated(data, config, collator)
         # A library may have swallowed the exception of a signal on its way up.
         place.stop.raise_if_asked()
@@ -118,7 +119,7 @@ def make_batches(
         # A user's collator may not be safe to call from another thread.
         ahead=base.device.type == "cuda" and collator is None,
         dropout=config.lora_dropout > 0 or config.neftune_noise_alpha > 0,
-        collator=collator,
+        collate=collator,
     )
 
 

@@ -1,1 +1,1 @@
-"""From rows to token arrays: readers, formats, tokenisation, packing, caches, previews."""
+"""From rows to token arrays: readers, formats, tokenising, packing, caches, previews."""

@@ -97,8 +97,9 @@ def read_template(data: bytes) -> None:
 
 
 def read_jsonl(data: bytes) -> None:
+    from tokenised import tokenize_rows
+
     from minisft.data.readers import read_rows
-    from minisft.data.tokenize import tokenize_rows
 
     path = scratch() / "rows.jsonl"
     path.write_bytes(data)

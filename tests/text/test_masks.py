@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from test_chat import CHATS, SPECIAL, TEMPLATES, TOOLS
 from tiny_tokenizer import TEMPLATE, write_byte_level
+from tokenised import named_rows
 
 from minisft.batches import IGNORED
 from minisft.config.errors import UserError
-from minisft.data.tokenize import Settings, named_rows, tokenize
+from minisft.data.settings import Settings
+from minisft.data.tokenize import tokenize
 from minisft.text import chat, masks
 from minisft.text.built_in import BUILT_IN
 from minisft.text.encoding import decode, encode
@@ -244,11 +246,13 @@ def test_markers_equal_a_search_among_token_ids(tmp_path: Path) -> None:
     ]
     parts = ["<|start|>user<|end|>\n", "<|start|>assistant<|end|>\n"]
     ask, answer = (encode(tokenizer, part, add_special_tokens=False) for part in parts)
-    settings = Settings(instruction_part=parts[0], response_part=parts[1], keep_untrained=True)
+    # Packing keeps the rows without a trained label too.
+    packing = {"packing": "bfd", "max_length": 10**6}
+    settings = Settings(instruction_part=parts[0], response_part=parts[1], **packing)
     dataset = tokenize([named_rows(rows, "mem")], tokenizer, settings)
-    trained = 0
-    for i in range(len(dataset)):
-        ((a, b),) = dataset.row_documents(i)
+    trained, documents = 0, [d for i in range(len(dataset)) for d in dataset.row_documents(i)]
+    assert len(documents) == len(rows)
+    for a, b in documents:
         expected = _by_token_ids(dataset.input_ids[a:b].tolist(), ask, answer)
         assert dataset.labels[a:b].tolist() == expected
         trained += sum(label != IGNORED for label in expected)

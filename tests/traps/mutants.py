@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(4, "minisft/batches.py", "    labels[cu[:-1]] = IGNORED\n", "    labels[0] = IGNORED\n"),
     Mutant(
-        5, "minisft/data/tokenize.py",
+        5, "minisft/data/render.py",
         'completion += "" if completion.endswith(eos) else eos',
         'completion += ""',
     ),
@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         22,
         "minisft/data/sources.py",
-        "    highest = dataset.max_token_id\n    if highest >= vocab_size:",
-        "    highest = dataset.max_token_id\n    if highest < 0:",
+        '    highest = dataset.stats["max_token_id"]\n    if highest >= vocab_size:',
+        '    highest = dataset.stats["max_token_id"]\n    if highest < 0:',
     ),
     Mutant(
         23, "minisft/rope.py",

@@ -26,11 +26,11 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import SPECIALS, TEMPLATE, write_byte_level
+from tokenised import tokenize_rows
 
-from minisft.batches import IGNORED, RowSchedule, StepBatch, make_micro_batch
+from minisft.batches import IGNORED, RowSchedule, StepBatch, TokenizedDataset, make_micro_batch
 from minisft.config.hf import parse_model_config, parse_rope
 from minisft.config.train import TrainConfig
-from minisft.data.tokenize import TokenizedDataset, tokenize_rows
 from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute, hidden_states, logits, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
