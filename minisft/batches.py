@@ -267,7 +267,7 @@ def trained_per_row(dataset: TokenizedDataset) -> Tensor:
         return dataset.row_targets
     trained = dataset.labels != IGNORED
     starts = dataset.document_offsets[:-1]
-    # Empty documents at the end of the dataset start behind its last token.
+    # Empty documents at the end of the dataset start after its last token.
     trained[starts[starts < len(trained)]] = False
     running = torch.cat((torch.zeros(1, dtype=torch.int64), trained.cumsum(0)))
     return running[dataset.document_offsets[dataset.row_offsets]].diff()

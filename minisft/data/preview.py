@@ -95,10 +95,8 @@ def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
     names = " + ".join(source["source"] for source in sources)
     lines = [f"{what}    {names}: {_totals(stats)}"]
     for source in sources:
-        line = f"        format {source['format']}"
-        if len(sources) > 1:
-            rows = _counted(source["rows"], "row")
-            line = f"        {source['source']}: {rows}, format {source['format']}"
+        rows = f"{source['source']}: {_counted(source['rows'], 'row')}, "
+        line = f"        {rows if len(sources) > 1 else ''}format {source['format']}"
         if source["columns"]:
             line += f" ({', '.join(f'{o} = {t}' for o, t in source['columns'].items())})"
         if source["end_of_turn"] is not None:

@@ -133,9 +133,6 @@ def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
     return replace(rows, columns=(*columns, *rest), renames=dict(columns))
 
 
-# ---------------------------------------------------------------------------------------- .jsonl
-
-
 class _Lines:
     """The objects of a .jsonl file, parsed when asked for; only their offsets are in memory.
 
@@ -219,9 +216,6 @@ def _json_reason(error: Exception, text: str) -> str:
     return f"{error.msg.removesuffix(' at')} at column {error.colno}: ...{snippet!r}..."
 
 
-# ---------------------------------------------------------------------------------- .json, .csv
-
-
 def _read_json(path: Path) -> Rows:
     text = _read_utf8(path)
     try:
@@ -298,9 +292,6 @@ def _checked_header(header: list[str], path: Path) -> list[str]:
     if len(set(header)) != len(header) or "" in header:
         raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
     return header
-
-
-# ------------------------------------------------------------------------------- .parquet, hub
 
 
 class _ParquetRows:

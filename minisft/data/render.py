@@ -21,13 +21,13 @@ Spans = list[tuple[int, int]]  # characters, end exclusive
 class Rendered(NamedTuple):
     """The strings of one row, and what was noticed while rendering it."""
 
-    text: str  # the whole row: prompt and completion
+    text: str  # all of the row: prompt and completion
     # A chat carries its template's special tokens; a text gets those of the tokenizer.
     is_chat: bool
     prompt: str | None  # the prompt alone, where the row has one
     spans: Spans | None  # characters of `text` that are trained; None: all of them
     joined_parts: bool = False  # the template does not read contents in parts: texts were joined
-    no_answer: bool = False  # a chat that is trained in full has no assistant message
+    no_answer: bool = False  # a chat whose every token is trained has no assistant message
     unread_tools: bool = False  # the template does not write the row's tools
     untrained_answer: bool = False  # an answer has 'weight': 0 or 'train': false
 
@@ -103,8 +103,6 @@ def _encodable(text: str) -> str:
         ) from None
     return text
 
-
-# ------------------------------------------------------------------------------- chat templates
 
 # Names that a row's chat_template_kwargs may set but that are not template variables.
 _RENDER_NAMES = ("chat_template", "tools", "documents", "add_generation_prompt")

@@ -52,7 +52,7 @@ class TokenWriter:
 
     scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
     memory-mapped at the end, so that 8 bytes a row and a document stay in memory; the files are
-    unlinked by then. entry: a path that does not exist yet, where the files are kept instead.
+    unlinked by then. entry: a path that does not exist yet, where the files stay instead.
     Without both, everything stays in memory.
     """
 
