@@ -118,10 +118,9 @@ def train_step_(
             state.trainable,
             grads,
             state.moments,
-            groups,
+            [group.scaled(factor) for group in groups],
             norm=norm,
             step=state.updates,
-            factor=factor,
             config=config,
         )
     if scaled:

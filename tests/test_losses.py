@@ -10,9 +10,11 @@ from runs import metrics, pairs, train, write_model, write_rows
 from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, random_weights, relative
 
 from minisft import loss as loss_module
-from minisft.llama import Compute, embedding_noise, hidden_states, logits
+from minisft.llama import Compute, hidden_states, logits
 from minisft.loss import evaluation
+from minisft.nn import module_key, random_bits
 from minisft.step import Plan, loss_and_grads
+from minisft.variants.neftune import embedding_noise
 
 ROWS = [[5, 9], [12], [2, 2], [1], [7, 3, 4], [20], [6], [11, 8]]
 COMPUTE = Compute(CFG, lora_scaling=LORA.scaling)
@@ -95,8 +97,9 @@ def test_logits_never_exist_as_a_whole(monkeypatch):
 def noise(lengths, step=0, alpha=5.0, seed=0):
     batch = all_rows(random_dataset(lengths), dropout=True, step=step, seed=seed)
     (micro,) = batch.micro_batches
-    x = torch.zeros(micro.tokens.input_ids_T.shape[0], 64)
-    return embedding_noise(micro.tokens, x, alpha), micro.tokens.documents.lengths
+    bits = random_bits(micro.tokens.dropout_keys_T, module_key("neftune"), 64)
+    lengths = micro.tokens.documents.lengths
+    return embedding_noise(bits, lengths, alpha, torch.float32), lengths
 
 
 def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_and_width():

@@ -175,7 +175,7 @@ def test_resuming_takes_the_start_from_the_checkpoint(place, tmp_path, monkeypat
     assert call("train", flags(**resumed, dry_run=True)).code == 0
     refused = call("train", flags(**resumed | {"lora_r": 2}))
     assert refused.code == 2 and "--lora-r was 4, now 2" in refused.err
-    monkeypatch.setattr("minisft.files.load.split", None)
+    monkeypatch.setattr("minisft.files.load.initial_lora", None)
     train(**resumed)
     names = ("adapter_model.safetensors", "optimizer.safetensors")
     ends = [
