@@ -85,15 +85,15 @@ def linear(x_TI: Tensor, module: Linear, lora_ctx: LoraContext) -> Tensor:
 def _dora_linear(
     x_TI: Tensor, module: Linear, lora: Lora, magnitude_O: Tensor, lora_ctx: LoraContext
 ) -> Tensor:
-    A_RI, B_OR, dtype = lora.A_RI, lora.B_OR, x_TI.dtype
+    A_RI, B_OR, key, _ = lora
+    dtype, dropped_y_TO = x_TI.dtype, None
     ratio_O = dora.magnitude_ratio(module.weight, A_RI, B_OR, magnitude_O, lora_ctx.scaling, dtype)
-    # The bias comes last: the ratio scales the rows of W, not b.
-    y_TO, dropped_TI, dropped_y_TO = frozen_linear(x_TI, module.weight, None), x_TI, None
+    # The bias is added last: the ratio scales the rows of W, not b.
+    y_TO = frozen_linear(x_TI, module.weight, None)
     if lora_ctx.keys_T is not None and lora_ctx.dropout:
-        dropped_TI = dropout(x_TI, lora_ctx.keys_T, lora.key, lora_ctx.dropout)
-    update_TO = F.linear(F.linear(dropped_TI, A_RI.to(dtype)), B_OR.to(dtype)) * lora_ctx.scaling
-    if dropped_TI is not x_TI:
-        dropped_y_TO = frozen_linear(dropped_TI, module.weight, None)
+        x_TI = dropout(x_TI, lora_ctx.keys_T, key, lora_ctx.dropout)
+        dropped_y_TO = frozen_linear(x_TI, module.weight, None)
+    update_TO = F.linear(F.linear(x_TI, A_RI.to(dtype)), B_OR.to(dtype)) * lora_ctx.scaling
     y_TO = dora.rescale(y_TO, update_TO, ratio_O, dropped_y_TO)
     return y_TO if module.bias is None else y_TO + module.bias.to(dtype)
 
@@ -101,8 +101,7 @@ def _dora_linear(
 def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:
     """Return x W^T + b, [T, O] in x's dtype.
 
-    A 4-bit weight gets no gradient and is decoded again in the backward pass; a tensor gets one if
-    it requires it.
+    A 4-bit weight gets no gradient; it is decoded in the forward and again in the backward pass.
     """
     bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
     if isinstance(weight, NF4Weight):

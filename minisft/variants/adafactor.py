@@ -14,9 +14,6 @@ from torch import Tensor
 
 from minisft.kernels.adamw import global_norm
 
-_DECAY_EXPONENT = -0.8
-_EPS = 1e-30  # added to squared gradients
-
 
 def moment_shapes(shape: torch.Size) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the float32 moments of a tensor of that shape."""
@@ -37,8 +34,8 @@ def adafactor_(
 
     p, g: float32, one tensor in its own shape. step counts from 1. Weight decay is decoupled.
     """
-    beta2 = 1.0 - step**_DECAY_EXPONENT
-    square = g.square().add_(_EPS)
+    beta2 = 1.0 - step**-0.8
+    square = g.square().add_(1e-30)
     if p.dim() == 2:
         row, col = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
         row.lerp_(square.mean(1), 1 - beta2)

@@ -79,10 +79,9 @@ def import_bitsandbytes() -> Any:
     return functional
 
 
-# Cached per device: a step calls eight_bit_ once per group, and the tables never change.
+# Cached: a step calls eight_bit_ once per group, and the two tables of a device never change.
 @functools.cache
 def _functions_and_tables(device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """bitsandbytes.functional, and its code tables for signed and for unsigned values."""
     functional = import_bitsandbytes()
     signed = functional.create_dynamic_map(signed=True).to(device)
     unsigned = functional.create_dynamic_map(signed=False).to(device)
