@@ -1,21 +1,20 @@
 """The Llama forward pass: pure functions over two dicts of tensors keyed by Hugging Face names.
 
-frozen     weights that never change, "model.layers.0.self_attn.q_proj.weight" -> Tensor, or
-           NF4Weight: a linear in 4 bits
-trainable  what the optimizer moves: "….q_proj.lora_A.weight", "….lora_B.weight" [fp32 masters],
-           trained copies, or (full fine-tuning) every weight under its own name
+frozen     weights that never change: "model.layers.0.self_attn.q_proj.weight" -> Tensor, or
+           NF4Weight for a linear in 4 bits
+trainable  what the optimizer updates, in float32: "….q_proj.lora_A.weight", "….lora_B.weight",
+           trained copies of embedding and head, or (full fine-tuning) every weight
 
-A trained tensor stands in for the frozen one of the same name, so full fine-tuning, trained
-embeddings and adapters are one code path.
+A trained tensor replaces the frozen one of the same name: full fine-tuning, trained embeddings and
+adapters share one code path.
 
-T tokens (documents side by side)  D hidden  N query heads  K key/value heads  H head_dim
+T tokens  D hidden  F ffn  V vocab  N query heads  K key/value heads  H head_dim  R LoRA rank
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -33,36 +32,42 @@ from minisft.nn import (
     LoraContext,
     apply_rope,
     linear,
-    mix64,
+    module_key,
     packed_attention,
+    random_bits,
     rms_norm,
     swiglu,
 )
 from minisft.rope import rope_table
+from minisft.variants.neftune import embedding_noise
+from minisft.variants.token_rows import replace_embeddings, replace_head_rows
 
 EMBEDDING = "model.embed_tokens.weight"
-TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, kept beside the frozen weights
+TOKEN_IDS = "model.embed_tokens.token_adapter.token_ids"  # int64, among the frozen weights
 Weights = Mapping[str, Tensor | NF4Weight]
+Ratios = Mapping[str, float]  # `Compute.lora_ratios` as a dict
+Rope = tuple[Tensor, Tensor]  # cos and sin of every token's angles, [T, H] each
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T,N,H], k [T,K,H], v [T,K,H] -> [T,N,H]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How the forward pass is computed, apart from the weights: fixed for a run."""
+    """Settings of the forward pass and the loss, constant during a run."""
 
     model: ModelConfig
     dtype: torch.dtype = torch.float32
     lora_scaling: float = 1.0
     lora_dropout: float = 0.0  # 0 outside training
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass
     loss_type: str = "nll"
     label_smoothing: float = 0.0
-    neftune_alpha: float = 0.0  # noise on the embeddings, where tokens carry dropout keys
-    lora_ratios: tuple[tuple[str, float], ...] = ()  # of modules with a scale of their own
+    neftune_alpha: float = 0.0  # noise on the embeddings of tokens that have dropout keys
+    # (module path, its LoRA scale / lora_scaling) where that is not 1
+    lora_ratios: tuple[tuple[str, float], ...] = ()
 
 
 class Layer(NamedTuple):
-    """The weights of one decoder block. A view: nothing is copied."""
+    """References to the weights of one decoder block."""
 
     input_layernorm: Tensor
     q_proj: Linear
@@ -76,36 +81,29 @@ class Layer(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A micro-batch as the model sees it: documents side by side, no padding."""
+    """A micro-batch as the model sees it: documents concatenated, no padding."""
 
     input_ids_T: Tensor  # int64
     position_ids_T: Tensor  # int64, from 0 in every document
     documents: Documents
-    dropout_keys_T: Tensor | None = None  # int64, with LoRA dropout only
+    dropout_keys_T: Tensor | None = None  # int64; in training with LoRA dropout or NEFTune only
 
 
 def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
-    """The trained tensor of that name if there is one, else the frozen one (else KeyError).
-
-    For what is never in 4 bits: embedding, head, norms, biases, adapters.
-    """
+    """Return the trained tensor of that name, else the frozen one; not for weights in 4 bits."""
     tensor = trainable[name] if name in trainable else frozen[name]
     assert isinstance(tensor, Tensor), f"{name} is in 4 bits"
     return tensor
 
 
-def linear_view(
-    trainable: Weights, frozen: Weights, path: str, ratios: Mapping[str, float]
-) -> Linear:
-    """Weight, bias and adapter of the linear at a path such as model.layers.0.mlp.up_proj.
-
-    ratios: path -> scale of its adapter over that of the others, where it is not 1.
-    """
+def linear_view(trainable: Weights, frozen: Weights, path: str, ratios: Ratios) -> Linear:
+    """Return weight, bias and LoRA of the linear at a path such as model.layers.0.mlp.up_proj."""
     weight_name, bias_name, A_name = f"{path}.weight", f"{path}.bias", f"{path}.lora_A.weight"
     has_bias = bias_name in frozen or bias_name in trainable
     lora = None
     if A_name in trainable:
         A, B = (leaf(trainable, {}, f"{path}.lora_{x}.weight") for x in "AB")
+        # Scaling B here keeps one scale for all modules in LoraContext.
         B = B * ratios[path] if path in ratios else B
         name = f"{path}.lora_magnitude_vector"
         magnitude = leaf(trainable, {}, name) if name in trainable else None
@@ -117,20 +115,14 @@ def linear_view(
     )
 
 
-def module_key(path: str) -> int:
-    """A 62-bit number that names the module in dropout draws, the same in every process."""
-    return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
-
-
-def layer_view(trainable: Weights, frozen: Weights, i: int, ratios: Mapping[str, float]) -> Layer:
-    """The leaves of decoder layer i; ratios as in `linear_view`."""
-    prefix = f"model.layers.{i}."
+def layer_view(trainable: Weights, frozen: Weights, i: int, ratios: Ratios) -> Layer:
+    """Return the weights of decoder layer i, counted from 0."""
 
     def norm(name: str) -> Tensor:
-        return leaf(trainable, frozen, f"{prefix}{name}.weight")
+        return leaf(trainable, frozen, f"model.layers.{i}.{name}.weight")
 
     def projection(name: str) -> Linear:
-        return linear_view(trainable, frozen, prefix + name, ratios)
+        return linear_view(trainable, frozen, f"model.layers.{i}.{name}", ratios)
 
     return Layer(
         input_layernorm=norm("input_layernorm"),
@@ -146,113 +138,94 @@ def layer_view(trainable: Weights, frozen: Weights, i: int, ratios: Mapping[str,
 
 
 def block(
-    x_TD: Tensor,
-    layer: Layer,
-    rope: tuple[Tensor, Tensor],
-    attend: Attend,
-    adapter: LoraContext,
-    cfg: ModelConfig,
+    x_TD: Tensor, layer: Layer, rope: Rope, attend: Attend, lora_ctx: LoraContext, cfg: ModelConfig
 ) -> Tensor:
-    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)). [T, D] -> [T, D]."""
+    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)). [T, D] -> [T, D].
+
+    attend: causal attention within documents. Generation passes one with a key/value cache.
+    """
     h_TD = rms_norm(x_TD, layer.input_layernorm, cfg.rms_norm_eps)
     q_TNH, k_TKH, v_TKH = (
-        linear(h_TD, projection, adapter).unflatten(-1, (-1, cfg.head_dim))
+        linear(h_TD, projection, lora_ctx).unflatten(-1, (-1, cfg.head_dim))
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     q_TNH, k_TKH = apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope)
     o_TNH = attend(q_TNH, k_TKH, v_TKH)
-    x_TD = x_TD + linear(o_TNH.flatten(-2), layer.o_proj, adapter)
+    x_TD = x_TD + linear(o_TNH.flatten(-2), layer.o_proj, lora_ctx)
     h_TD = rms_norm(x_TD, layer.post_attention_layernorm, cfg.rms_norm_eps)
-    gate_TF, up_TF = linear(h_TD, layer.gate_proj, adapter), linear(h_TD, layer.up_proj, adapter)
-    return x_TD + linear(swiglu(gate_TF, up_TF), layer.down_proj, adapter)
+    gate_TF, up_TF = linear(h_TD, layer.gate_proj, lora_ctx), linear(h_TD, layer.up_proj, lora_ctx)
+    return x_TD + linear(swiglu(gate_TF, up_TF), layer.down_proj, lora_ctx)
 
 
 def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute) -> Tensor:
-    """Final hidden states (after the last norm) of every token, [T, D] in compute.dtype."""
-    cfg = compute.model
-    documents = tokens.documents
-    adapter = LoraContext(compute.lora_scaling, compute.lora_dropout, tokens.dropout_keys_T)
+    """Return the hidden states of all tokens after the final norm, [T, D] in compute.dtype."""
+    cfg, documents = compute.model, tokens.documents
+    lora_ctx = LoraContext(compute.lora_scaling, compute.lora_dropout, tokens.dropout_keys_T)
     rope = rope_table(
-        tokens.position_ids_T,
-        documents.lengths,
-        cfg.rope,
-        head_dim=cfg.head_dim,
-        max_positions=cfg.max_position_embeddings,
-        dtype=compute.dtype,
-    )
+        tokens.position_ids_T, documents.lengths, cfg.rope, head_dim=cfg.head_dim,
+        max_positions=cfg.max_position_embeddings, dtype=compute.dtype,
+    )  # fmt: skip
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, documents)
 
-    ratios = dict(compute.lora_ratios)
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
     if compute.neftune_alpha and tokens.dropout_keys_T is not None:
-        x_TD = x_TD + embedding_noise(tokens, x_TD, compute.neftune_alpha)
+        bits_TD = random_bits(tokens.dropout_keys_T, module_key("neftune"), cfg.hidden_size)
+        noise_TD = embedding_noise(bits_TD, documents.lengths, compute.neftune_alpha, compute.dtype)
+        x_TD = x_TD + noise_TD
+    ratios = dict(compute.lora_ratios)
     for i in range(cfg.num_hidden_layers):
         layer = layer_view(trainable, frozen, i, ratios)
         if compute.checkpoint_blocks and torch.is_grad_enabled():
+            # Dropout is a hash of the tokens' keys, so there is no random state to preserve.
             x_TD = checkpoint(  # pyright: ignore[reportAssignmentType]
-                block, x_TD, layer, rope, attend, adapter, cfg,
+                block, x_TD, layer, rope, attend, lora_ctx, cfg,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
         else:
-            x_TD = block(x_TD, layer, rope, attend, adapter, cfg)
+            x_TD = block(x_TD, layer, rope, attend, lora_ctx, cfg)
     return rms_norm(x_TD, leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
 
 
 def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, compute: Compute) -> Tensor:
-    """Rows of the embedding matrix, [T, D] in compute.dtype, plus scaling * A^T[id] B^T where it is
-    adapted; trained token rows stand in for theirs."""
+    """Return the embeddings of the tokens, with LoRA or trained rows: [T, D] in compute.dtype."""
     dtype = compute.dtype
     x_TD = F.embedding(input_ids_T, leaf(trainable, frozen, EMBEDDING)).to(dtype)
     if EMBEDDING_A in trainable:
+        # Columns of A are looked up: one-hot(id) A^T without the one-hot matrix.
         A_TR = F.embedding(input_ids_T, leaf(trainable, {}, EMBEDDING_A).T).to(dtype)
         ratio = dict(compute.lora_ratios).get("model.embed_tokens", 1.0)
         update_TD = A_TR @ leaf(trainable, {}, EMBEDDING_B).to(dtype).T
         return x_TD + update_TD * (compute.lora_scaling * ratio)
-    if TOKEN_ROWS not in trainable:
-        return x_TD
-    is_row_TN = input_ids_T.unsqueeze(1) == leaf({}, frozen, TOKEN_IDS)
-    rows_TD = leaf(trainable, {}, TOKEN_ROWS).to(dtype)[is_row_TN.int().argmax(1)]
-    return torch.where(is_row_TN.any(1, keepdim=True), rows_TD, x_TD)
-
-
-def embedding_noise(tokens: Tokens, x_TD: Tensor, alpha: float) -> Tensor:
-    """NEFTune's noise, uniform in ±alpha / sqrt(tokens of the document * D), like x.
-
-    A function of the tokens' dropout keys alone, as dropout is.
-    """
-    assert tokens.dropout_keys_T is not None
-    keys_T1 = (tokens.dropout_keys_T + module_key("neftune")).unsqueeze(1)
-    columns_D = torch.arange(x_TD.shape[1], device=x_TD.device) * 0x1E3779B97F4A7C15
-    uniform_TD = ((mix64(keys_T1 + columns_D) >> 40) & 0xFFFFFF).float() / 2**24
-    lengths = torch.tensor(tokens.documents.lengths, device=x_TD.device)
-    per_token = lengths.repeat_interleave(lengths, output_size=x_TD.shape[0])
-    bound_T1 = alpha / (per_token * x_TD.shape[1]).float().sqrt().unsqueeze(1)
-    return ((2 * uniform_TD - 1) * bound_T1).to(x_TD.dtype)
+    if TOKEN_ROWS in trainable:
+        ids_N, rows_ND = leaf({}, frozen, TOKEN_IDS), leaf(trainable, {}, TOKEN_ROWS)
+        return replace_embeddings(x_TD, input_ids_T, ids_N, rows_ND)
+    return x_TD
 
 
 def head_weight(
     trainable: Weights, frozen: Weights, cfg: ModelConfig, dtype: torch.dtype
 ) -> Tensor:
-    """The output projection [V, D] in dtype: lm_head, or the embedding where they are tied."""
+    """Return the output projection, [V, D] in dtype: lm_head, or the embedding if they are tied."""
     if not cfg.tie_word_embeddings:
         return leaf(trainable, frozen, "lm_head.weight").to(dtype)
     head_VD = leaf(trainable, frozen, EMBEDDING).to(dtype)
-    if TOKEN_ROWS not in trainable:
-        return head_VD
-    rows = leaf(trainable, {}, TOKEN_ROWS).to(dtype)
-    return head_VD.index_copy(0, leaf({}, frozen, TOKEN_IDS), rows)
+    # As in PEFT, a tied head uses trained token rows too, but not LoRA on the embedding.
+    if TOKEN_ROWS in trainable:
+        ids_N, rows_ND = leaf({}, frozen, TOKEN_IDS), leaf(trainable, {}, TOKEN_ROWS)
+        return replace_head_rows(head_VD, ids_N, rows_ND)
+    return head_VD
 
 
 def logits(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute) -> Tensor:
-    """Next-token logits of every token, [T, V] in compute.dtype. Training never calls this."""
+    """Return next-token logits of all tokens, [T, V] in compute.dtype. Not used in training."""
     h_TD = hidden_states(trainable, frozen, tokens, compute)
     return F.linear(h_TD, head_weight(trainable, frozen, compute.model, compute.dtype))
 
 
 def make_tokens(documents: list[list[int]], device: torch.device | str = "cpu") -> Tokens:
-    """Lay documents (lists of token ids) side by side, for evaluation, generation and tests."""
+    """Concatenate documents (lists of token ids), for generation, merging and tests."""
     lengths = tuple(len(d) for d in documents)
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Tokens(

@@ -1,4 +1,7 @@
-"""From a micro-batch to its summed loss."""
+"""The summed loss of a micro-batch for training, and means over many for evaluation.
+
+T tokens  M targets  C targets of a chunk  D hidden  V vocab
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ from minisft.llama import Compute, Weights, head_weight, hidden_states
 
 
 def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Compute) -> Tensor:
-    """Sum of the loss over the micro-batch's targets, in nats, [] float32: -log p(target) by nll.
+    """Return the loss summed over the targets of a micro-batch, in nats, [] float32.
 
-    Only hidden states that predict something go through the head; logits never exist as a whole.
-    A micro-batch without targets is exactly 0.
+    nll: -log p(target); dft and label smoothing: see `variant_sum`. Exactly 0 without targets.
     """
     h_TD = hidden_states(trainable, frozen, batch.tokens, compute)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
+    # The head, often the largest matrix, sees only the hidden states that predict a target.
     h_MD = h_TD[batch.target_rows_M]
     if compute.loss_type == "nll" and not compute.label_smoothing:
         return linear_cross_entropy(h_MD, head_VD, batch.targets_M)
     total = h_MD.new_zeros((), dtype=torch.float32)
     chunk = rows_of_logits(head_VD.shape[0])
     for h_CD, targets_C in zip(h_MD.split(chunk), batch.targets_M.split(chunk), strict=True):
-        total = total + checkpoint(  # a chunk's logits are made again in the backward pass
+        # Checkpointed: the backward pass recomputes the logits of one chunk at a time, so that the
+        # [M, V] matrix never exists.
+        total = total + checkpoint(
             variant_sum, h_CD, head_VD, targets_C, compute.loss_type, compute.label_smoothing,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
@@ -40,10 +45,10 @@ def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Co
 def variant_sum(
     h_CD: Tensor, head_VD: Tensor, targets_C: Tensor, loss_type: str, smoothing: float
 ) -> Tensor:
-    """Summed loss of one chunk of rows, [] float32.
+    """Return the summed loss of one chunk of targets, [] float32.
 
-    Smoothing: (1 - s) of -log p(target), s of the mean of -log p over the vocabulary. dft: -log p
-    times p, through which no gradient flows.
+    dft: p * -log p of the target, p without gradient (arXiv:2508.05629). Otherwise label smoothing:
+    1 - smoothing of -log p(target), smoothing of the mean of -log p over the vocabulary.
     """
     log_p_CV = (h_CD @ head_VD.T).float().log_softmax(1)
     log_p_C = log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
@@ -53,21 +58,22 @@ def variant_sum(
 
 
 def rows_of_logits(V: int) -> int:
-    """How many rows of float32 logits are about 256 MiB."""
+    """Return the number of rows of float32 logits that take about 256 MiB, within 64 to 4096."""
     return max(64, min(4096, 2**26 // V))
 
 
 def rows_evaluated(V: int) -> int:
-    """How many an evaluation takes at a time: about 64 MiB, since nothing is gained by more."""
+    """Return the rows of logits that an evaluation computes at a time: about 64 MiB."""
+    # A quarter of training's chunk: larger ones are not faster, and a second block is alive.
     return -(-rows_of_logits(V) // 4)
 
 
 class Evaluation(NamedTuple):
-    """Means over the targets of an evaluation; without targets they are nan."""
+    """Means over all targets of an evaluation, nan if there are none."""
 
     loss: float  # -log p(target), nats
     entropy: float  # of the predicted distribution, nats
-    accuracy: float  # share of targets that are the likeliest token
+    accuracy: float  # share of targets that are the most likely token
     count: int  # targets
 
 
@@ -75,13 +81,11 @@ class Evaluation(NamedTuple):
 def evaluation(
     trainable: Weights, frozen: Weights, batches: Iterable[MicroBatch], compute: Compute
 ) -> Evaluation:
-    """Token-weighted means over micro-batches, nothing dropped out; sums are float64.
-
-    Logits exist for one chunk of rows only: two float32 blocks of about 64 MiB.
-    """
+    """Return means over all targets of the micro-batches, with neither dropout nor smoothing."""
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
     chunk = rows_evaluated(head_VD.shape[0])
+    # float64 sums: the result must not depend on the batch size.
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:

@@ -1,37 +1,39 @@
-"""Tensors in, tensors out: the operations that a Llama block is made of.
+"""The operations of a Llama block: tensors in, tensors out.
 
-T tokens of a micro-batch (all rows side by side)  D hidden  N query heads  K key/value heads
-H head_dim  F ffn  I/O linear in/out  R lora rank
+Everything here is *the* definition of its operation. It performs the operations of transformers in
+the same order with the same roundings, so that logits are equal bit for bit. `kernels/rms_norm`,
+`kernels/rope` and `kernels/swiglu` have a second plain-torch version of RMSNorm, RoPE and SwiGLU,
+`reference.py`: it rounds where the fused Triton kernel rounds, and exists to test that kernel.
 
-Orders of operations and roundings are those of transformers, so that logits are equal bit for bit.
+T tokens of a micro-batch (documents concatenated, no padding)  D hidden  F ffn
+N query heads  K key/value heads  H head_dim  I/O linear in/out  R LoRA rank
 """
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.nf4 import (
-    NF4Weight,
-    dequantize,
-)
+from minisft.kernels.nf4 import NF4Weight
 from minisft.kernels.nf4_lora_linear import nf4_lora_linear
+from minisft.variants import dora
 
 
 class Lora(NamedTuple):
-    """A low-rank update of one linear: y += scaling * (x A^T) B^T."""
+    """The low-rank update of one linear: y += scaling * (x A^T) B^T."""
 
     A_RI: Tensor
     B_OR: Tensor
-    key: int  # names the module in the dropout draw
-    magnitude_O: Tensor | None = None  # DoRA's: the length of each output row
+    key: int  # identifies the module in the dropout hash
+    magnitude_O: Tensor | None = None  # DoRA only: the trained length of each output row
 
 
 class Linear(NamedTuple):
-    """One projection: a frozen or trained weight [O, I], and perhaps a bias [O] and an adapter."""
+    """One projection: a frozen or trained weight [O, I], an optional bias [O], an optional LoRA."""
 
     weight: Tensor | NF4Weight
     bias: Tensor | None
@@ -39,9 +41,10 @@ class Linear(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where the documents of a micro-batch lie: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
+    """Boundaries of the documents of a micro-batch: document i is tokens cu_seqlens[i:i+2].
 
-    lengths and their sum are Python numbers, so that nothing has to be read back from the device.
+    lengths repeats them as Python ints, so that code that needs them on the host does not have to
+    synchronise with the device.
     """
 
     cu_seqlens: Tensor  # int32 [documents + 1], on the device
@@ -49,63 +52,57 @@ class Documents(NamedTuple):
 
 
 class LoraContext(NamedTuple):
-    """What all adapted linears share: LoRA scale, dropout rate, and the tokens' dropout keys."""
+    """What all adapted linears of a forward pass share."""
 
     scaling: float
-    dropout: float
-    keys_T: Tensor | None
+    dropout: float  # rate
+    keys_T: Tensor | None  # int64 dropout keys of the tokens; None: no dropout
 
 
-def linear(x_TI: Tensor, module: Linear, adapter: LoraContext) -> Tensor:
-    """x W^T + b, plus scaling * (dropout(x) A^T) B^T where the module carries an adapter.
+def linear(x_TI: Tensor, module: Linear, lora_ctx: LoraContext) -> Tensor:
+    """Return x W^T + b, plus scaling * (dropout(x) A^T) B^T if the module has an adapter.
 
-    x_TI: compute dtype; weights and fp32 masters are cast to it. Returns [T, O] in x's dtype.
+    x_TI: compute dtype; weights and the float32 A and B are cast to it. Returns [T, O] in x's
+    dtype. With a DoRA magnitude the result is that of `minisft.variants.dora`.
     """
     if module.lora is None:
         return frozen_linear(x_TI, module.weight, module.bias)
     if module.lora.magnitude_O is not None:
-        return dora_linear(x_TI, module, adapter)
+        return _dora_linear(x_TI, module, module.lora, module.lora.magnitude_O, lora_ctx)
     A_RI, B_OR, key, _ = module.lora
     A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
-    if isinstance(module.weight, NF4Weight) and adapter.keys_T is None:
+    if isinstance(module.weight, NF4Weight) and lora_ctx.keys_T is None:
+        # One op for W and LoRA. It reads a single x, so it cannot serve a dropped-out branch.
         bias = None if module.bias is None else module.bias.to(x_TI.dtype)
-        return nf4_lora_linear(x_TI, module.weight, bias, A_RI, B_OR, adapter.scaling)
+        return nf4_lora_linear(x_TI, module.weight, bias, A_RI, B_OR, lora_ctx.scaling)
     y_TO = frozen_linear(x_TI, module.weight, module.bias)
-    x_TI = x_TI if adapter.keys_T is None else dropout(x_TI, adapter.keys_T, key, adapter.dropout)
-    return y_TO + F.linear(F.linear(x_TI, A_RI), B_OR) * adapter.scaling
+    if lora_ctx.keys_T is not None:
+        x_TI = dropout(x_TI, lora_ctx.keys_T, key, lora_ctx.dropout)
+    # PEFT's order: the product is scaled after B, not A or x before.
+    return y_TO + F.linear(F.linear(x_TI, A_RI), B_OR) * lora_ctx.scaling
 
 
-def dora_linear(x_TI: Tensor, module: Linear, adapter: LoraContext) -> Tensor:
-    """x V^T * m / |V| + b, V = W + scaling * B A with rows of length |V| (arXiv:2402.09353).
-
-    No gradient flows through |V|. With dropout the frozen part sees x as it is and the change of
-    it, like the adapter, x with entries dropped: PEFT's rule.
-    """
-    assert module.lora is not None
-    A_RI, B_OR, key, magnitude_O = module.lora
-    assert magnitude_O is not None
-    weight = module.weight
-    with torch.no_grad():
-        W_OI = dequantize(weight, x_TI.dtype) if isinstance(weight, NF4Weight) else weight
-        length_O = (W_OI.float() + adapter.scaling * (B_OR @ A_RI)).norm(dim=1)
-        del W_OI
-    ratio_O = (magnitude_O / length_O).to(x_TI.dtype)
-    y_TO = frozen_linear(x_TI, weight, None)
-    dropped_TI = x_TI
-    if adapter.keys_T is not None and adapter.dropout:
-        dropped_TI = dropout(x_TI, adapter.keys_T, key, adapter.dropout)
-    u_TR = F.linear(dropped_TI, A_RI.to(x_TI.dtype))
-    update_TO = F.linear(u_TR, B_OR.to(x_TI.dtype)) * adapter.scaling
-    if dropped_TI is x_TI:
-        y_TO = (y_TO + update_TO) * ratio_O
-    else:
-        change_TO = frozen_linear(dropped_TI, weight, None)
-        y_TO = y_TO + (ratio_O - 1) * change_TO + ratio_O * update_TO
-    return y_TO if module.bias is None else y_TO + module.bias.to(x_TI.dtype)
+def _dora_linear(
+    x_TI: Tensor, module: Linear, lora: Lora, magnitude_O: Tensor, lora_ctx: LoraContext
+) -> Tensor:
+    A_RI, B_OR, key, _ = lora
+    dtype, dropped_y_TO = x_TI.dtype, None
+    ratio_O = dora.magnitude_ratio(module.weight, A_RI, B_OR, magnitude_O, lora_ctx.scaling, dtype)
+    # The bias is added last: the ratio scales the rows of W, not b.
+    y_TO = frozen_linear(x_TI, module.weight, None)
+    if lora_ctx.keys_T is not None and lora_ctx.dropout:
+        x_TI = dropout(x_TI, lora_ctx.keys_T, key, lora_ctx.dropout)
+        dropped_y_TO = frozen_linear(x_TI, module.weight, None)
+    update_TO = F.linear(F.linear(x_TI, A_RI.to(dtype)), B_OR.to(dtype)) * lora_ctx.scaling
+    y_TO = dora.rescale(y_TO, update_TO, ratio_O, dropped_y_TO)
+    return y_TO if module.bias is None else y_TO + module.bias.to(dtype)
 
 
 def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype. A 4-bit W gets no gradient; it is decoded anew where it is needed."""
+    """Return x W^T + b, [T, O] in x's dtype.
+
+    A 4-bit weight gets no gradient; it is decoded in the forward and again in the backward pass.
+    """
     bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
     if isinstance(weight, NF4Weight):
         return nf4_lora_linear(x_TI, weight, bias_O)
@@ -113,52 +110,73 @@ def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | Non
 
 
 def dropout(x_TI: Tensor, keys_T: Tensor, module_key: int, rate: float) -> Tensor:
-    """Zero entries with probability `rate`, scale the rest by 1 / (1 - rate).
+    """Zero entries with probability `rate` and scale the others by 1 / (1 - rate).
 
-    Entry (t, i) is decided by a hash of (keys_T[t], module_key, i) alone: recomputation, regrouped
-    micro-batches, a resumed run and another device draw the same. keys_T: int64 [T].
+    keys_T: int64 [T], one key per token. Entry (t, i) depends on (keys_T[t], module_key, i) only.
     """
-    columns_I = torch.arange(x_TI.shape[1], device=x_TI.device)
-    bits_TI = mix64((keys_T + module_key).unsqueeze(1) + columns_I * 0x1E3779B97F4A7C15)
-    uniform_TI = (bits_TI >> 40) & 0xFFFFFF  # 24 bits
-    keep_TI = uniform_TI >= int(rate * 2**24)
+    # A hash instead of a random generator: activation checkpointing, another split into
+    # micro-batches, a resumed run and another device all draw the same mask, and there is no
+    # generator state to save.
+    keep_TI = random_bits(keys_T, module_key, x_TI.shape[1]) >= int(rate * 2**24)
     return x_TI * keep_TI * (1.0 / (1.0 - rate))
 
 
+def random_bits(keys_T: Tensor, module_key: int, width: int) -> Tensor:
+    """Return 24 pseudo-random bits per entry, int64 [T, width], hashed from key, module, column."""
+    # The golden-ratio increment of splitmix64 without its top bit, which int64 has no room for.
+    columns = torch.arange(width, device=keys_T.device) * 0x1E3779B97F4A7C15
+    # The high bits of the hash, and only as many as float32 represents exactly.
+    return (mix64((keys_T + module_key).unsqueeze(1) + columns) >> 40) & 0xFFFFFF
+
+
+def module_key(path: str) -> int:
+    """Return a 62-bit number that identifies the module at that path in the dropout hash."""
+    # Not hash(): Python salts it per process, and a resumed run must draw the same masks.
+    return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
+
+
 def mix64(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64 with wrap-around."""
+    """Return the finaliser of splitmix64 (Steele, Lea, Flood 2014) of int64 x, modulo 2^64."""
+    # torch has no unsigned shift: >> copies the sign bit, and the masks clear the copies. The
+    # multipliers are the published ones as signed numbers.
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight: statistics in float32, one rounding to x's dtype before the weight."""
+    """Return x / rms(x) * weight, [T, D] in x's dtype; rms(x) = sqrt(mean(x^2) + eps)."""
+    # float32 statistics: the square of 6e4 overflows float16.
     x32_TD = x_TD.float()
     x32_TD = x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)
+    # As in transformers, the normalised x is rounded to the compute dtype before the weight.
     return weight_D.to(x_TD.dtype) * x32_TD.to(x_TD.dtype)
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up (arXiv:2002.05202), [T, F]; silu is rounded before the product."""
     return F.silu(gate_TF) * up_TF
 
 
 def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Rotate the two halves of every head (NeoX order) by the token's angles."""
+    """Rotate the channel pairs (i, i + H/2) of every head by the token's angles, [T, N, H].
+
+    cos_TH, sin_TH: from `minisft.rope.rope_table`, in x's dtype, in which everything is computed.
+    """
     x1, x2 = x_TNH.chunk(2, dim=-1)
     rotated = torch.cat((-x2, x1), dim=-1)
     return x_TNH * cos_TH.unsqueeze(1) + rotated * sin_TH.unsqueeze(1)
 
 
 def packed_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document; nothing crosses a document's border. [T, N, H].
+    """Causal attention within each document; no token sees another document. Returns [T, N, H].
 
-    Documents of one length are a dense batch (SDPA). Others go through PyTorch's variable-length
-    flash attention on a GPU in half precision, else through SDPA document by document.
+    Softmax scale 1 / sqrt(H); each key/value head serves N / K query heads.
     """
     lengths = documents.lengths
     if len(set(lengths)) == 1:
+        # Equal lengths form a dense batch, which faster kernels accept: on an H200 with H = 128 and
+        # documents of 2,048 tokens, 510 TFLOP/s forward (cuDNN) instead of 279 (varlen_attn).
         shape = (len(lengths), lengths[0])
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
         return _causal_sdpa(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -166,7 +184,9 @@ def packed_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Doc
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = documents.cu_seqlens, max(lengths)
+        # window_size (-1, 0) means causal: any number of tokens back, none ahead.
         return varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0))  # pyright: ignore
+    # varlen_attn exists for CUDA and half precision only; elsewhere one SDPA call per document.
     splits = (x.split(lengths) for x in (q_TNH, k_TKH, v_TKH))
     out = [
         _causal_sdpa(*(x.transpose(0, 1).unsqueeze(0) for x in qkv)).squeeze(0).transpose(0, 1)
@@ -175,6 +195,6 @@ def packed_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Doc
     return torch.cat(out)
 
 
-def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+def _causal_sdpa(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+    gqa = q_BNSH.shape[1] != k_BKSH.shape[1]
+    return F.scaled_dot_product_attention(q_BNSH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=gqa)

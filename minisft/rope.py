@@ -1,4 +1,7 @@
-"""Rotary position embedding: the frequencies of five RoPE types, cos and sin of every token."""
+"""Rotary position embedding (arXiv:2104.09864): frequencies of five RoPE types, cos/sin tables.
+
+Operations and roundings are transformers'; `minisft.nn.apply_rope` rotates. T tokens, H head_dim.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,11 @@ from minisft.config.model import RopeConfig
 def rope_inverse_frequencies(
     rope: RopeConfig, head_dim: int, max_positions: int, length: int = 0
 ) -> tuple[Tensor, float]:
-    """Angular frequencies of rotary embedding (arXiv:2104.09864) and the factor on cos and sin.
+    """Return (angular frequencies, float32 [H/2] on the CPU; the factor on cos and sin).
 
-    length: tokens of the document; only the `dynamic` type looks at it. Types: default, linear
-    (positions divided by factor), dynamic (NTK: theta grows with the length), llama3 (low
-    frequencies divided by factor, a linear ramp between), yarn (arXiv:2309.00071).
-    Returns (float32 [H/2] on CPU, attention factor).
+    length: tokens of the document, used by the `dynamic` type only. Types: default; linear
+    (frequencies divided by factor); dynamic (NTK: theta grows once length exceeds max_positions);
+    llama3 (low frequencies divided by factor, a linear ramp in between); yarn (arXiv:2309.00071).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     theta = rope.rope_theta
@@ -33,51 +35,53 @@ def rope_inverse_frequencies(
     if rope.rope_type == "llama3":
         return _llama3_frequencies(frequencies, rope), 1.0
     if rope.rope_type == "yarn":
-        return _yarn_frequencies(exponents, head_dim, rope)
+        return _yarn_frequencies(exponents, head_dim, rope), _yarn_attention_factor(rope)
     return frequencies, 1.0
 
 
 def _llama3_frequencies(frequencies: Tensor, rope: RopeConfig) -> Tensor:
+    """Divide frequencies whose wavelength exceeds the original context by rope.factor."""
     original = rope.original_max_position_embeddings
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert original is not None and low is not None and high is not None
     wavelengths = 2 * math.pi / frequencies
     ramp = (original / wavelengths - low) / (high - low)
     blended = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
+    # Not a clamped ramp: outside it the result is exactly f / factor or f, as in transformers.
     scaled = torch.where(wavelengths > original / low, frequencies / rope.factor, blended)
     return torch.where(wavelengths < original / high, frequencies, scaled)
 
 
-def _yarn_frequencies(exponents: Tensor, dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
+def _yarn_frequencies(exponents: Tensor, dim: int, rope: RopeConfig) -> Tensor:
+    """Keep high frequencies, divide low ones by rope.factor, and blend linearly in between."""
     original = rope.original_max_position_embeddings
     assert original is not None
 
-    def dimension_of(rotations: float) -> float:
-        """The (fractional) dimension whose frequency makes that many turns over the context."""
-        return (
-            dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
-        )
+    def pair_of(turns: float) -> float:
+        """The (fractional) pair index whose angle makes that many turns over the context."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    def attention_scale(scale: float, mscale: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
-
-    low, high = dimension_of(rope.beta_fast or 32), dimension_of(rope.beta_slow or 1)
+    # 32 and 1 are the paper's values for Llama.
+    low, high = pair_of(rope.beta_fast or 32), pair_of(rope.beta_slow or 1)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 if low == high else 0
+    high += 0.001 if low == high else 0  # an empty ramp would divide by zero
     ramp = ((torch.arange(dim // 2).float() - low) / (high - low)).clamp(0, 1)
     powers = rope.rope_theta**exponents
-    kept = 1 - ramp
-    frequencies = 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    unscaled = 1 - ramp
+    # transformers' order: 1 - (1 - ramp) differs from ramp in the last bits.
+    return 1.0 / (rope.factor * powers) * (1 - unscaled) + 1.0 / powers * unscaled
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    """The factor on cos and sin: its square scales the attention scores."""
     if rope.attention_factor is not None:
-        return frequencies, float(rope.attention_factor)
+        return float(rope.attention_factor)
+    log = math.log(rope.factor) if rope.factor > 1 else 0.0
     if rope.mscale and rope.mscale_all_dim:
-        ratio = attention_scale(rope.factor, rope.mscale) / attention_scale(
-            rope.factor, rope.mscale_all_dim
-        )
-        return frequencies, float(ratio)
-    return frequencies, attention_scale(rope.factor)
+        return float((0.1 * rope.mscale * log + 1.0) / (0.1 * rope.mscale_all_dim * log + 1.0))
+    return 0.1 * log + 1.0
 
 
 def rope_table(
@@ -90,10 +94,10 @@ def rope_table(
     dtype: torch.dtype,
     contexts: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, [T, H] in `dtype` (formed in float32, then rounded).
+    """Return cos and sin of the angles of every token, [T, H] each in dtype.
 
-    positions_T: int64 [T], restarting at 0 in every document. lengths: tokens per document.
-    contexts: what the `dynamic` type takes for a document's length where some of it is cached.
+    positions_T: int64, from 0 in every document. lengths: tokens per document, by which `dynamic`
+    scales each one on its own; contexts: its lengths instead where part of a document is cached.
     """
     if rope.rope_type == "dynamic":
         rows = [
@@ -110,7 +114,7 @@ def rope_table(
 def cos_and_sin(
     positions_T: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, [T, H] in dtype. frequencies: float32 [1 or T, H/2]."""
-    angles = positions_T.float().unsqueeze(1) * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    """Return factor * cos and sin of position * frequency (float32 [1 or T, H/2]), [T, H] each."""
+    # float32 until here: bfloat16 has 8 bits of precision, and a position needs more.
+    angles = (positions_T.float().unsqueeze(1) * frequencies).repeat(1, 2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

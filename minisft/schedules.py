@@ -1,6 +1,6 @@
-"""Learning-rate schedules: the factor on the peak rate at each step, transformers' to the bit.
+"""Learning-rate schedules: the factor on the peak rate at each step, equal to transformers' bits.
 
-s step from 0  w steps of warm-up  T all steps  p = (s - w) / (T - w)
+s step, from 0  w warm-up steps  T total steps  p = (s - w) / (T - w), the progress after warm-up
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from minisft.config.train import TrainConfig
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
-    """--warmup-steps as a number of steps: below 1 it is a share of the total, rounded up."""
-    asked = config.warmup_steps
-    return math.ceil(asked * total) if asked < 1 else int(asked)
+    """Return the number of warm-up steps; --warmup-steps below 1 is a share of `total`, ceiled."""
+    steps = config.warmup_steps
+    return math.ceil(steps * total) if steps < 1 else int(steps)
 
 
 def lr_factor(step: int, total: int, config: TrainConfig) -> float:
-    """What every learning rate is multiplied by at `step` (from 0): warm-up from 0, then the kind.
+    """Return the factor on every learning rate at `step`, counted from 0.
 
-    linear: down to 0 at `total`. cosine: num_cycles (0.5) periods. cosine_with_restarts: num_cycles
-    (1) half periods, each from the peak. cosine_with_min_lr: down to min_lr or min_lr_rate of the
-    peak. polynomial: (1 - p)^power (1) down to lr_end (1e-7). constant, constant_with_warmup: flat.
-    inverse_sqrt: 1 / sqrt((s - w) / timescale + 1), timescale w or 10000. warmup_stable_decay:
-    flat, then num_decay_steps down to min_lr_ratio (0), which warm-up starts from too.
+    Linear warm-up from 0, then one of these, with the defaults of their options in parentheses.
+    linear: to 0 at `total`. cosine: num_cycles (0.5) periods. cosine_with_restarts: num_cycles (1)
+    half periods, each from the peak. cosine_with_min_lr: to min_lr, or to min_lr_rate of the peak.
+    polynomial: (1 - p)^power (1) to lr_end (1e-7). constant, constant_with_warmup: 1. inverse_sqrt:
+    1 / sqrt((s - w) / timescale + 1), timescale (w or 10000). warmup_stable_decay: 1, then for
+    num_decay_steps to min_lr_ratio (0), which its warm-up starts from too.
     """
     kind, options = config.lr_scheduler_type, config.scheduler_options
     if kind == "constant":
@@ -45,25 +46,29 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(1, total - warmup)
     if kind == "cosine_with_restarts":
         turns = options.get("num_cycles", 1) * progress
+        # Exactly 0 from the end on, where turns % 1.0 would restart at the peak.
         return 0.0 if progress >= 1 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * (turns % 1.0))))
     wave = 0.5 * (1.0 + math.cos(math.pi * options.get("num_cycles", 0.5) * 2.0 * progress))
     if kind == "cosine_with_min_lr":
-        least = options.get("min_lr_rate")
-        least = options["min_lr"] / config.learning_rate if least is None else least
-        wave = wave * (1 - least) + least
+        floor = options.get("min_lr_rate")
+        floor = options["min_lr"] / config.learning_rate if floor is None else floor
+        wave = wave * (1 - floor) + floor
     return max(0.0, wave)
 
 
 def _polynomial(step: int, warmup: int, total: int, peak: float, options: dict) -> float:
     end = options.get("lr_end", 1e-7)
+    # Beyond the total the base of the power would be negative.
     if step > total:
         return end / peak
+    # lr_end is an absolute rate; the result is relative to the peak.
     left = 1 - (step - warmup) / (total - warmup)
     return ((peak - end) * left ** options.get("power", 1.0) + end) / peak
 
 
 def _warmup_stable_decay(step: int, warmup: int, total: int, options: dict) -> float:
-    decay, least = int(options["num_decay_steps"]), options.get("min_lr_ratio", 0)
+    decay, floor = int(options["num_decay_steps"]), options.get("min_lr_ratio", 0)
+    # By default the decay ends with the last step.
     stable = int(options.get("num_stable_steps", total - warmup - decay))
     if step < warmup:
         progress = step / max(1, warmup)
@@ -83,5 +88,5 @@ def _warmup_stable_decay(step: int, warmup: int, total: int, options: dict) -> f
             "1-sqrt": lambda p: 1.0 - math.sqrt(p),
         }[options.get("decay_type", "cosine")](progress)
     else:
-        return least
-    return max(0.0, wave * (1.0 - least) + least)
+        return floor
+    return max(0.0, wave * (1.0 - floor) + floor)

@@ -144,10 +144,9 @@ def train_step_(
             state.trainable,
             grads,
             state.moments,
-            groups,
+            [group.scaled(factor) for group in groups],
             norm=norm,
             step=state.updates,
-            factor=factor,
             config=config,
         )
     # torch.amp.GradScaler's rule: halve after an overflow, double after 2,000 steps without one.

@@ -468,7 +468,7 @@ def adamw() -> None:
 
         def ours(trainable=trainable, grads=grads, moments=moments, slices=slices):
             norm = global_norm(grads)
-            update_(trainable, grads, moments, slices, norm=norm, step=2, factor=1.0, config=config)
+            update_(trainable, grads, moments, slices, norm=norm, step=2, config=config)
 
         def one_by_one(optimizer, params=params):
             def run():

@@ -38,7 +38,7 @@ LAZY = {
     "huggingface_hub": ["weights"],
     "datasets": ["readers"],
     "pyarrow": ["readers"],
-    "bitsandbytes": ["optim", "bench_kernels"],
+    "bitsandbytes": ["eight_bit", "bench_kernels"],
     "peft": ["bench_kernels"],
     "liger_kernel": ["bench_kernels"],
     "wandb": ["loggers"],

@@ -1,7 +1,6 @@
-"""Loss variants against their formulas from whole logits; NEFTune's noise and where it is not."""
+"""Loss variants against their formulas from full logits; NEFTune in training and evaluation."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from runs import metrics, pairs, train, write_model, write_rows
 from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, random_weights, relative
 
 from minisft import loss as loss_module
-from minisft.llama import Compute, embedding_noise, hidden_states, logits
+from minisft.llama import Compute, hidden_states, logits
 from minisft.loss import evaluation
 from minisft.step import ExecutionPlan, loss_and_grads
 
@@ -90,33 +89,6 @@ def test_logits_never_exist_as_a_whole(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ NEFTune
-
-
-def noise(lengths, step=0, alpha=5.0, seed=0):
-    batch = all_rows(random_dataset(lengths), dropout=True, step=step, seed=seed)
-    (micro,) = batch.micro_batches
-    x = torch.zeros(micro.tokens.input_ids_T.shape[0], 64)
-    return embedding_noise(micro.tokens, x, alpha), micro.tokens.documents.lengths
-
-
-def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_and_width():
-    found, lengths = noise([[400], [100], [25, 25]])
-    assert sum(lengths) == 550
-    for part, length in zip(found.split(lengths), lengths, strict=True):
-        bound = 5.0 / math.sqrt(length * 64)
-        assert 0.97 * bound < part.abs().max() <= bound
-        scaled = (part / bound).flatten().sort().values  # against the uniform's distribution
-        ideal = torch.linspace(-1, 1, len(scaled))
-        assert (scaled - ideal).abs().max() < 4 / math.sqrt(len(scaled))
-        neighbours = torch.stack((part[:-1].flatten(), part[1:].flatten()))
-        assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.1
-
-
-def test_noise_depends_on_seed_and_step_alone():
-    first, _ = noise([[30], [10]])
-    assert torch.equal(first, noise([[30], [10]])[0])
-    assert not torch.equal(first, noise([[30], [10]], step=1)[0])
-    assert not torch.equal(first, noise([[30], [10]], seed=1)[0])
 
 
 def test_noise_is_on_the_embeddings_of_training_only():

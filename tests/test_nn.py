@@ -8,7 +8,7 @@ import torch
 from tiny_llama import CFG, random_weights, relative
 
 from minisft.config.model import RopeConfig
-from minisft.llama import Compute, logits, make_tokens, module_key
+from minisft.llama import Compute, logits, make_tokens
 from minisft.nn import (
     Documents,
     Linear,
@@ -18,6 +18,7 @@ from minisft.nn import (
     dropout,
     linear,
     mix64,
+    module_key,
     packed_attention,
     rms_norm,
     swiglu,

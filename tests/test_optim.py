@@ -74,8 +74,9 @@ def ours_and_theirs(shapes, make, steps=10, **settings):
         for name, parameter in theirs.items():
             parameter.grad = grads.views[name].clone()
         optimizer.step()
-        settings = {"norm": global_norm(grads.buffer), "step": step, "factor": 1 / step}
-        update_(flat, grads.buffer, moments, slices, **settings, config=c)
+        scaled = [group.scaled(1 / step) for group in slices]
+        settings = {"norm": global_norm(grads.buffer), "step": step}
+        update_(flat, grads.buffer, moments, scaled, **settings, config=c)
         yield flat.views, theirs
 
 
@@ -171,7 +172,8 @@ def test_adamw_step_by_hand():
     slices = [ParamGroup(0, 1, True, 0.2), ParamGroup(1, 2, False, 0.4)]
     moments = init_moments(flat, slices, "adamw")
     c = config(adam_beta2=0.99, adam_epsilon=0.0, weight_decay=0.5)
-    update_(flat, grads, moments, slices, norm=global_norm(grads), step=1, factor=0.5, config=c)
+    scaled = [group.scaled(0.5) for group in slices]
+    update_(flat, grads, moments, scaled, norm=global_norm(grads), step=1, config=c)
     assert flat.buffer.tolist() == pytest.approx([2 * (1 - 0.05) + 0.1, 2 - 0.2])
     assert moments["exp_avg"].tolist() == pytest.approx([-0.03, 0.4])
     assert moments["exp_avg_sq"].tolist() == pytest.approx([0.0009, 0.16])
@@ -214,7 +216,7 @@ def test_every_rule_takes_the_clipped_gradient(optim):
             clip_(grads, global_norm(grads), 2.0)
         moments = init_moments(flat, slices, optim)
         norm = global_norm(grads)
-        update_(flat, grads, moments, slices, norm=norm, step=1, factor=1.0, config=c)
+        update_(flat, grads, moments, slices, norm=norm, step=1, config=c)
         found.append((flat.buffer, *moments.values()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][0], torch.ones_like(found[0][0]))

@@ -1,1 +1,1 @@
-"""Variants of LoRA and of the optimizer: one idea, one file, tensors in and out."""
+"""Optional parts of LoRA, embedding and optimizer: one idea, one file, tensors in and out."""

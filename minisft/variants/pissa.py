@@ -1,10 +1,10 @@
-"""PiSSA and OLoRA: adapters that start as a part of their weight, beside a frozen rest.
+"""PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): LoRA that starts as a part of its weight.
 
-W = W_rest + s B0 A0: W_rest is frozen, and A and B, which are trained, start as A0 and B0
-(arXiv:2404.02948, arXiv:2406.01775). Seen from W, s (B A - B0 A0) is a plain adapter of twice the
-rank, and such is every file: lora_A holds A above A0, lora_B holds B beside -B0.
+W = W_residual + s B0 A0. W_residual is frozen; A and B are trained and start as A0 and B0. Relative
+to W the trained change is s (B A - B0 A0), a plain LoRA of twice the rank, and this is what every
+file contains: lora_A = [A; A0], lora_B = [B, -B0].
 
-O/I linear out/in  R lora rank  s its scale
+O/I linear out/in  R LoRA rank  s LoRA scale
 """
 
 from __future__ import annotations
@@ -23,38 +23,40 @@ from minisft.files.safetensors import iter_tensors
 
 
 def initial_lora(path: str, W_OI: Tensor, lora: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """(A0 [R, I], B0 [O, R]) of the linear at a path, float32 on W's device.
+    """Return (A0 [R, I], B0 [O, R]) of the linear at a path, float32 on W's device.
 
-    pissa: the R largest singular values of W and their vectors, the values' roots on either side;
-    pissa_niter_N: the same by a randomised SVD of N power iterations (arXiv:0909.4061), drawn from
-    the seed. olora: the first R columns of Q and rows of R of W = Q R.
-    UserError if W is not finite.
+    pissa: the R largest singular values and vectors of W, their roots in A0 and in B0.
+    pissa_niter_N: the same by randomised SVD with N power iterations (arXiv:0909.4061). olora: the
+    first R columns of Q and rows of R in W = Q R. Raises UserError if W is not finite.
     """
     W_OI, r, kind = W_OI.float(), lora.rank_of(path), lora.init_lora_weights
     if not W_OI.isfinite().all():
         raise UserError(
-            f"{path}.weight holds a value that is not finite, and --init-lora-weights {kind} "
-            "starts from its largest part; copy or download the model again"
+            f"{path}.weight holds a value that is not finite, so --init-lora-weights {kind} cannot "
+            "decompose it; copy or download the model again"
         )
     if kind == "olora":
         Q_OI, R_II = torch.linalg.qr(W_OI)
         return R_II[:r], Q_OI[:, :r]
     if kind == "pissa":
+        # 23 s for one 2048 x 2048 matrix on two CPU cores, where svd_lowrank takes half a second.
         U_OK, S_K, Vt_KI = torch.linalg.svd(W_OI, full_matrices=False)
     else:
         with torch.random.fork_rng([W_OI.device] if W_OI.is_cuda else []):
             torch.manual_seed(seed)
-            wider = min(2 * r, *W_OI.shape)  # than R: the last directions come out true as well
-            U_OK, S_K, V_IK = torch.svd_lowrank(W_OI, wider, int(kind.rpartition("_")[2]))
+            # Twice the rank: the last of R directions would be inaccurate at rank R.
+            K = min(2 * r, *W_OI.shape)
+            U_OK, S_K, V_IK = torch.svd_lowrank(W_OI, K, int(kind.rpartition("_")[2]))
         Vt_KI = V_IK.T
     root_R = (S_K[:r] / lora.scaling_of(path)).sqrt()
     return root_R.unsqueeze(1) * Vt_KI[:r], U_OK[:, :r] * root_R
 
 
 def exported_lora(lora: LoraConfig) -> LoraConfig:
-    """What a file says of an adapter: for PiSSA and OLoRA every rank doubled, every scale kept."""
+    """Return the config of the adapter file: for PiSSA and OLoRA ranks double, scales stay."""
     if not lora.splits_weights:
         return lora
+    # The scale is alpha / r, with rsLoRA alpha / sqrt(r): alpha grows as its denominator does.
     factor = math.sqrt(2) if lora.use_rslora else 2
     return dataclasses.replace(
         lora,
@@ -69,16 +71,16 @@ def exported_lora(lora: LoraConfig) -> LoraConfig:
 def exported_tensors(
     trained: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of that adapter. start: A0 and B0 under the names of A and B."""
+    """Return the tensors of the adapter file. start: A0 and B0, on the CPU, named as A and B."""
     tensors = dict(trained)
-    for name, first in start.items():
-        below = first if _is_A(name) else -first
-        tensors[name] = torch.cat([trained[name].detach().cpu(), below], dim=_axis(name))
+    for name, initial in start.items():
+        half = initial if _is_A(name) else -initial
+        tensors[name] = torch.cat([trained[name].detach().cpu(), half], dim=_axis(name))
     return tensors
 
 
 def trained_half(name: str, tensor: Tensor) -> Tensor:
-    """A or B of a lora_A or lora_B in a file."""
+    """Return A or B, given lora_A or lora_B as the adapter file holds it."""
     return tensor.chunk(2, _axis(name))[0]
 
 
@@ -94,7 +96,7 @@ def read_initial_lora(file: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def is_pair(name: str) -> bool:
-    """Whether it names an A or a B."""
+    """Return whether the tensor of that name is a lora_A or a lora_B."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -103,5 +105,5 @@ def _is_A(name: str) -> bool:
 
 
 def _axis(name: str) -> int:
-    """That of the rank."""
+    """The dimension of the rank."""
     return 0 if _is_A(name) else 1

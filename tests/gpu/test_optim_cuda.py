@@ -28,7 +28,7 @@ def ten_steps(optim, device, learning_rate=1e-2):
     for step in range(1, 11):
         noise = torch.randn(flat.buffer.shape, generator=generator) * 10.0 ** (step % 4 - 3)
         grads = noise.to(device)
-        settings = {"norm": global_norm(grads), "step": step, "factor": 1.0, "config": config}
+        settings = {"norm": global_norm(grads), "step": step, "config": config}
         update_(flat, grads, moments, slices, **settings)
     return flat.buffer.cpu(), sum(t.nbytes for t in moments.values())
 

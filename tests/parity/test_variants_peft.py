@@ -19,11 +19,17 @@ transformers = pytest.importorskip("transformers")
 from minisft.config.errors import UserError  # noqa: E402
 from minisft.config.lora import LoraConfig  # noqa: E402
 from minisft.config.model import ModelConfig  # noqa: E402
-from minisft.config.targets import adapter_shapes, check_patterns, match_targets, scaling_ratios  # noqa: E402
+from minisft.config.targets import (  # noqa: E402
+    TOKEN_ROWS,
+    adapter_shapes,
+    check_patterns,
+    match_targets,
+    scaling_ratios,
+)
 from minisft.config.train import TrainConfig  # noqa: E402
 from minisft.files.adapter import load_adapter  # noqa: E402
 from minisft.files.weights import load_model_config  # noqa: E402
-from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens  # noqa: E402
+from minisft.llama import TOKEN_IDS, Compute, logits, make_tokens  # noqa: E402
 from minisft.lora import allocate, init_lora_, trainable_shapes  # noqa: E402
 from minisft.session.serving import vllm_problems  # noqa: E402
 from minisft.step import ExecutionPlan, loss_and_grads  # noqa: E402
