@@ -47,6 +47,7 @@ class ParamGroup(NamedTuple):
     decayed: bool
     learning_rate: float  # at the peak of the schedule, unless scaled
     eight_bit: bool = False  # whether an 8-bit optimizer keeps its moments in 8 bits
+    name: str = ""  # "embeddings" or "lora_B", if these have a learning rate of their own
 
     def scaled(self, factor: float) -> ParamGroup:
         """Return the group with its learning rate multiplied by the schedule's factor."""
@@ -104,19 +105,19 @@ def param_groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> lis
     start = 0
     for name, shape in shapes.items():
         embedding = name in EMBEDDING_WEIGHTS
-        rate = config.learning_rate
+        rate, own = config.learning_rate, ""
         if embedding and config.embedding_learning_rate is not None:
-            rate = config.embedding_learning_rate
+            rate, own = config.embedding_learning_rate, "embeddings"
         elif config.loraplus_lr_ratio is not None and ".lora_B." in name:
-            rate *= config.loraplus_lr_ratio
+            rate, own = rate * config.loraplus_lr_ratio, "lora_B"
         stop, decayed = start + math.prod(shape), is_decayed(name)
         # bitsandbytes keeps embeddings at 32 bits too; norms and biases are too small to matter.
         eight_bit = config.optim.endswith("_8bit") and len(shape) == 2
         eight_bit = eight_bit and not embedding and name != TOKEN_ROWS
-        if out and out[-1][2:] == (decayed, rate, eight_bit):
+        if out and out[-1][2:] == (decayed, rate, eight_bit, own):
             out[-1] = out[-1]._replace(stop=stop)
         else:
-            out.append(ParamGroup(start, stop, decayed, rate, eight_bit))
+            out.append(ParamGroup(start, stop, decayed, rate, eight_bit, own))
         start = stop
     return out
 

@@ -262,6 +262,15 @@ def test_logging_every_three_steps_means_over_them(plain, inputs, tmp_path):
     assert single[0]["loss"] == whole[1]["loss"]
 
 
+def test_every_learning_rate_that_the_optimizer_used_is_logged(plain, inputs, tmp_path):
+    """Red when learning_rate_lora_B is logged without its ratio, or where there is no such rate."""
+    more = {"modules_to_save": "lm_head", "embedding_learning_rate": 1e-4, "loraplus_lr_ratio": 16}
+    train(**inputs, **SMALL, **more, output_dir=tmp_path, max_steps=2)
+    names = ("learning_rate", "learning_rate_embeddings", "learning_rate_lora_B")
+    assert step_lines(tmp_path, *names) == [(1, 1e-2, 1e-4, 0.16), (2, 5e-3, 5e-5, 0.08)]
+    assert not [name for line in metrics(plain[0]) for name in line if "learning_rate_" in name]
+
+
 def test_old_checkpoints_are_rotated_away(inputs, tmp_path):
     train(**inputs, **SMALL, output_dir=tmp_path, max_steps=11, save_steps=2, save_total_limit=3)
     kept = {p.name for p in tmp_path.glob("*checkpoint*")}

@@ -12,7 +12,8 @@ def report_step_(
 ) -> None:
     """Log the means over the steps since the last line, with this step's gradient norm.
 
-    groups, factor: the learning rates at their peak, and the schedule's factor on them.
+    groups, factor: the learning rates at their peak, and the schedule's factor on them. Groups with
+    a rate of their own get a field each, such as learning_rate_embeddings.
     """
     state = run.state
     losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
@@ -22,6 +23,7 @@ def report_step_(
         "loss": sum(losses) / len(losses),
         "grad_norm": grad_norm,
         "learning_rate": run.config.learning_rate * factor,
+        **{f"learning_rate_{g.name}": g.learning_rate * factor for g in groups if g.name},
         "num_tokens": state.num_tokens,
         "num_loss_tokens": sum(targets),
         "tokens_per_second": sum(tokens) / sum(seconds),
