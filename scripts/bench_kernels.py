@@ -363,7 +363,7 @@ def nf4_lora_linear() -> None:
     import bitsandbytes as bnb
     import peft
     from minisft.kernels.nf4 import quantize
-    from minisft.kernels.nf4_lora_linear import backward, forward
+    from minisft.kernels.nf4_lora_linear import Adapter, backward, forward
     from minisft.kernels.nf4_lora_linear.cases import BENCH_ROWS, BENCH_SHAPES
 
     print(
@@ -405,13 +405,13 @@ def nf4_lora_linear() -> None:
             leaves = [leaf, *(p for p in adapted.parameters() if p.requires_grad)]
             passes = {
                 "forward": {
-                    "ours": lambda x=x: forward(x, weight, None, A, B, 1.0),
+                    "ours": lambda x=x: forward(x, weight, None, Adapter(A, B, 1.0)),
                     "a": lambda x=x: adapted(x),
                     "b": b_forward,
                     "c": lambda x=x: x @ dense.T,
                 },
                 "backward": {
-                    "ours": lambda x=x, dy=dy, u=u: backward(dy, x, u, weight, A, B, 1.0),
+                    "ours": lambda x=x, dy=dy, u=u: backward(dy, x, u, weight, Adapter(A, B, 1.0)),
                     "a": lambda y=y, dy=dy, leaves=leaves: torch.autograd.grad(
                         y, leaves, dy, retain_graph=True
                     ),
