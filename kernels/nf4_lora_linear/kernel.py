@@ -48,7 +48,7 @@ def forward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; A's rows follow at O."""
+    """Write parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; A's follow at O."""
     # one quantisation block: one scale per row of the tile
     BLOCK_K: tl.constexpr = 64
     # let finish_kernel start early; it calls gdc_wait before it reads the parts
@@ -78,9 +78,7 @@ def forward_parts_kernel(
             even_w = look_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
             odd_w = look_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
             x = tl.load(
-                x_ptr + m[:, None] * x_stride + start + k[None, :],
-                mask=(m < M)[:, None],
-                other=0.0,
+                x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None], other=0.0
             )
             # a byte's two nibbles as two products, with the even and the odd columns of x:
             # interleaving the weights took sixteen barriers a tile
@@ -96,9 +94,7 @@ def forward_parts_kernel(
                 a_ptr + r[:, None] * I + start + k[None, :], mask=(r < R)[:, None], other=0.0
             )
             x = tl.load(
-                x_ptr + m[:, None] * x_stride + start + k[None, :],
-                mask=(m < M)[:, None],
-                other=0.0,
+                x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None], other=0.0
             )
             total = tl.dot(a, tl.trans(x), total, input_precision="ieee")
         rows = O + r
@@ -115,7 +111,6 @@ def backward_parts_kernel(
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Write parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; B's follow at I."""
-    # one quantisation block, as in the forward kernel
     BLOCK_I: tl.constexpr = 64
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -261,8 +256,7 @@ def finish_kernel(
         )
 
 
-# Columns per program of the second launch, backward. This and the program counts below are the best
-# of a sweep.
+# Columns per program of the second launch, backward; like the program counts below, from a sweep.
 FINISH_BACKWARD = 32
 
 
@@ -276,9 +270,14 @@ def _by_lanes(x) -> bool:
     return x.is_cuda and not torch.version.hip
 
 
-def _splits(tiles: int, steps: int, programs: int, most: int) -> int:
-    """Return the parts of the sum: tiles * parts is about `programs`, four steps or more each."""
-    return max(1, min(most, programs // tiles, steps // 4))
+def _splits(tiles: int, length: int, programs: int, most: int) -> tuple[int, int]:
+    """Return (splits of a sum of `length` terms, terms per split, a multiple of 64).
+
+    tiles * splits is about `programs`, and a split has at least four blocks of 64.
+    """
+    blocks = triton.cdiv(length, 64)
+    per_split = triton.cdiv(blocks, max(1, min(most, programs // tiles, blocks // 4))) * 64
+    return triton.cdiv(length, per_split), per_split
 
 
 def fused_forward(x, weight, bias, adapter):
@@ -287,9 +286,7 @@ def fused_forward(x, weight, bias, adapter):
     R = 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
     tiles = triton.cdiv(O, block_n)
-    splits = _splits(tiles, I // 64, 1056 if M <= 16 else 528, most=8)
-    per_split = triton.cdiv(I // 64, splits) * 64
-    splits = triton.cdiv(I, per_split)
+    splits, per_split = _splits(tiles, I, 1056 if M <= 16 else 528, most=8)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
     pointers, flags = quantised_arguments(weight)
     overlap = pdl_option(x.device)
@@ -300,7 +297,6 @@ def fused_forward(x, weight, bias, adapter):
     )  # fmt: skip
     y = torch.empty((M, O), dtype=x.dtype, device=x.device)
     u = None if A is None else torch.empty((M, R), dtype=x.dtype, device=x.device)
-    # absent tensors are passed as y, with strides that are never used
     lora, strides = (y, (1, 1)) if B is None else (B, B.stride())
     columns = _finish_forward(x, R)
     finish_kernel[(triton.cdiv(O, columns),)](
@@ -318,9 +314,7 @@ def fused_backward(dy, x, u, weight, adapter):
     R = 0 if B is None else B.shape[1]
     block_m, block_o = max(16, triton.next_power_of_2(M)), 64
     tiles = I // 64
-    splits = _splits(tiles, triton.cdiv(O, block_o), 528, most=12)
-    per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
-    splits = triton.cdiv(O, per_split)
+    splits, per_split = _splits(tiles, O, 528, most=12)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
     pointers, flags = quantised_arguments(weight)
     overlap = pdl_option(dy.device)

@@ -4,10 +4,9 @@ A tile of the result starts as scaling * left @ right (inner dimension: the rank
 product is added in registers, so the update is neither written nor read. Tiles are loaded by the
 tensor memory accelerator (TMA); the kernel is persistent.
 
-The backward pass is five launches with programmatic dependent launch. Two overlap with their
-predecessor: the decode with t and the partial sums of dB, which share no memory with it; the
-partial sums of dA with the product, on the multiprocessors that it leaves idle and, as it ends, on
-all of them.
+Backward is five launches, two of which overlap with their predecessor by PDL: the decode with t and
+the partial sums of dB, which share no memory with it; the partial sums of dA with the product, on
+the multiprocessors that the product leaves idle.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -55,7 +54,6 @@ def product_kernel(
         n = tile % (GROUP * blocks_n) // size * BLOCK_N
         rows, cols = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # 16 columns of the rank at a time: shared memory is full of the large product's tiles
         for start in tl.range(0, R, 16, num_stages=1):
             r = start + tl.arange(0, 16)
             left = tl.load(
@@ -170,7 +168,7 @@ def _sum_of_parts(
     parts_ptr, N, block, scaling, PARTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return (scaling * sum of parts, their rows n, mask) for BLOCK_N rows of parts [PARTS, N, R]."""
+    """Return (scaling * sum of parts, rows n, mask) for BLOCK_N rows of parts [PARTS, N, R]."""
     n, r = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
     ok = (n < N)[:, None] & (r < R)[None, :]
     at = parts_ptr + n.to(tl.int64)[:, None] * R + r[None, :]

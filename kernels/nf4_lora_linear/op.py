@@ -1,14 +1,8 @@
 """Public functions, and the registered op that compile, checkpointing and autograd see as one."""
 
-from __future__ import annotations
-
 import torch
 from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_concat_columns_B
-from minisft.kernels.nf4_lora_linear.reference import (
-    Adapter,
-    backward_reference,
-    forward_reference,
-)
+from minisft.kernels.nf4_lora_linear.reference import Adapter, backward_reference, forward_reference
 from torch import Tensor
 
 # Up to this many rows the weight is decoded inside the product (measured: README.md).
@@ -30,7 +24,7 @@ def forward(
     then one product kernel that includes LoRA), "decode" (decode, then cuBLAS), "reference" or
     "auto". Raises ValueError if an explicitly requested impl does not apply.
     """
-    impl = _choose(impl, x_MI, weight, 0 if adapter is None else adapter.rank, weight.shape[0])
+    impl = _choose(impl, x_MI, weight, adapter, weight.shape[0])
     if impl == "reference":
         return forward_reference(x_MI, weight, bias_O, adapter)
     if impl == "fused":
@@ -44,13 +38,13 @@ def forward(
         from minisft.kernels.nf4_lora_linear import many_rows
 
         return many_rows.forward(x_MI, weight, bias_O, adapter)
-    (O, I), (A_RI, B_OR, scaling) = weight.shape, adapter
+    (O, I), (A_RI, B_OR, scaling), R = weight.shape, adapter, adapter.A_RI.shape[0]
     # many outputs: copying x to [x, u] and writing y once costs less than reading y again
     if O >= 4 * I:
-        x_ext = torch.empty((x_MI.shape[0], I + adapter.rank), dtype=x_MI.dtype, device=x_MI.device)
+        x_ext = torch.empty((x_MI.shape[0], I + R), dtype=x_MI.dtype, device=x_MI.device)
         x_ext[:, :I] = x_MI
         torch.mm(x_MI, A_RI.T, out=x_ext[:, I:])
-        w = torch.empty((O, I + adapter.rank), dtype=x_MI.dtype, device=x_MI.device)
+        w = torch.empty((O, I + R), dtype=x_MI.dtype, device=x_MI.device)
         dequantize_concat_columns_B(weight, (B_OR,), (O,), scaling, w, pdl=True)
         return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
@@ -76,7 +70,7 @@ def backward(
     u: as returned by `forward`, None without adapter. dtypes, layouts, impl and errors as there;
     columns of dy contiguous.
     """
-    impl = _choose(impl, dy_MO, weight, 0 if adapter is None else adapter.rank, weight.shape[1])
+    impl = _choose(impl, dy_MO, weight, adapter, weight.shape[1])
     if impl == "reference":
         return backward_reference(dy_MO, x_MI, u_MR, weight, adapter, need_dx)
     if impl == "fused" and need_dx:
@@ -105,8 +99,8 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
-def _choose(impl: str, x: Tensor, weight: NF4Weight, rank: int, columns: int) -> str:
-    """Return the implementation to use for x [M, any] and a result of `columns` columns."""
+def _choose(impl: str, x: Tensor, weight: NF4Weight, adapter: Adapter | None, columns: int) -> str:
+    """Return the implementation to use for the rows of x and a result of `columns` columns."""
     if impl not in ("auto", "fused", "joined", "decode", "reference"):
         raise ValueError(f"impl is {impl!r}; expected auto, fused, joined, decode or reference")
     fused = weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < x.shape[0] <= FUSED_ROWS
@@ -124,6 +118,7 @@ def _choose(impl: str, x: Tensor, weight: NF4Weight, rank: int, columns: int) ->
         return "fused"
     from minisft.kernels.nf4_lora_linear.many_rows import is_fastest, supports
 
+    rank = 0 if adapter is None else adapter.A_RI.shape[0]
     joined = supports(x, weight, rank)
     if impl == "joined" and not joined:
         raise ValueError(
@@ -160,17 +155,13 @@ def _unpack(parts) -> NF4Weight:
     )
 
 
-def _adapter(A, B, scaling) -> Adapter | None:
-    return None if A is None else Adapter(A, B, scaling)
-
-
 def _pack(weight: NF4Weight) -> tuple:
     return (*weight[:6], *weight.shape, weight.blocksize, weight.quant_type)
 
 
 @torch.library.impl("minisft::nf4_lora_linear", ("CPU", "CUDA"))
 def _forward_impl(x, bias, A, B, scaling, *parts):
-    y, u = forward(x, _unpack(parts), bias, _adapter(A, B, scaling))
+    y, u = forward(x, _unpack(parts), bias, None if A is None else Adapter(A, B, scaling))
     # an op returns no None: an empty tensor stands for it
     return y, x.new_empty((x.shape[0], 0)) if u is None else u
 
@@ -183,7 +174,7 @@ def _forward_fake(x, bias, A, B, scaling, *parts):
 
 @torch.library.impl("minisft::nf4_lora_linear_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, x, u, A, B, scaling, need_dx, *parts):
-    adapter, u = _adapter(A, B, scaling), None if A is None else u
+    adapter, u = (None, None) if A is None else (Adapter(A, B, scaling), u)
     # autograd may hand over an expanded dy, such as that of sum()
     grads = backward(dy.contiguous(), x, u, _unpack(parts), adapter, need_dx=need_dx)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)

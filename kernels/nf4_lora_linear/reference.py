@@ -6,8 +6,6 @@ and the sum each to the input dtype. The kernels add the update in float32 and r
 M rows  I inputs  O outputs  R rank
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -22,11 +20,6 @@ class Adapter(NamedTuple):
     A_RI: Tensor
     B_OR: Tensor
     scaling: float
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.A_RI.shape[0]
 
 
 def forward_reference(
