@@ -98,8 +98,8 @@ def outer_sum(
     """Write partials[s] = sum over the tokens t of split s of left[t] (x) x[t]: LoRA's dA and dB.
 
     left [T, R], x [T, N]: one dtype, contiguous columns. row_scale: float32 [T], column_scale [N].
-    partials: float32 [S, R, N], any strides (a transposed view gives [N, R]); overwritten. The order
-    of summation depends on S alone: the same bits in every run. ValueError if shapes do not match.
+    partials: float32 [S, R, N], any strides (a transposed view gives [N, R]); overwritten. The
+    order of summation is fixed: same bits in every run. ValueError if shapes do not match.
     """
     R, N = partials_SRN.shape[1:]
     if left_TR.shape[1] != R or x_TN.shape != (left_TR.shape[0], N):
