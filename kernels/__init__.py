@@ -1,2 +1,2 @@
-"""Kernels of minisft: one op, one folder, each with a reference in plain torch. Imports torch and
-triton only. The import name is `minisft.kernels`."""
+"""Triton ops of minisft, imported as `minisft.kernels`: one op, one folder, each with a plain-torch
+reference. Imports torch and triton only."""

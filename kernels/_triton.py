@@ -59,7 +59,7 @@ def pdl_option(device: torch.device) -> dict[str, bool]:
 def num_sms(device: torch.device) -> int:
     """Return the number of streaming multiprocessors; 2 without a GPU, for the interpreter."""
     if device.type != "cuda":
-        # more than one, so that the interpreter runs the loops of persistent kernels too
+        # two: the interpreter then tests how persistent kernels share the work
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -1,6 +1,6 @@
 """Each op of kernels/ against eager PyTorch, torch.compile and Liger, at the shapes of 1B and 8B.
 
-Run as `python scripts/bench.py kernel NAME`. An op whose test is red is not timed.
+Run as `python scripts/bench.py kernel NAME`. An op whose test fails is not timed.
 """
 
 import functools
@@ -42,23 +42,25 @@ def measure(name: str, device: torch.device, skip_test: bool) -> None:
     if not skip_test:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT)
         if done.returncode:
-            raise UserError(f"{test.relative_to(ROOT)} is red: nothing is timed")
-    # One stream for all: a backward pass runs where its forward pass ran, and is captured there.
+            raise UserError(f"{test.relative_to(ROOT)} fails: nothing is timed")
+    # autograd runs a backward pass on the stream of its forward pass, and it is captured there
     with torch.cuda.stream(one_stream()):
         benches[name]()
 
 
 @functools.cache
 def one_stream() -> torch.cuda.Stream:
+    """Return the stream that all runs share."""
     return torch.cuda.Stream()
 
 
 def rand(*shape: int, scale: float = 0.5) -> Tensor:
+    """Return normal bfloat16 numbers on the GPU."""
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
 
 
 def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str, float]:
-    """Median of graph replays of `launches` calls, the runs interleaved."""
+    """Return the median time of a call in us: graphs of `launches` calls, the runs interleaved."""
     graphs, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         for _ in range(3):
@@ -81,7 +83,7 @@ def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str,
 
 
 def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int = 10) -> None:
-    """One row a way: time, bandwidth where bytes are given, and how much slower than ours."""
+    """Print one row per run: time, bandwidth if `moved` bytes are given, and time over ours."""
     times = microseconds(runs, launches)
     print(f"\n{title}\n\n| | us | TB/s | times ours |\n|---|---|---|---|")
     for name, us in times.items():
@@ -90,7 +92,7 @@ def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int =
 
 
 def both_passes(f: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable:
-    """f of the leaves and its gradients, through autograd."""
+    """Return a function that runs f on the leaves and computes their gradients by autograd."""
 
     def run():
         y = f(*leaves)
@@ -100,7 +102,7 @@ def both_passes(f: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) ->
 
 
 def liger():
-    """Liger's functions, or None where it is not installed."""
+    """Return Liger's functional module, or None if it is not installed."""
     try:
         import liger_kernel.transformers.functional as functions
     except ImportError:
@@ -113,6 +115,7 @@ def liger():
 
 
 def rms_norm() -> None:
+    """Residual sum and RMSNorm, forward and backward."""
     from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 
     functions = liger()
@@ -146,6 +149,7 @@ def rms_norm() -> None:
 
 
 def rope() -> None:
+    """RoPE of q and k in place, forward and backward."""
     from minisft.kernels.rope import rope_, rope_backward
 
     functions = liger()
@@ -157,12 +161,12 @@ def rope() -> None:
         grads = (rand(T, N, H), rand(T, K, H), rand(T, K, H))
         dq, dk = rand(1, N, T, H), rand(1, K, T, H)
 
-        def turn(x, cos=cos, sin=sin):
+        def rotate(x, cos=cos, sin=sin):
             x1, x2 = x.chunk(2, dim=-1)
             return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
         def eager(q, k):
-            return turn(q), turn(k)
+            return rotate(q), rotate(k)
 
         def run(f, q=q, k=k, dq=dq, dk=dk):
             return lambda: torch.autograd.grad(f(q, k), (q, k), (dq, dk))
@@ -188,6 +192,7 @@ def rope() -> None:
 
 
 def swiglu() -> None:
+    """SwiGLU, forward and backward, without and with LoRA's sums."""
     from minisft.kernels.swiglu import swiglu as forward
     from minisft.kernels.swiglu import swiglu_backward_
 
@@ -228,8 +233,8 @@ def swiglu() -> None:
 
 
 def cross_entropy() -> None:
+    """Loss and hidden gradient of a linear head, all rows labelled and 60 % of them."""
     from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
-    from minisft.kernels.linear_cross_entropy.kernel import launch_cross_entropy_
 
     functions, V = liger(), 128256
     for shape, (D, *_) in SHAPES.items():
@@ -273,33 +278,39 @@ def cross_entropy() -> None:
 
             call = both_passes(theirs, [leaf], one)
             runs["Liger"] = call
-        logits = rand(2048, V)
-        losses = torch.empty(2048, device="cuda")
-        z = rand(2048, V).requires_grad_()
-
-        def alone(z, targets=targets[:2048]):
-            return F.cross_entropy(z.float(), targets)
-
-        alone_runs: Runs = {
-            "ours": lambda z=logits, t=targets[:2048], lo=losses, w=weight: launch_cross_entropy_(
-                z, t, lo, w, gradient=True
-            ),
-            "eager": both_passes(alone, [z], one),
-            "torch.compile": both_passes(torch.compile(alone), [z], one),
-        }
         if shape == "1b":
-            title = f"Cross-entropy of given logits, 2048 x {V}"
-            table(title, alone_runs, "ours", 4.0 * 2048 * V, launches=2)
-        del logits, z, alone_runs
+            cross_entropy_of_logits(targets[:2048], weight, V)
         try:
             table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
-        except RuntimeError:  # Liger reads a number back, which a graph cannot hold
+        # Liger's op reads a number back to the host, which cannot be captured
+        except RuntimeError:
             runs.pop("Liger")
             torch.cuda.synchronize()
             table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
 
 
+def cross_entropy_of_logits(targets: Tensor, weight: Tensor, V: int) -> None:
+    """Loss and gradient of given logits, one row per target, without the head's products."""
+    from minisft.kernels.linear_cross_entropy.kernel import launch_cross_entropy_
+
+    rows = len(targets)
+    logits, losses = rand(rows, V), torch.empty(rows, device="cuda")
+    z, one = rand(rows, V).requires_grad_(), torch.ones((), device="cuda")
+
+    def alone(z):
+        return F.cross_entropy(z.float(), targets)
+
+    runs: Runs = {
+        "ours": lambda: launch_cross_entropy_(logits, targets, losses, weight, gradient=True),
+        "eager": both_passes(alone, [z], one),
+        "torch.compile": both_passes(torch.compile(alone), [z], one),
+    }
+    title = f"Cross-entropy of given logits, {rows} x {V}"
+    table(title, runs, "ours", 4.0 * rows * V, launches=2)
+
+
 def low_rank() -> None:
+    """dA = t^T x against cuBLAS."""
     from minisft.kernels.low_rank import outer_sum
 
     for shape, (D, ffn, *_) in SHAPES.items():
@@ -315,6 +326,7 @@ def low_rank() -> None:
 
 
 def nf4() -> None:
+    """Decoding against bitsandbytes, with and without programmatic dependent launch."""
     import bitsandbytes.functional as bnb
     from minisft.kernels.nf4 import dequantize_into, quantize
     from minisft.kernels.nf4.cases import BENCH_SHAPES
@@ -361,9 +373,8 @@ def nf4() -> None:
 def nf4_lora_linear() -> None:
     """Against bitsandbytes + PEFT, against decode and three products, against the product alone."""
     import bitsandbytes as bnb
-    import peft
     from minisft.kernels.nf4 import quantize
-    from minisft.kernels.nf4_lora_linear import backward, forward
+    from minisft.kernels.nf4_lora_linear import Adapter, backward, forward
     from minisft.kernels.nf4_lora_linear.cases import BENCH_ROWS, BENCH_SHAPES
 
     print(
@@ -371,21 +382,9 @@ def nf4_lora_linear() -> None:
         "alone | a / ours | b / ours | ours / (c + bytes) |\n" + "|---" * 10 + "|"
     )
     for O, I in BENCH_SHAPES:
-        weight = quantize(rand(O, I, scale=0.02))
-        dense = rand(O, I, scale=0.02)
+        weight, dense = quantize(rand(O, I, scale=0.02)), rand(O, I, scale=0.02)
         A, B = rand(16, I), rand(O, 16)
-        linear = bnb.nn.Linear4bit(
-            I, O, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-            compress_statistics=True,
-        )  # fmt: skip
-        linear.weight = bnb.nn.Params4bit(
-            dense.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        module = torch.nn.ModuleDict({"proj": linear}).cuda()
-        lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["proj"])
-        peft.inject_adapter_in_model(lora, module)
-        adapted = module["proj"].to(torch.bfloat16)
-        packed, state = linear.weight.data, linear.weight.quant_state
+        adapted, packed, state = peft_linear(dense)
         for rows in BENCH_ROWS:
             x, dy = rand(rows, I), rand(rows, O)
             u = x @ A.T
@@ -405,13 +404,13 @@ def nf4_lora_linear() -> None:
             leaves = [leaf, *(p for p in adapted.parameters() if p.requires_grad)]
             passes = {
                 "forward": {
-                    "ours": lambda x=x: forward(x, weight, None, A, B, 1.0),
+                    "ours": lambda x=x: forward(x, weight, None, Adapter(A, B, 1.0)),
                     "a": lambda x=x: adapted(x),
                     "b": b_forward,
                     "c": lambda x=x: x @ dense.T,
                 },
                 "backward": {
-                    "ours": lambda x=x, dy=dy, u=u: backward(dy, x, u, weight, A, B, 1.0),
+                    "ours": lambda x=x, dy=dy, u=u: backward(dy, x, u, weight, Adapter(A, B, 1.0)),
                     "a": lambda y=y, dy=dy, leaves=leaves: torch.autograd.grad(
                         y, leaves, dy, retain_graph=True
                     ),
@@ -419,9 +418,9 @@ def nf4_lora_linear() -> None:
                     "c": lambda dy=dy: dy @ dense,
                 },
             }
-            read = 2 * rows * I
             for what, runs in passes.items():
-                moved = O * I * (2.5 + 1 / 64) + (read if what == "forward" else 2 * rows * (O + I))
+                further = I if what == "forward" else O + I
+                moved = O * I * (2.5 + 1 / 64) + 2 * rows * further
                 with torch.no_grad() if what == "forward" else torch.enable_grad():
                     t = microseconds(runs, launches=5, repeats=9)
                 bound = t["c"] + moved / 4.24e6
@@ -431,6 +430,24 @@ def nf4_lora_linear() -> None:
                     f"{t['b'] / t['ours']:.2f} | {t['ours'] / bound:.2f} |",
                     flush=True,
                 )
+
+
+def peft_linear(dense: Tensor) -> tuple:
+    """(PEFT's LoRA of rank 16 on bitsandbytes' Linear4bit of [O, I], its packed weight, state)."""
+    import bitsandbytes as bnb
+    import peft
+
+    O, I = dense.shape
+    linear = bnb.nn.Linear4bit(
+        I, O, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+    )
+    linear.weight = bnb.nn.Params4bit(
+        dense.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    module = torch.nn.ModuleDict({"proj": linear}).cuda()
+    lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["proj"])
+    peft.inject_adapter_in_model(lora, module)
+    return module["proj"].to(torch.bfloat16), linear.weight.data, linear.weight.quant_state
 
 
 # ------------------------------------------------------------------------------------ optimizer

@@ -1,7 +1,5 @@
 """Public functions: gradient norm, and clipping with AdamW, over flat buffers."""
 
-from __future__ import annotations
-
 import torch
 from minisft.kernels._impl import use_triton
 from minisft.kernels.adamw.reference import AdamWStep, adamw_reference_, global_norm_reference
@@ -38,9 +36,8 @@ def adamw_(
 ) -> None:
     """Apply one step of AdamW in place to parameters p and moments m and v, given the gradient g.
 
-    p, g, m, v: float32 [n]. norm: [] float32, the norm of the whole gradient; g is then read as
-    scaled by min(1, max_norm / (norm + 1e-6)) and itself not changed. None: no clipping. Raises
-    ValueError unless the four are contiguous float32 of one length.
+    norm: [] float32, the norm of the whole gradient: g is read as if scaled by min(1, max_norm /
+    (norm + 1e-6)). None: no clipping. Raises ValueError unless all are contiguous float32 [n].
     """
     for x in (p_n, g_n, m_n, v_n):
         if x.shape != p_n.shape or x.dtype != torch.float32 or not x.is_contiguous():

@@ -4,8 +4,6 @@ The kernel computes the same formulas; last bits can differ. minisft/optim.py us
 where it calls torch's fused AdamW.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -111,7 +111,6 @@ def reduce_partials_kernel(
 
 def launch_narrow_products(x, right, sizes, out) -> None:
     """out = [x_1 M_1, ...]; right: the M_j stacked by rows, [sum of sizes, R], contiguous."""
-    # the kernel takes three column ends; those of absent matrices are never selected
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))] + [0, 0]
     # best of eight combinations of tile, warps and stages: see README.md
     R, block_t = right.shape[1], 64

@@ -1,7 +1,5 @@
 """Public functions: narrow products, sums over tokens, and where LoRA's columns lie in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -99,10 +97,9 @@ def outer_sum(
 ) -> None:
     """Write partials[s] = sum over the tokens t of split s of left[t] (x) x[t]: LoRA's dA and dB.
 
-    left [T, R] and x [T, N]: one dtype, contiguous columns. row_scale: float32 [T]; column_scale:
-    [N]; both optional factors. partials: float32 [S, R, N], any strides (a transposed view gives
-    [N, R]); overwritten. Summation order depends on S alone, so every run gives the same bits.
-    Raises ValueError if shapes do not match.
+    left [T, R], x [T, N]: one dtype, contiguous columns. row_scale: float32 [T], column_scale [N].
+    partials: float32 [S, R, N], any strides (a transposed view gives [N, R]); overwritten. The
+    order of summation is fixed: same bits in every run. ValueError if shapes do not match.
     """
     R, N = partials_SRN.shape[1:]
     if left_TR.shape[1] != R or x_TN.shape != (left_TR.shape[0], N):

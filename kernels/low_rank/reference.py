@@ -3,8 +3,6 @@
 T tokens  R rank  N features  S splits of the tokens
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Public functions: decode a 4-bit weight, optionally with a LoRA factor concatenated to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,8 +7,6 @@ Kernel and reference round alike: this decode is also the one that minisft/nn.py
 n weights  b blocks of 64  s superblocks of 256 blocks
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

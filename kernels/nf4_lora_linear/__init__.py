@@ -1,5 +1,6 @@
 """y = x dequant(W)^T + b + s (x A^T) B^T for a 4-bit W, forward and backward."""
 
 from minisft.kernels.nf4_lora_linear.op import backward, forward, nf4_lora_linear
+from minisft.kernels.nf4_lora_linear.reference import Adapter
 
-__all__ = ["backward", "forward", "nf4_lora_linear"]
+__all__ = ["Adapter", "backward", "forward", "nf4_lora_linear"]

@@ -1,9 +1,8 @@
-"""Triton: for few rows, a product that decodes the weight in registers and never writes it out.
+"""Triton kernels for few rows: a product that decodes the weight in registers, never to memory.
 
-Such a product is bound by the bytes of the weight, half a byte each. It is cut along the sum too,
-so that small matrices fill the chip; a second launch adds the parts in order, with LoRA and bias.
-The rows of A (forward), or the columns of B (backward), are further programs of the first launch,
-so that u = x A^T, or t = dy B, comes along; dA and dB are made in the second.
+Two launches. The first splits the sum as well as the outputs, so that small matrices fill the chip;
+further programs of it multiply by A (forward: u = x A^T) or B (backward: t = dy B). The second adds
+the partial sums in order, with LoRA and bias; in the backward pass it also computes dA and dB.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
@@ -18,7 +17,8 @@ from minisft.kernels.nf4.kernel import block_scale, quantised_arguments
 
 @triton.jit
 def code_of_lane(code_ptr, LANES: tl.constexpr):
-    """LANES: each thread's own number, the code of its lane modulo 16; else not used."""
+    """Return, with LANES, the code of each thread's lane modulo 16; without it, a dummy."""
+    # sixteen lanes of a warp hold the codebook: a weight is decoded in 3.5 instructions
     if LANES:
         return tl.inline_asm_elementwise(
             "{ .reg .u32 l; .reg .u64 a; mov.u32 l, %laneid; and.b32 l, l, 15; "
@@ -29,12 +29,11 @@ def code_of_lane(code_ptr, LANES: tl.constexpr):
 
 
 @triton.jit
-def looked_up(code_ptr, of_lane, nibble, LANES: tl.constexpr):
-    """The codes of nibbles: bits 0 to 3, whatever is above.
-
-    LANES: handed from lane to lane, which takes no address; bit 4 picks a lane with the same code.
-    """
+def look_up(code_ptr, of_lane, nibble, LANES: tl.constexpr):
+    """Return the codes of nibbles, bits 0 to 3; higher bits are ignored."""
     if LANES:
+        # a shuffle needs no address, where a load takes two instructions to form one. Bit 4 may be
+        # set: lanes 16 to 31 hold the same codes
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [of_lane, nibble],
             dtype=tl.float32, is_pure=True, pack=1,
@@ -49,8 +48,10 @@ def forward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; rows from O on are A's."""
-    BLOCK_K: tl.constexpr = 64  # one block of the quantisation
+    """Write parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; A's follow at O."""
+    # one quantisation block: one scale per row of the tile
+    BLOCK_K: tl.constexpr = 64
+    # let finish_kernel start early; it calls gdc_wait before it reads the parts
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(O, BLOCK_N)
@@ -74,13 +75,13 @@ def forward_parts_kernel(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 (row + start) // BLOCK_K, ok, NESTED, OFFSETS,
             )  # fmt: skip
-            even_w = looked_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
-            odd_w = looked_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
+            even_w = look_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
+            odd_w = look_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
             x = tl.load(
-                x_ptr + m[:, None] * x_stride + start + k[None, :],
-                mask=(m < M)[:, None],
-                other=0.0,
+                x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None], other=0.0
             )
+            # a byte's two nibbles as two products, with the even and the odd columns of x:
+            # interleaving the weights took sixteen barriers a tile
             even_x, odd_x = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
             total = tl.dot(even_w.to(dtype), tl.trans(even_x), total, input_precision="ieee")
             total = tl.dot(odd_w.to(dtype), tl.trans(odd_x), total, input_precision="ieee")
@@ -93,9 +94,7 @@ def forward_parts_kernel(
                 a_ptr + r[:, None] * I + start + k[None, :], mask=(r < R)[:, None], other=0.0
             )
             x = tl.load(
-                x_ptr + m[:, None] * x_stride + start + k[None, :],
-                mask=(m < M)[:, None],
-                other=0.0,
+                x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None], other=0.0
             )
             total = tl.dot(a, tl.trans(x), total, input_precision="ieee")
         rows = O + r
@@ -111,8 +110,8 @@ def backward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; rows from I on are B's."""
-    BLOCK_I: tl.constexpr = 64  # one block of the quantisation
+    """Write parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; B's follow at I."""
+    BLOCK_I: tl.constexpr = 64
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = I // BLOCK_I
@@ -138,8 +137,8 @@ def backward_parts_kernel(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
                 row // BLOCK_I, ok, NESTED, OFFSETS,
             )  # fmt: skip
-            even_w = looked_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
-            odd_w = looked_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
+            even_w = look_up(code_ptr, of_lane, byte >> 4, LANES) * scale[:, None]
+            odd_w = look_up(code_ptr, of_lane, byte, LANES) * scale[:, None]
             dy = tl.load(
                 dy_ptr + m[:, None] * dy_stride + o[None, :],
                 mask=(m < M)[:, None] & ok[None, :],
@@ -147,7 +146,8 @@ def backward_parts_kernel(
             )
             even = tl.dot(dy, even_w.to(dtype), even, input_precision="ieee")
             odd = tl.dot(dy, odd_w.to(dtype), odd, input_precision="ieee")
-        total = tl.interleave(even, odd)  # [BLOCK_M, BLOCK_I]
+        # [BLOCK_M, BLOCK_I]: interleaved once here instead of the weights in every tile
+        total = tl.interleave(even, odd)
         rows = column + tl.arange(0, BLOCK_I)
         keep = rows < I
     else:
@@ -178,10 +178,10 @@ def finish_kernel(
     SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
     GRADS: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum of parts + scaling * low @ lora^T + bias, where low is u or t [M, R].
+    """Write out[m, n] = sum of parts + scaling * low @ lora^T + bias; low: u or t [M, R].
 
-    Forward, low is written too. Backward (GRADS), it makes dA = scaling * t^T x on the way, and
-    dB = scaling * dy^T u is made by further programs.
+    Forward: also writes low. Backward (GRADS): also writes dA = scaling * t^T x, and in further
+    programs dB = scaling * dy^T u.
     """
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, RP)
@@ -205,13 +205,15 @@ def finish_kernel(
                     mask=m_ok[:, None] & n_ok[None, :],
                     other=0.0,
                 )
-        if PDL:  # up to here nothing was read that the first launch writes
+        # lora and x were loaded before: the first launch does not write them
+        if PDL:
             tl.extra.cuda.gdc_wait()
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for split in tl.static_range(SPLITS):
             at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
             total += tl.load(parts_ptr + at, mask=ok, other=0.0)
         if R > 0:
+            # every program adds up the narrow sum itself: no third launch
             low_ok = r_ok[:, None] & m_ok[None, :]
             low = tl.zeros((RP, BLOCK_M), tl.float32)
             for split in tl.static_range(SPLITS):
@@ -244,7 +246,8 @@ def finish_kernel(
             other=0.0,
         )
         db = scaling * tl.dot(dy, u, input_precision="ieee")
-        if PDL:  # whatever was launched before may still fill db's memory
+        # an earlier kernel may still use the memory that db was allocated in
+        if PDL:
             tl.extra.cuda.gdc_wait()
         tl.store(
             db_ptr + o[:, None] * R + r[None, :],
@@ -253,33 +256,37 @@ def finish_kernel(
         )
 
 
-# Columns to a program of the second launch, backward; these and the numbers of programs below are
-# measured.
+# Columns per program of the second launch, backward; like the program counts below, from a sweep.
 FINISH_BACKWARD = 32
 
 
 def _finish_forward(x, R: int) -> int:
-    """The same, forward: as many as fit into shared memory."""
+    """Return the columns per program of the second launch, forward: what fits shared memory."""
     return 64 if padded_rank(R) * x.element_size() < 1024 else 32
 
 
 def _by_lanes(x) -> bool:
-    return x.is_cuda and not torch.version.hip  # the look-up is written in NVIDIA's PTX
+    # the shuffle is written in NVIDIA's PTX
+    return x.is_cuda and not torch.version.hip
 
 
-def _splits(tiles: int, steps: int, programs: int, most: int) -> int:
-    """Parts of the sum, so that tiles * parts comes to `programs`; of four steps each, or more."""
-    return max(1, min(most, programs // tiles, steps // 4))
+def _splits(tiles: int, length: int, programs: int, most: int) -> tuple[int, int]:
+    """Return (splits of a sum of `length` terms, terms per split, a multiple of 64).
+
+    tiles * splits is about `programs`, and a split has at least four blocks of 64.
+    """
+    blocks = triton.cdiv(length, 64)
+    per_split = triton.cdiv(blocks, max(1, min(most, programs // tiles, blocks // 4))) * 64
+    return triton.cdiv(length, per_split), per_split
 
 
-def fused_forward(x, weight, bias, A, B, scaling):
-    """(y, u or None) for at most 64 rows."""
-    M, (O, I), R = x.shape[0], weight.shape, 0 if A is None else A.shape[0]
+def fused_forward(x, weight, bias, adapter):
+    """Return (y, u or None) for at most 64 rows; see `op.forward`."""
+    M, (O, I), (A, B, scaling) = x.shape[0], weight.shape, adapter or (None, None, 1.0)
+    R = 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
     tiles = triton.cdiv(O, block_n)
-    splits = _splits(tiles, I // 64, 1056 if M <= 16 else 528, most=8)
-    per_split = triton.cdiv(I // 64, splits) * 64
-    splits = triton.cdiv(I, per_split)
+    splits, per_split = _splits(tiles, I, 1056 if M <= 16 else 528, most=8)
     parts = torch.empty((splits, O + R, M), dtype=torch.float32, device=x.device)
     pointers, flags = quantised_arguments(weight)
     overlap = pdl_option(x.device)
@@ -301,14 +308,13 @@ def fused_forward(x, weight, bias, A, B, scaling):
     return y, u
 
 
-def fused_backward(dy, x, u, weight, A, B, scaling):
-    """(dx, dA or None, dB or None) for at most 64 rows."""
-    M, (O, I), R = dy.shape[0], weight.shape, 0 if B is None else B.shape[1]
+def fused_backward(dy, x, u, weight, adapter):
+    """Return (dx, dA or None, dB or None) for at most 64 rows; see `op.backward`."""
+    M, (O, I), (A, B, scaling) = dy.shape[0], weight.shape, adapter or (None, None, 1.0)
+    R = 0 if B is None else B.shape[1]
     block_m, block_o = max(16, triton.next_power_of_2(M)), 64
     tiles = I // 64
-    splits = _splits(tiles, triton.cdiv(O, block_o), 528, most=12)
-    per_split = triton.cdiv(triton.cdiv(O, block_o), splits) * block_o
-    splits = triton.cdiv(O, per_split)
+    splits, per_split = _splits(tiles, O, 528, most=12)
     parts = torch.empty((splits, I + R, M), dtype=torch.float32, device=dy.device)
     pointers, flags = quantised_arguments(weight)
     overlap = pdl_option(dy.device)

@@ -1,13 +1,12 @@
-"""Triton: for many rows, the product with a decoded weight that begins with LoRA's update.
+"""Triton kernels for many rows: one product with a decoded weight that includes the LoRA update.
 
-A tile of the result starts as scaling * left @ right, one product of the rank, and the large
-product is added to it in registers: the update is neither written nor read. Tiles come through
-the tensor memory accelerator, and each program walks over several of them.
+A tile of the result starts as scaling * left @ right (inner dimension: the rank) and the large
+product is added in registers, so the update is neither written nor read. Tiles are loaded by the
+tensor memory accelerator (TMA); the kernel is persistent.
 
-The backward pass is five launches, of which two run beside their neighbours (on GPUs that can,
-and only such take this way): the decode beside t and the parts of dB, since nothing of theirs is
-its own; the parts of dA beside the product, on the num_sms that it leaves free, and on all of
-them as it ends.
+Backward is five launches, two of which overlap with their predecessor by PDL: the decode with t and
+the partial sums of dB, which share no memory with it; the partial sums of dA with the product, on
+the multiprocessors that the product leaves idle.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -27,6 +26,7 @@ from minisft.kernels._triton import (
     shared_memory,
     wait_at_the_end,
 )
+from minisft.kernels.low_rank import LowRank
 from minisft.kernels.nf4 import dequantize
 from minisft.kernels.nf4.kernel import launch_dequantize
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -39,14 +39,16 @@ def product_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling * left @ right + x @ w; x, w, y are descriptors. W_IS_NK: w holds w^T."""
+    """Write y = scaling * left @ right + x @ w; x, w, y: TMA descriptors. W_IS_NK: w holds w^T."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+    # after the wait: t is then complete, and only this kernel may still run (`pdl_option`)
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
-        group = tile // (GROUP * blocks_n)  # neighbours in time share rows and columns in the cache
+        # GROUP row blocks by all columns: programs that run together share rows and columns in L2
+        group = tile // (GROUP * blocks_n)
         size = tl.minimum(blocks_m - group * GROUP, GROUP)
         m = (group * GROUP + tile % (GROUP * blocks_n) % size) * BLOCK_M
         n = tile % (GROUP * blocks_n) // size * BLOCK_N
@@ -81,11 +83,11 @@ def _store_sum(
     R: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on.
+    """Write parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on.
 
-    x is a descriptor, and the left operand of the product: the tensor cores read it from where it
-    was copied to. first: a multiple of BLOCK_T, and last too, or the end of x.
+    x: a TMA descriptor. first: a multiple of BLOCK_T; last: the same, or the end of x.
     """
+    # x is the left operand: the tensor cores then read it from shared memory
     r = tl.arange(0, RP)
     total = tl.zeros((BLOCK_N, RP), tl.float32)
     for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
@@ -107,8 +109,9 @@ def from_dy_kernel(
     R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """For each split of the rows, side by side so that they meet in the cache: t = dy B, BLOCK_T
-    rows a program, and parts[split] [O, R] of dy^T u, BLOCK_N columns a program.
+    """Write t = dy B (BLOCK_T rows a program) and parts[split] [O, R] of dy^T u (BLOCK_N columns).
+
+    Both halves of a split run at the same time, so that they share its rows of dy in the cache.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -145,11 +148,9 @@ def parts_of_dA_kernel(
     R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] [I, R] of x^T t, over `large` rows in the first LARGE splits, `small` in others.
-
-    The kernel before let it start when t was there, and what it writes itself is not read here: it
-    is waited for at the end, so that this one has not ended before it.
-    """
+    """Write parts[split] [I, R] of x^T t: `large` rows in the first LARGE splits, then `small`."""
+    # no wait at the start: product_kernel lets this kernel start when t is complete, and what it
+    # writes itself is not read here
     blocks = tl.cdiv(I, BLOCK_N)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     first = tl.minimum(split, LARGE) * large + tl.maximum(split - LARGE, 0) * small
@@ -167,14 +168,13 @@ def _sum_of_parts(
     parts_ptr, N, block, scaling, PARTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_N rows of the parts [PARTS, N, R]: scaling times their sum, in order; which rows
-    these are; the mask of what is there.
-    """
+    """Return (scaling * sum of parts, rows n, mask) for BLOCK_N rows of parts [PARTS, N, R]."""
     n, r = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
     ok = (n < N)[:, None] & (r < R)[None, :]
     at = parts_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
     total = tl.zeros((BLOCK_N, RP), tl.float32)
-    for part in tl.static_range(PARTS):  # unrolled: all are on their way at once
+    # unrolled, so that all loads are issued at once: a loop would wait eight times
+    for part in tl.static_range(PARTS):
         total += tl.load(at + part * N.to(tl.int64) * R, mask=ok, other=0.0)
     return scaling * total, n, ok
 
@@ -185,7 +185,7 @@ def add_parts_kernel(
     PARTS_B: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dA [R, I] and dB [O, R]: scaling times the parts, added in order."""
+    """Write dA [R, I] and dB [O, R]: scaling times the parts, added in order."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     blocks, r = tl.cdiv(I, BLOCK_N), tl.arange(0, RP)
@@ -203,15 +203,20 @@ def add_parts_kernel(
         tl.store(at, total.to(dB_ptr.dtype.element_ty), mask=ok)
 
 
-BLOCKS = (128, 256, 64)  # rows, columns and inputs of a product's tile
-BLOCK_T = 64  # rows at a time of a sum over rows, and of t
-LARGE = 3  # large splits of dA: what the product leaves time for
-ADDED = 16  # rows of dA^T or of dB whose parts a program adds
+# Rows, columns and inputs of a product's tile. 256 x 128 is within 3 %, 128 x 128 35 % slower.
+BLOCKS = (128, 256, 64)
+# Rows per step of the sums over rows, and rows of t per program.
+BLOCK_T = 64
+# Large splits of dA: the work that idle multiprocessors finish while the product runs.
+LARGE = 3
+# Rows of dA^T or dB per program of add_parts_kernel.
+ADDED = 16
 
 
-def takes(x, weight, rank: int) -> bool:
-    """Whether it goes this way: some rows, ranks up to 256, rows of whole 16 bytes; on a GPU
-    also half precision and the shared memory of an H100 (compute capability 9.0 and 10.0).
+def supports(x, weight, rank: int) -> bool:
+    """Return True if this path applies: at least one row, rank 1 to 256, rows of whole 16 bytes.
+
+    On a GPU also half precision, PDL and the shared memory of an H100 (capability 9.0 and 10.0).
     """
     whole = _aligned(x) and all(n * x.element_size() % 16 == 0 for n in weight.shape)
     able = pdl_option(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
@@ -219,63 +224,61 @@ def takes(x, weight, rank: int) -> bool:
 
 
 def _aligned(x) -> bool:
-    """Whether each row begins on 16 bytes, as the tensor memory accelerator asks for."""
+    """Return True if every row is 16-byte aligned, which TMA requires."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
-def suits(x, columns: int, rank: int) -> bool:
-    """Whether this is the fastest way to a result of that many columns (measured: README.md).
-
-    It is where its tiles come out as whole rounds of all num_sms, or nearly so, and the rank is
-    at most 64.
-    """
+def is_fastest(x, columns: int, rank: int) -> bool:
+    """Return True if this path beats cuBLAS for a result [M, columns] (measured: README.md)."""
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
-    side_by_side = num_sms(x.device)
-    return rank <= 64 and tiles >= 0.9 * triton.cdiv(tiles, side_by_side) * side_by_side
+    sms = num_sms(x.device)
+    # the tiles must fill 90 % of their waves: cuBLAS has smaller tiles for the rest
+    return rank <= 64 and tiles >= 0.9 * triton.cdiv(tiles, sms) * sms
 
 
 class Splits(NamedTuple):
-    """How the sums over rows are cut: dB's into equal parts, dA's into LARGE large, then small."""
+    """Splits of the sums over rows: dB's of equal size, dA's LARGE large ones, then small ones."""
 
     for_dB: int
-    rows: int  # of each of them
+    rows: int  # per split of dB
     for_dA: int
-    large: int  # rows
+    large: int  # rows per large split of dA
     small: int
 
 
 def splits_of(M: int, blocks: int, padded: int) -> Splits:
-    """For M rows of dy in `blocks` blocks of columns, and a rank padded to `padded`.
-
-    The small ones are what is left as the product ends. Parts are written and read again, so the
-    wider or the more columns they have, the fewer there are; a power of two, as it is compiled in.
-    """
+    """Return the splits for M rows of dy in `blocks` blocks of columns, at a padded rank."""
+    # parts are written and read again: the more columns, the fewer splits
     for_dB = max(1, min(max(4, M // 1024), 16, 256 // blocks))
+    # a power of two: the number is a constexpr, and every value compiles a kernel
     for_dB = 1 << (for_dB.bit_length() - 1)
+    # small splits share the last quarter: little is left to run when the product ends. Equal splits
+    # take 2 to 3 us more
     large, small_ones = M // 4 // BLOCK_T * BLOCK_T, max(1, 128 // padded)
     small = rows_per_split(M - LARGE * large, small_ones)
     return Splits(for_dB, rows_per_split(M, for_dB), LARGE + small_ones, large, small)
 
 
-def forward(x, weight, bias, A, B, scaling):
-    """(y, u), as `op.forward`."""
+def forward(x, weight, bias, adapter):
+    """Return (y, u); see `op.forward`."""
+    A, B, scaling = adapter
     u, w = x @ A.T, dequantize(weight, x.dtype, pdl=True)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    _launch_product(x, w, y, u, B.T, scaling, w_is_nk=True, followed=False)
+    _launch_product(x, w, y, LowRank(u, B.T, scaling), w_is_nk=True, followed=False)
     return (y if bias is None else y.add_(bias)), u
 
 
-def backward(dy, x, u, weight, A, B, scaling):
-    """(dx, dA, dB), as `op.backward`.
-
-    All memory is taken first: where torch fills it, it does so before a launch that waits for it.
-    """
+def backward(dy, x, u, weight, adapter):
+    """Return (dx, dA, dB); see `op.backward`."""
+    A, B, scaling = adapter
     x, B = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format), B.contiguous()
     (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
     overlap, padded = pdl_option(dy.device), padded_rank(R)
     columns = 128 if padded <= 64 else 64
     splits = splits_of(M, triton.cdiv(O, columns), padded)
     empty = functools.partial(torch.empty, device=dy.device)
+    # allocated before the first launch, which waits: in deterministic mode torch fills new memory
+    # by kernels of its own, and the launches below do not all wait for their predecessor
     t, w, dx, dA, dB = (
         empty(shape, dtype=dy.dtype) for shape in ((M, R), (O, I), (M, I), (R, I), (O, R))
     )
@@ -289,7 +292,7 @@ def backward(dy, x, u, weight, A, B, scaling):
         describe(dy), B, t, u, u.stride(0), parts_B, M, O, splits.rows, **tiles, **shared
     )
     launch_dequantize(weight, w, pdl=True, wait_last=True)
-    _launch_product(dy, w, dx, t, A, scaling, w_is_nk=False, followed=True)
+    _launch_product(dy, w, dx, LowRank(t, A, scaling), w_is_nk=False, followed=True)
     parts_of_dA_kernel[(splits.for_dA * triton.cdiv(I, columns),)](
         describe(x), t, parts_A, M, I, splits.large, splits.small, LARGE=LARGE, **tiles, **shared
     )
@@ -300,15 +303,17 @@ def backward(dy, x, u, weight, A, B, scaling):
     return dx, dA, dB
 
 
-def _launch_product(x, w, y, left, right, scaling, *, w_is_nk: bool, followed: bool) -> None:
-    """y = scaling * left [M, R] @ right [R, N] + x [M, K] @ w; w is [K, N] or, w_is_nk, [N, K].
+def _launch_product(x, w, y, update: LowRank, *, w_is_nk: bool, followed: bool) -> None:
+    """Write y = update + x [M, K] @ w; w is [K, N] or, if w_is_nk, [N, K].
 
-    x and w: contiguous, rows of a multiple of 16 bytes. followed: by a kernel that may start as
-    soon as what this one waits for is there. As few programs as need no further round.
+    x and w: contiguous, rows of whole 16 bytes. followed: let the next kernel start as soon as the
+    predecessors of this one have ended.
     """
+    left, right, scaling = update
     (M, K), N, R = x.shape, right.shape[1], left.shape[1]
     block_m, block_n, block_k = BLOCKS
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    # as few programs as finish in the same number of waves: the rest of the chip stays free for dA
     programs = triton.cdiv(tiles, triton.cdiv(tiles, num_sms(x.device)))
     overlap = pdl_option(x.device)
     product_kernel[(programs,)](

@@ -1,49 +1,46 @@
-"""The public functions, and their registration: compile, checkpointing and autograd see one op."""
-
-from __future__ import annotations
+"""Public functions, and the registered op that compile, checkpointing and autograd see as one."""
 
 import torch
 from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_concat_columns_B
-from minisft.kernels.nf4_lora_linear.reference import backward_reference, forward_reference
+from minisft.kernels.nf4_lora_linear.reference import Adapter, backward_reference, forward_reference
 from torch import Tensor
 
-FUSED_ROWS = 64  # up to here the weight is decoded inside the product (measured: README.md)
+# Up to this many rows the weight is decoded inside the product (measured: README.md).
+FUSED_ROWS = 64
 
 
 def forward(
     x_MI: Tensor,
     weight: NF4Weight,
     bias_O: Tensor | None,
-    A_RI: Tensor | None,
-    B_OR: Tensor | None,
-    scaling: float,
+    adapter: Adapter | None,
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """(y = x W^T + bias + scaling * (x A^T) B^T [M, O], u = x A^T [M, R] or None).
+    """Return (y = x W^T + bias + scaling * (x A^T) B^T [M, O], u = x A^T [M, R] or None).
 
-    x, bias, A, B: one dtype (bfloat16, float16, float32), x's columns contiguous, A and B
-    contiguous; A and B both or neither. Neither autograd nor the decoded matrix is left behind.
-    impl: "fused" (at most 64 rows), "joined" (decode, then one product of our own with LoRA in it),
-    "decode" (decode, then cuBLAS), "reference", or "auto".
+    x, bias, A, B: one dtype (bfloat16, float16, float32); columns of x contiguous. Not
+    differentiable; the decoded matrix is freed. impl: "fused" (at most 64 rows), "joined" (decode,
+    then one product kernel that includes LoRA), "decode" (decode, then cuBLAS), "reference" or
+    "auto". Raises ValueError if an explicitly requested impl does not apply.
     """
-    impl = _impl(impl, x_MI, weight, A_RI, weight.shape[0])
+    impl = _choose(impl, x_MI, weight, adapter, weight.shape[0])
     if impl == "reference":
-        return forward_reference(x_MI, weight, bias_O, A_RI, B_OR, scaling)
+        return forward_reference(x_MI, weight, bias_O, adapter)
     if impl == "fused":
         from minisft.kernels.nf4_lora_linear.kernel import fused_forward
 
-        return fused_forward(x_MI, weight, bias_O, A_RI, B_OR, scaling)
-    if A_RI is None or B_OR is None:
+        return fused_forward(x_MI, weight, bias_O, adapter)
+    if adapter is None:
         w_OI = dequantize(weight, x_MI.dtype)
         return torch.nn.functional.linear(x_MI, w_OI, bias_O), None
     if impl == "joined":
         from minisft.kernels.nf4_lora_linear import many_rows
 
-        return many_rows.forward(x_MI, weight, bias_O, A_RI, B_OR, scaling)
-    O, I = weight.shape
-    if O >= 4 * I:  # many outputs: [x, u] times [W, scaling * B] writes y once
-        R = A_RI.shape[0]
+        return many_rows.forward(x_MI, weight, bias_O, adapter)
+    (O, I), (A_RI, B_OR, scaling), R = weight.shape, adapter, adapter.A_RI.shape[0]
+    # many outputs: copying x to [x, u] and writing y once costs less than reading y again
+    if O >= 4 * I:
         x_ext = torch.empty((x_MI.shape[0], I + R), dtype=x_MI.dtype, device=x_MI.device)
         x_ext[:, :I] = x_MI
         torch.mm(x_MI, A_RI.T, out=x_ext[:, I:])
@@ -51,9 +48,10 @@ def forward(
         dequantize_concat_columns_B(weight, (B_OR,), (O,), scaling, w, pdl=True)
         return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
-    y_MO = _scaled(u_MR, B_OR.T, scaling)
+    y_MO = _scaled_product(u_MR, B_OR.T, scaling)
     w_OI = dequantize(weight, x_MI.dtype, pdl=True)
-    y_MO.addmm_(x_MI, w_OI.T)  # the product adds itself to what is there
+    # the update first: the large product then adds to it in its own epilogue
+    y_MO.addmm_(x_MI, w_OI.T)
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
 
@@ -62,49 +60,47 @@ def backward(
     x_MI: Tensor,
     u_MR: Tensor | None,
     weight: NF4Weight,
-    A_RI: Tensor | None,
-    B_OR: Tensor | None,
-    scaling: float,
+    adapter: Adapter | None,
     *,
     need_dx: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx [M, I], dA [R, I], dB [O, R]), each None where there is none; in dy's dtype. No dW.
+    """Return (dx [M, I] if need_dx, dA [R, I], dB [O, R]) in dy's dtype; otherwise None. No dW.
 
-    u: what `forward` returned. dtypes, layouts and impl as there; dy's columns contiguous.
+    u: as returned by `forward`, None without adapter. dtypes, layouts, impl and errors as there;
+    columns of dy contiguous.
     """
-    impl = _impl(impl, dy_MO, weight, A_RI, weight.shape[1])
+    impl = _choose(impl, dy_MO, weight, adapter, weight.shape[1])
     if impl == "reference":
-        return backward_reference(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling, need_dx)
+        return backward_reference(dy_MO, x_MI, u_MR, weight, adapter, need_dx)
     if impl == "fused" and need_dx:
         from minisft.kernels.nf4_lora_linear.kernel import fused_backward
 
-        return fused_backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
-    if impl == "joined" and A_RI is not None and B_OR is not None and u_MR is not None and need_dx:
+        return fused_backward(dy_MO, x_MI, u_MR, weight, adapter)
+    if adapter is None:
+        return (dy_MO @ dequantize(weight, dy_MO.dtype) if need_dx else None), None, None
+    assert u_MR is not None
+    if impl == "joined" and need_dx:
         from minisft.kernels.nf4_lora_linear import many_rows
 
-        return many_rows.backward(dy_MO, x_MI, u_MR, weight, A_RI, B_OR, scaling)
-    dx_MI = t_MR = None
-    if B_OR is not None and A_RI is not None:
-        t_MR = dy_MO @ B_OR
-        if need_dx:
-            dx_MI = _scaled(t_MR, A_RI, scaling)
-            dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype, pdl=True))
-    elif need_dx:
-        dx_MI = dy_MO @ dequantize(weight, dy_MO.dtype)
-    if t_MR is None or u_MR is None:
-        return dx_MI, None, None
-    return dx_MI, _scaled(t_MR.T, x_MI, scaling), _scaled(dy_MO.T, u_MR, scaling)
+        return many_rows.backward(dy_MO, x_MI, u_MR, weight, adapter)
+    A_RI, B_OR, scaling = adapter
+    dx_MI, t_MR = None, dy_MO @ B_OR
+    if need_dx:
+        dx_MI = _scaled_product(t_MR, A_RI, scaling)
+        dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype, pdl=True))
+    dA_RI, dB_OR = _scaled_product(t_MR.T, x_MI, scaling), _scaled_product(dy_MO.T, u_MR, scaling)
+    return dx_MI, dA_RI, dB_OR
 
 
-def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * a b, scaled before the one rounding, in the launch of the product."""
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return scaling * a b: one launch, scaled before the one rounding."""
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
     return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
-def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: int) -> str:
-    """The way to go, for a result of that many columns."""
+def _choose(impl: str, x: Tensor, weight: NF4Weight, adapter: Adapter | None, columns: int) -> str:
+    """Return the implementation to use for the rows of x and a result of `columns` columns."""
     if impl not in ("auto", "fused", "joined", "decode", "reference"):
         raise ValueError(f"impl is {impl!r}; expected auto, fused, joined, decode or reference")
     fused = weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < x.shape[0] <= FUSED_ROWS
@@ -120,22 +116,22 @@ def _impl(impl: str, x: Tensor, weight: NF4Weight, A: Tensor | None, columns: in
         return "reference"
     if impl == "auto" and fused:
         return "fused"
-    from minisft.kernels.nf4_lora_linear.many_rows import suits, takes
+    from minisft.kernels.nf4_lora_linear.many_rows import is_fastest, supports
 
-    rank = 0 if A is None else A.shape[0]
-    joined = takes(x, weight, rank)
+    rank = 0 if adapter is None else adapter.A_RI.shape[0]
+    joined = supports(x, weight, rank)
     if impl == "joined" and not joined:
         raise ValueError(
-            "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and one row or "
-            "more of whole 16 bytes, on a GPU in half precision and with 227 KiB of shared memory; "
-            f"got x {tuple(x.shape)} {x.dtype}, a weight {weight.shape}, "
-            f"{'no adapter' if A is None else f'rank {A.shape[0]}'}"
+            "nf4_lora_linear: the joined product takes an adapter of rank 1 to 256 and one or more "
+            "rows that are multiples of 16 bytes, on a GPU in half precision and with 227 KiB of "
+            f"shared memory; got x {tuple(x.shape)} {x.dtype}, a weight {weight.shape}, "
+            f"{f'rank {rank}' if rank else 'no adapter'}"
         )
-    return "joined" if joined and (impl == "joined" or suits(x, columns, rank)) else "decode"
+    return "joined" if joined and (impl == "joined" or is_fastest(x, columns, rank)) else "decode"
 
 
 # --------------------------------------------------------------------------------- registration
-# An op takes tensors and numbers: a 4-bit weight travels as its six tensors and four numbers.
+# An op takes tensors and numbers only: a 4-bit weight is passed as its six tensors, four numbers.
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, "
@@ -165,23 +161,22 @@ def _pack(weight: NF4Weight) -> tuple:
 
 @torch.library.impl("minisft::nf4_lora_linear", ("CPU", "CUDA"))
 def _forward_impl(x, bias, A, B, scaling, *parts):
-    y, u = forward(x, _unpack(parts), bias, A, B, scaling)
+    y, u = forward(x, _unpack(parts), bias, None if A is None else Adapter(A, B, scaling))
+    # an op returns no None: an empty tensor stands for it
     return y, x.new_empty((x.shape[0], 0)) if u is None else u
 
 
 @torch.library.register_fake("minisft::nf4_lora_linear")
 def _forward_fake(x, bias, A, B, scaling, *parts):
-    return x.new_empty((x.shape[0], parts[6])), x.new_empty(
-        (x.shape[0], 0 if A is None else A.shape[0])
-    )
+    M, R = x.shape[0], 0 if A is None else A.shape[0]
+    return x.new_empty((M, parts[6])), x.new_empty((M, R))
 
 
 @torch.library.impl("minisft::nf4_lora_linear_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, x, u, A, B, scaling, need_dx, *parts):
-    grads = backward(
-        dy.contiguous(), x, None if A is None else u, _unpack(parts), A, B, scaling,
-        need_dx=need_dx,
-    )  # fmt: skip
+    adapter, u = (None, None) if A is None else (Adapter(A, B, scaling), u)
+    # autograd may hand over an expanded dy, such as that of sum()
+    grads = backward(dy.contiguous(), x, u, _unpack(parts), adapter, need_dx=need_dx)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -212,15 +207,8 @@ def _backward(ctx, dy, du):
         dy, x, u, A, B, scaling, need_dx, *tensors, *numbers
     )
     dbias = dy.sum(0) if has_bias and ctx.needs_input_grad[1] else None
-    adapted = A is not None
-    return (
-        dx if need_dx else None,
-        dbias,
-        dA if adapted else None,
-        dB if adapted else None,
-        None,
-        *none,
-    )
+    dA, dB = (None, None) if A is None else (dA, dB)
+    return dx if need_dx else None, dbias, dA, dB, None, *none
 
 
 torch.library.register_autograd("minisft::nf4_lora_linear", _backward, setup_context=_setup_context)
@@ -234,17 +222,17 @@ def nf4_lora_linear(
     B_OR: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """x dequant(W)^T + bias + scaling * (x A^T) B^T, [M, O], differentiable in x, bias, A and B.
+    """Return x dequant(W)^T + bias + scaling * (x A^T) B^T, [M, O], differentiable except in W.
 
-    The op `minisft::nf4_lora_linear`: torch.compile takes it whole, activation checkpointing can
-    name it, and what it keeps is x and u = x A^T, never a decoded matrix. dtypes as `forward`.
-    Raises ValueError where shapes or dtypes do not fit.
+    Calls the op `minisft::nf4_lora_linear`: torch.compile treats it as one node, a selective
+    checkpointing policy can name it, and it saves x and u = x A^T, never a decoded matrix. dtypes
+    as in `forward`. Raises ValueError if shapes or dtypes do not match.
     """
     O, I = weight.shape
     if x_MI.dim() != 2 or x_MI.shape[1] != I:
         raise ValueError(f"nf4_lora_linear: x is {tuple(x_MI.shape)}; expected [rows, {I}]")
     if (A_RI is None) != (B_OR is None):
-        raise ValueError("nf4_lora_linear: A and B come together or not at all")
+        raise ValueError("nf4_lora_linear: A and B must be given together or not at all")
     if A_RI is not None and B_OR is not None:
         R = A_RI.shape[0]
         if A_RI.shape != (R, I) or B_OR.shape != (O, R):

@@ -1,9 +1,12 @@
-"""The definition in plain torch: decode, then three matrix products.
+"""Specification in plain torch: decode, then three matrix products.
+
+This rounds as PEFT does (and minisft/nn.py with a 16-bit weight): the products, the scaled update
+and the sum each to the input dtype. The kernels add the update in float32 and round once.
 
 M rows  I inputs  O outputs  R rank
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from minisft.kernels.nf4 import NF4Weight
@@ -11,20 +14,23 @@ from minisft.kernels.nf4.reference import dequantize_reference
 from torch import Tensor
 
 
+class Adapter(NamedTuple):
+    """A LoRA update scaling * (x A^T) B^T; A and B contiguous, in the dtype of x."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scaling: float
+
+
 def forward_reference(
-    x_MI: Tensor,
-    weight: NF4Weight,
-    bias_O: Tensor | None,
-    A_RI: Tensor | None,
-    B_OR: Tensor | None,
-    scaling: float,
+    x_MI: Tensor, weight: NF4Weight, bias_O: Tensor | None, adapter: Adapter | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [M, O], u = x A^T [M, R] or None), rounded as PEFT rounds them."""
+    """Return (y [M, O], u = x A^T [M, R] or None)."""
     y_MO = F.linear(x_MI, dequantize_reference(weight, x_MI.dtype), bias_O)
-    if A_RI is None or B_OR is None:
+    if adapter is None:
         return y_MO, None
-    u_MR = F.linear(x_MI, A_RI)
-    return y_MO + F.linear(u_MR, B_OR) * scaling, u_MR
+    u_MR = F.linear(x_MI, adapter.A_RI)
+    return y_MO + F.linear(u_MR, adapter.B_OR) * adapter.scaling, u_MR
 
 
 def backward_reference(
@@ -32,17 +38,14 @@ def backward_reference(
     x_MI: Tensor,
     u_MR: Tensor | None,
     weight: NF4Weight,
-    A_RI: Tensor | None,
-    B_OR: Tensor | None,
-    scaling: float,
+    adapter: Adapter | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB): with t = s dy B, dx = dy W + t A, dA = t^T x, dB = s dy^T u. No dW."""
-    t_MR = None if B_OR is None else (dy_MO @ B_OR) * scaling
-    dx_MI = None
-    if need_dx:
-        dx_MI = dy_MO @ dequantize_reference(weight, dy_MO.dtype)
-        dx_MI = dx_MI if t_MR is None or A_RI is None else dx_MI + t_MR @ A_RI
-    if t_MR is None or u_MR is None:
+    """Return (dx, dA, dB): with t = s dy B, dx = dy W + t A, dA = t^T x, dB = s dy^T u."""
+    dx_MI = dy_MO @ dequantize_reference(weight, dy_MO.dtype) if need_dx else None
+    if adapter is None:
         return dx_MI, None, None
-    return dx_MI, t_MR.T @ x_MI, (dy_MO.T @ u_MR) * scaling
+    assert u_MR is not None
+    t_MR = (dy_MO @ adapter.B_OR) * adapter.scaling
+    dx_MI = None if dx_MI is None else dx_MI + t_MR @ adapter.A_RI
+    return dx_MI, t_MR.T @ x_MI, (dy_MO.T @ u_MR) * adapter.scaling

@@ -140,8 +140,7 @@ def launch_add_rms_norm(x, y, delta, weight, eps, h) -> tuple[torch.Tensor, torc
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
         h.stride(0), delta.scale, eps,
         D=D, R=R, RP=padded, BLOCK_M=16, BLOCK_D=block, BLOCK_H=min(1024, whole),
-        STAGES=stages(x.device, padded),
-        num_warps=8,
+        STAGES=stages(x.device, padded), num_warps=8,
     )  # fmt: skip
     return out, rstd
 

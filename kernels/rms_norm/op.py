@@ -1,7 +1,5 @@
 """Public functions: residual sum with RMSNorm, the norm recomputed, and the gradient."""
 
-from __future__ import annotations
-
 from minisft.kernels._impl import use_triton
 from minisft.kernels.low_rank import LowRank, empty_rows
 from minisft.kernels.rms_norm.reference import (

@@ -6,8 +6,6 @@ the call. Here x, y and the LoRA update are added in float32 and rounded once, a
 T tokens  D hidden  R rank
 """
 
-from __future__ import annotations
-
 import torch
 from minisft.kernels.low_rank.reference import LowRank, add_reference
 from torch import Tensor
@@ -30,11 +28,7 @@ def normalise_reference(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tenso
 
 
 def rms_norm_backward_reference(
-    dh_TD: Tensor,
-    x_TD: Tensor,
-    weight_D: Tensor,
-    rstd_T: Tensor,
-    dresidual_TD: Tensor | None,
+    dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, dresidual_TD: Tensor | None
 ) -> Tensor:
     """Return dx = (g - n * mean(g * n)) / rms(x) + dresidual, g = dh * weight, n = x / rms(x)."""
     rstd = rstd_T.unsqueeze(1)

@@ -129,7 +129,6 @@ def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
     T, H = cos.shape
     N, K = grads[0].shape[1], grads[1].shape[1]
     d_args, u_args, ranks = [], [], []
-    # without partials nothing fixes the number of splits
     splits = next((p.shape[0] for p in partials if p is not None), 8)
     for grad, u, partial in zip(grads, us, partials, strict=True):
         d_args += [grad, grad.stride(0), grad.stride(1)]

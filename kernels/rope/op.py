@@ -1,7 +1,5 @@
 """Public functions: rotate queries and keys, and the inverse for their gradients."""
 
-from __future__ import annotations
-
 from minisft.kernels._impl import use_triton
 from minisft.kernels.rope.reference import Three, rope_backward_reference, rope_reference_
 from torch import Tensor

@@ -6,8 +6,6 @@ rotates in the dtype of q and k. Here all is float32 and rounded once, as in the
 T tokens  N query heads  K key/value heads  H head_dim  R rank  S splits of the tokens
 """
 
-from __future__ import annotations
-
 import torch
 from minisft.kernels.low_rank.reference import outer_sum_reference
 from torch import Tensor

@@ -85,7 +85,6 @@ def swiglu_backward_kernel(
         if RU > 0:
             total_u = _add_outer(total_u, u_left, u_left_stride, rows64, row_ok, du, RU, PU)
         if RD > 0:
-            # silu(gate) * up is recomputed here and never written
             a = materialized_once((silu * u).to(dtype), PIN)
             total_d = _add_outer(total_d, d_left, d_left_stride, rows64, row_ok, a, RD, PD)
     if RG > 0:

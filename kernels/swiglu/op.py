@@ -1,7 +1,5 @@
 """Public functions: SwiGLU of the concatenated gate and up, and its gradients in place."""
 
-from __future__ import annotations
-
 from minisft.kernels._impl import use_triton
 from minisft.kernels.low_rank import empty_rows
 from minisft.kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference

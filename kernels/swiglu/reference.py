@@ -6,8 +6,6 @@ silu(gate) before the product. Here all is float32 and rounded once, as in the k
 T tokens  F ffn  R rank  S splits of the tokens
 """
 
-from __future__ import annotations
-
 import torch
 from minisft.kernels.low_rank.reference import outer_sum_reference
 from torch import Tensor

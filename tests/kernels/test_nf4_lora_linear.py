@@ -7,9 +7,9 @@ import torch
 from fused import DEVICE, DTYPES, GPU, close, rand, wide
 from minisft.kernels._triton import num_sms
 from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
-from minisft.kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
+from minisft.kernels.nf4_lora_linear import Adapter, backward, forward, many_rows, nf4_lora_linear
 from minisft.kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL
-from minisft.kernels.nf4_lora_linear.many_rows import suits
+from minisft.kernels.nf4_lora_linear.many_rows import is_fastest
 from torch.utils.checkpoint import checkpoint
 
 IMPLS = ("fused", "decode")
@@ -21,6 +21,10 @@ def make(M, I, O, R, dtype, double_quant=True, bias=False):
     B = rand(O, R, dtype=dtype, seed=3, scale=0.3) if R else None
     b = rand(O, dtype=dtype, seed=4) if bias else None
     return rand(M, I, dtype=dtype, seed=1), weight, b, A, B
+
+
+def lora(A, B, scaling=0.5):
+    return None if A is None else Adapter(A, B, scaling)
 
 
 def exact(x, weight, bias, A, B, s):
@@ -45,13 +49,13 @@ def test_forward_and_backward(case, impl, double_quant, dtype):
     if GPU and impl == "joined" and dtype == torch.float32:
         pytest.skip("the joined product takes half precision")
     x, weight, bias, A, B = make(*case, dtype, double_quant, bias=case[0] % 2 == 1)
-    y, u = forward(x, weight, bias, A, B, 0.5, impl=impl)
-    y_ref, u_ref = forward(x, weight, bias, A, B, 0.5, impl="reference")
+    y, u = forward(x, weight, bias, lora(A, B), impl=impl)
+    y_ref, u_ref = forward(x, weight, bias, lora(A, B), impl="reference")
     leaves, truth = exact(x, weight, bias, A, B, 0.5)
     close(y, y_ref, truth.detach(), "y")
     dy = rand(*y.shape, dtype=dtype, seed=5)
-    grads = backward(dy, x, u, weight, A, B, 0.5, impl=impl)
-    expected = backward(dy, x, u_ref, weight, A, B, 0.5, impl="reference")
+    grads = backward(dy, x, u, weight, lora(A, B), impl=impl)
+    expected = backward(dy, x, u_ref, weight, lora(A, B), impl="reference")
     there = [leaf for leaf in leaves if leaf is not None]
     truths = iter(torch.autograd.grad(truth, there, dy.double()))
     for name, leaf, grad, ref in zip(("dx", "dA", "dB"), leaves, grads, expected, strict=True):
@@ -59,7 +63,7 @@ def test_forward_and_backward(case, impl, double_quant, dtype):
             assert grad is None
         else:
             close(grad, ref, next(truths), name)
-    nothing = backward(dy, x, u, weight, A, B, 0.5, need_dx=False, impl=impl)
+    nothing = backward(dy, x, u, weight, lora(A, B), need_dx=False, impl=impl)
     assert nothing[0] is None
 
 
@@ -74,9 +78,9 @@ def test_nothing_is_read_that_was_not_written(impl, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     x, weight, bias, A, B = make(16, 128, 72, 4, torch.float16)
-    y, u = forward(x, weight, bias, A, B, 0.5, impl=impl)
+    y, u = forward(x, weight, bias, lora(A, B), impl=impl)
     assert y.isfinite().all()
-    for grad in backward(y, x, u, weight, A, B, 0.5, impl=impl):
+    for grad in backward(y, x, u, weight, lora(A, B), impl=impl):
         assert grad.isfinite().all()
 
 
@@ -169,14 +173,14 @@ def test_a_policy_can_name_the_op():
     assert (True, False) in calls
 
 
-def test_the_joined_product_suits_whole_rounds_of_tiles_at_ranks_up_to_64():
-    """Of 128 x 256; the num_sms are two where there is no GPU."""
+def test_the_joined_product_is_fastest_at_full_waves_and_ranks_up_to_64():
+    """Tiles of 128 x 256; num_sms is two without a GPU."""
     many = num_sms(torch.device(DEVICE)) // 2
     x = torch.empty(128, 8, device=DEVICE)
-    assert suits(x, 2 * many * 256, 64) and not suits(x, 2 * many * 256, 65)
-    assert suits(x.expand(2 * many, 128, 8).flatten(0, 1), 256, 16)
-    assert not suits(x, 256, 16) and not suits(x, (2 * many + 1) * 256, 16)
-    assert suits(x, 2 * many * 256 * 9 + 1, 16)  # nine rounds and a little
+    assert is_fastest(x, 2 * many * 256, 64) and not is_fastest(x, 2 * many * 256, 65)
+    assert is_fastest(x.expand(2 * many, 128, 8).flatten(0, 1), 256, 16)
+    assert not is_fastest(x, 256, 16) and not is_fastest(x, (2 * many + 1) * 256, 16)
+    assert is_fastest(x, 2 * many * 256 * 9 + 1, 16)  # nine rounds and a little
 
 
 @pytest.mark.parametrize("M", [1, 63, 64, 255, 256, 257, 1400, 4096, 5200, 16384, 100_001])
@@ -192,12 +196,16 @@ def test_every_row_is_in_one_split(M, blocks, padded):
     assert many_rows.LARGE * splits.large + small * splits.small >= M
 
 
+def joined_backward(dy, x, u, weight, A, B):
+    return backward(dy, x, u, weight, lora(A, B), impl="joined")
+
+
 @pytest.fixture
 def joined():
-    """(dy, x, u, weight, A, B, s) for the joined pass, and its gradients."""
+    """(dy, x, u, weight, A, B) for the joined pass, and its gradients."""
     x, weight, _, A, B = make(300, 192, 264, 4, torch.float16)
-    inputs = (rand(300, 264, dtype=torch.float16, seed=5), x, x @ A.T, weight, A, B, 0.5)
-    return inputs, backward(*inputs, impl="joined")
+    inputs = (rand(300, 264, dtype=torch.float16, seed=5), x, x @ A.T, weight, A, B)
+    return inputs, joined_backward(*inputs)
 
 
 def moved(x, offset=1):
@@ -219,10 +227,10 @@ def moved(x, offset=1):
     ],
 )
 def test_inputs_that_lie_elsewhere(joined, place, change):
-    """The way is chosen by dy; x, u, B and the weight may lie where they do."""
+    """dy decides the path; x, u, B and the weight may be strided or unaligned."""
     inputs, expected = joined
     inputs = [change(given) if i == place else given for i, given in enumerate(inputs)]
-    found = backward(*inputs, impl="joined")
+    found = joined_backward(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -230,19 +238,19 @@ def test_what_does_not_fit_is_refused():
     x, weight, A, B = leaf_inputs()
     with pytest.raises(ValueError, match=r"x is \(16, 64\); expected \[rows, 128\]"):
         linear(x[:, :64], weight, A, B)
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="must be given together"):
         nf4_lora_linear(x, weight, None, A, None)
     with pytest.raises(ValueError, match=r"A is \(4, 64\)"):
         linear(x, weight, A[:, :64], B)
     with pytest.raises(ValueError, match="expected one"):
         linear(x, weight, A.half(), B)
-    with pytest.raises(ValueError, match=r"of whole 16 bytes.* a weight \(70, 128\), rank 4"):
-        forward(x.half(), weight, None, A.half(), B.half(), 1.0, impl="joined")
+    with pytest.raises(ValueError, match=r"multiples of 16 bytes.* a weight \(70, 128\), rank 4"):
+        forward(x.half(), weight, None, lora(A.half(), B.half()), impl="joined")
     x16, weight16, _, A16, B16 = make(16, 128, 72, 4, torch.float16)
-    with pytest.raises(ValueError, match=r"one row or more .* got x \(0, 128\)"):
-        forward(x16[:0], weight16, None, A16, B16, 1.0, impl="joined")
+    with pytest.raises(ValueError, match=r"one or more rows .* got x \(0, 128\)"):
+        forward(x16[:0], weight16, None, lora(A16, B16), impl="joined")
     with pytest.raises(ValueError, match="no adapter"):
-        forward(x.half(), weight, None, None, None, 1.0, impl="joined")
+        forward(x.half(), weight, None, None, impl="joined")
     with pytest.raises(ValueError, match="takes 1 to 64 rows"):
-        forward(rand(65, 128), weight, None, None, None, 1.0, impl="fused")
+        forward(rand(65, 128), weight, None, None, impl="fused")
     assert isinstance(weight, NF4Weight) and weight.packed.device.type == DEVICE.split(":")[0]

@@ -5,7 +5,7 @@ import torch
 from fused import GPU
 from minisft.kernels.nf4 import dequantize_into, quantize
 from minisft.kernels.nf4 import kernel as nf4_kernel
-from minisft.kernels.nf4_lora_linear import many_rows
+from minisft.kernels.nf4_lora_linear import Adapter, many_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA device")]
 # M, I, O. The product ends long after what runs beside it, long before it, and at about the same
@@ -35,7 +35,7 @@ def passes(request):
         u.fill_(float("nan"))
         torch.mm(x, A.T, out=u)
         dequantize_into(as_dy, dy, pdl=pdl)
-        return tuple(g.clone() for g in many_rows.backward(dy, x, u, weight, A, B, 0.5))
+        return tuple(g.clone() for g in many_rows.backward(dy, x, u, weight, Adapter(A, B, 0.5)))
 
     return run
 
