@@ -25,7 +25,7 @@ from minisft.text.sandbox import BoundedEnvironment, compile_template, render_bo
 # assigns these characters, so ordinary text does not contain them.
 _OPEN, _CLOSE = "\U0010fdd2", "\U0010fdd3"
 _OPEN_NAME, _CLOSE_NAME = "__generation_open__", "__generation_close__"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys that data sets use
 
 
 def render(
@@ -111,10 +111,7 @@ def has_generation_block(template: str) -> bool:
 
 
 def _with_reasoning(message: dict) -> dict:
-    """Return the message with its reasoning under both names that templates read.
-
-    Data sets use three keys for it; a value that the message has under `thinking` stays.
-    """
+    """Return the message with its reasoning under both names that templates read."""
     found = next((message[k] for k in _REASONING if message.get(k) is not None), None)
     if found is None:
         return message

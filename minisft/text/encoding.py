@@ -17,10 +17,10 @@ from tokenizers import Encoding
 from minisft.config.errors import UserError
 from minisft.text.tokenizer import Tokenizer
 
+Span = tuple[int, int]  # (start, end) in characters of a text, end exclusive
 # Around a special token's string that came from a message. Plane-16 private use, never assigned.
 TEXT_OPEN, TEXT_CLOSE = "\U0010fdd0", "\U0010fdd1"
-# Characters encoded in one call: an encoding takes about 100 bytes of memory per character.
-PART_CHARS = 2_000_000
+PART_CHARS = 2_000_000  # encoded in one call, which takes about 100 bytes per character
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -37,6 +37,7 @@ def encode_batch(
     """Return the token ids of many strings, in order, using all cores; no padding, no cutting."""
     ids: list[list[int]] = []
     for part in _parts(texts):
+        # The fast variant does not track character offsets, which only spans need.
         batch = tokenizer.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
         ids += [encoding.ids for encoding in batch]
     return ids
@@ -89,15 +90,12 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
 
 def encode_spans(
-    tokenizer: Tokenizer,
-    texts: list[tuple[str, list[tuple[int, int]]]],
-    *,
-    add_special_tokens: bool,
+    tokenizer: Tokenizer, texts: list[tuple[str, list[Span]]], *, add_special_tokens: bool
 ) -> list[tuple[list[int], list[int]]]:
     """Return (ids, mask) of each (text, spans), in order; mask is 1 on tokens inside the spans.
 
-    spans: (start, end) in characters of the text, end exclusive. As in transformers, the first span
-    that starts at no token ends the marking, and a span that ends at none reaches to the end.
+    As in transformers, the first span that starts at no token ends the marking, and a span that
+    ends at none reaches to the end of the text.
     add_special_tokens: the texts are not rendered chats; add what the post-processor adds.
     """
     plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
@@ -179,15 +177,13 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
     return joined
 
 
-def _with_mask(
-    pieces: list[_Piece], rendered: str, spans: list[tuple[int, int]]
-) -> tuple[list[int], list[int]]:
+def _with_mask(pieces: list[_Piece], text: str, spans: list[Span]) -> tuple[list[int], list[int]]:
     """Return (ids, mask) of an encoded text; see `encode_spans`."""
     ids = [i for piece in pieces for i in piece.ids]
     mask = [0] * len(ids)
     for start, end in spans:
-        first = _token_at(pieces, _unmarked(rendered, start))
-        last = _token_at(pieces, _unmarked(rendered, end) - 1)
+        first = _token_at(pieces, _unmarked(text, start))
+        last = _token_at(pieces, _unmarked(text, end) - 1)
         if first is None:
             break
         # transformers treats an end at token 0 like an end at no token.
@@ -196,9 +192,9 @@ def _with_mask(
     return ids, mask
 
 
-def _unmarked(rendered: str, position: int) -> int:
-    """Return the position in the chat without TEXT_OPEN and TEXT_CLOSE."""
-    before = rendered[:position]
+def _unmarked(text: str, position: int) -> int:
+    """Return the position in the text without TEXT_OPEN and TEXT_CLOSE."""
+    before = text[:position]
     return position - before.count(TEXT_OPEN) - before.count(TEXT_CLOSE)
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minisft.config.errors import UserError
-from minisft.text.encoding import TEXT_CLOSE, TEXT_OPEN
+from minisft.text.encoding import TEXT_CLOSE, TEXT_OPEN, Span
 
 ASSISTANT = ("assistant", "model")
-Span = tuple[int, int]  # (start, end) in characters, end exclusive
 Chat = list[dict]
 Render = Callable[[Chat, bool], str]  # (messages, add_generation_prompt) -> text
 Special = re.Pattern[str]  # matches the tokenizer's special tokens
@@ -51,7 +50,7 @@ def turn_shape(render: Render, special: Special) -> TurnShape:
         longer = render([*chat, ask], False)
     except UserError:
         longer = text
-    # A template may write an EOS after the whole chat (Phi-3). It is not the end of the turn, so
+    # A template may write an EOS after the full chat (Phi-3). It is not the end of the turn, so
     # only what also precedes a next message counts, up to the last complete special token.
     shared = after[: _common(after, longer[start + len(answer) :])]
     tokens = list(special.finditer(shared))
@@ -65,7 +64,7 @@ def prefix_spans(
     """Return (text, spans) of a chat: the assistant's turns with their end-of-turn tokens.
 
     A turn starts where the preceding messages, rendered with the generation prompt, stop being a
-    prefix of the whole text. It ends where the rendering up to and including the turn does, without
+    prefix of the full text. It ends where the rendering up to and including the turn does, without
     whitespace after the end-of-turn token.
     Raises UserError if the template renders the start of the chat differently once more follows.
     """
@@ -89,7 +88,7 @@ def prefix_spans(
 def _turn_start(
     render: Render, chat: Chat, i: int, text: str, shape: TurnShape, special: Special
 ) -> int:
-    """Return the first character of message i, an answer, in the text of the whole chat."""
+    """Return the first character of message i, an answer, in the text of the full chat."""
     if i == 0:
         found = text.find(shape.header) if shape.header else -1
         if found < 0:
@@ -126,7 +125,7 @@ def _turn_end(
         end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
         if _in_message(turn, 0, end):
             end = len(turn)
-        # Whitespace after the turn, and an EOS that ends the whole chat, are not part of it.
+        # Whitespace after the turn, and an EOS that ends the full chat, are not part of it.
         return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
     # The template renders the last turn of a chat differently. Then the next end-of-turn token is
     # the end, unless the next message may be written into the same turn, as a tool's result is.

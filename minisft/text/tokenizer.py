@@ -101,7 +101,7 @@ def tokenizer_of(adapter: Path, base: Path) -> Path:
     return next((p for p in (adapter, *run) if (p / "tokenizer.json").exists()), base)
 
 
-def load_tokenizer(directory: Path, *, chat_template: str = "") -> Tokenizer:
+def load_tokenizer(directory: Path | str, *, chat_template: str = "") -> Tokenizer:
     """Load a tokenizer from tokenizer.json and the small files next to it.
 
     chat_template: a template file or the name of a built-in one, replacing the directory's own.
@@ -150,10 +150,7 @@ def _load_backend(files: dict[str, bytes], directory: Path) -> tokenizers.Tokeni
 
 
 def _chosen_template(name: str, special: set[str]) -> str:
-    """Return the template of --chat-template: a built-in one or a file's.
-
-    special: the tokenizer's special tokens, as strings.
-    """
+    """Return the template that --chat-template names. special: the tokenizer's special tokens."""
     if name in BUILT_IN:
         return built_in_template(name, special)
     path = Path(name)
@@ -170,9 +167,8 @@ def _chosen_template(name: str, special: set[str]) -> str:
 
 def _read_files(directory: Path) -> dict[str, bytes]:
     names = ["tokenizer.json", _CONFIG, _MAP, _TEMPLATE, "chat_template.json"]
-    names += [
-        f"{_TEMPLATE_DIR}/{p.name}" for p in sorted(directory.glob(f"{_TEMPLATE_DIR}/*.jinja"))
-    ]
+    templates = sorted(directory.glob(f"{_TEMPLATE_DIR}/*.jinja"))
+    names += [f"{_TEMPLATE_DIR}/{path.name}" for path in templates]
     try:
         return {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}
     except OSError as e:

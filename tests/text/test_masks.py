@@ -296,7 +296,7 @@ def test_built_in_templates(name: str, tmp_path: Path) -> None:
     assert re.sub(r"\s*(fine, thank you|lazy)", r"\1", text) == f"fine, thank you{end}lazy{end}"
     # The generation prompt is a beginning of the whole, so generation sees what training saw.
     template = tokenizer.chat_template
-    assert template is not None
+    assert template is not None and not template.endswith("\n")  # an editor may add a line end
     special = tokenizer.special_tokens
     asked = chat.render(template, TURNS[:3], special_tokens=special, add_generation_prompt=True)
     assert chat.render(template, TURNS, special_tokens=special).startswith(asked)
