@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +56,7 @@ def above(limit: float) -> Check:
 class Also:
     """Other spellings of some values, replaced before any check; words in any case."""
 
-    spellings: dict[bool | str, str]
+    spellings: Mapping[Any, str]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Setting(NamedTuple):
         wider = {float: (int, float), tuple: (str, tuple, list)}
         return isinstance(value, wider.get(self.kind, self.kind))
 
-    def _list(self, value: str | tuple | list) -> tuple[str, ...]:
+    def _list(self, value: Any) -> tuple[str, ...]:
         items = [value] if isinstance(value, str) else list(value)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
@@ -158,7 +158,7 @@ class Setting(NamedTuple):
         if self.choices and value not in self.choices:
             raise wrong(name, value, f"one of {', '.join(map(str, self.choices))}")
         for check in self.all(Check):
-            if not check.holds(value) or (isinstance(value, float) and math.isinf(value)):
+            if not check.holds(value) or value == math.inf:
                 raise wrong(name, value, check.expected + ", or none" * self.optional)
         for item in value if items.choices else ():
             if item not in items.choices:

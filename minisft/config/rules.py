@@ -89,7 +89,8 @@ def lora(config: TrainConfig) -> LoraConfig | None:
     if config.full_finetuning:
         return None
     # LoraConfig has PEFT's names; only its r is lora_r here.
-    given = {f.name: getattr(config, f.name, config.lora_r) for f in dataclasses.fields(LoraConfig)}
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    given: dict[str, Any] = {name: getattr(config, name, config.lora_r) for name in names}
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = _pattern(config, name)
     for name in ("layers_to_transform", "trainable_token_indices"):
@@ -217,7 +218,7 @@ def scheduler_options(config: TrainConfig) -> dict[str, Any]:
     return given
 
 
-def _scheduler_option(kind: str, item: str) -> tuple[str, float | str]:
+def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
     """`num_cycles=2` as ("num_cycles", 2.0)."""
     name, _, text = item.partition("=")
     known = _SCHEDULE_OPTIONS.get(kind, ())
