@@ -219,6 +219,7 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         shapes[EMBEDDING_B] = (cfg.hidden_size, r)
     if lora.trainable_token_indices:
         shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
+    # A tied base has one matrix: two names give one entry.
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
