@@ -449,7 +449,7 @@ CASES = {
     ),
     "policy_of_the_explicit_pass": (
         lambda p: p.argv(gradient_checkpointing="gate_up+offload", device="cpu"),
-        ["--gradient-checkpointing is 'gate_up+offload'", "--device cpu"],
+        ["--gradient-checkpointing is 'recompute_gate_up+offload'", "--device cpu"],
         "expected auto, none or full",
     ),
     "paged_state_on_a_cpu": (
@@ -548,8 +548,8 @@ CASES = {
     ),
     "output_without_a_name": (
         lambda p: p.argv(output_dir=""),
-        ["--output-dir is empty"],
-        "give a directory",
+        ["--output-dir is ''"],
+        "expected a directory",
     ),
     "output_is_a_file": (
         lambda p: p.argv(output_dir=p.rows),

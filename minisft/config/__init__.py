@@ -1,1 +1,1 @@
-"""Settings: what a run and a model are, and every error a user can fix. Standard library only."""
+"""Settings of a run and of a model, and the errors that users can fix."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +56,7 @@ def above(limit: float) -> Check:
 class Also:
     """Other spellings of some values, replaced before any check; words in any case."""
 
-    spellings: dict[bool | str, str]
+    spellings: Mapping[Any, str]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Setting(NamedTuple):
     def respelled(self, value: Any) -> Any:
         """The value under its current spelling (`Also`)."""
         key = value.lower() if isinstance(value, str) else value
-        if not isinstance(key, (bool, str)):  # 0 and 1 would find the entries of False and True
+        # 0 and 1 would find the entries of False and True; a recorded list has no hash.
+        if not isinstance(key, (bool, str)):
             return value
         return next((a.spellings[key] for a in self.all(Also) if key in a.spellings), value)
 
@@ -137,17 +138,19 @@ class Setting(NamedTuple):
     def _has_type(self, value: Any) -> bool:
         if value is None or self.kind is object:
             return self.optional or self.kind is object
-        if isinstance(value, bool) and self.kind is not bool:  # True is an int to Python
+        # isinstance(True, int) holds.
+        if isinstance(value, bool) and self.kind is not bool:
             return False
         wider = {float: (int, float), tuple: (str, tuple, list)}
         return isinstance(value, wider.get(self.kind, self.kind))
 
-    def _list(self, value: str | tuple | list) -> tuple[str, ...]:
+    def _list(self, value: Any) -> tuple[str, ...]:
         items = [value] if isinstance(value, str) else list(value)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
                 raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")
         items = [str(item) for item in items]
+        # A comma may be part of a file name, or of the regular expression in a rank_pattern.
         return split_list(items) if self.items.commas else tuple(filter(None, items))
 
     def check(self, value: Any) -> None:
@@ -158,7 +161,8 @@ class Setting(NamedTuple):
         if self.choices and value not in self.choices:
             raise wrong(name, value, f"one of {', '.join(map(str, self.choices))}")
         for check in self.all(Check):
-            if not check.holds(value) or (isinstance(value, float) and math.isinf(value)):
+            # inf passes every lower bound, and is never meant.
+            if not check.holds(value) or value == math.inf:
                 raise wrong(name, value, check.expected + ", or none" * self.optional)
         for item in value if items.choices else ():
             if item not in items.choices:
@@ -168,6 +172,7 @@ class Setting(NamedTuple):
 @lru_cache
 def settings(cls: type) -> dict[str, Setting]:
     """The settings that a dataclass declares, by name, in the order of its fields."""
+    # Not field.type: under `from __future__ import annotations` that is a string.
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: _setting(f.name, hints[f.name]) for f in dataclasses.fields(cls)}
 
@@ -181,7 +186,7 @@ def _setting(name: str, hint: Any) -> Setting:
     kind, choices = kinds[0] if len(kinds) == 1 else object, ()
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        kind = type(choices[0])
+        kind = str if all(isinstance(choice, str) for choice in choices) else object
     elif kind == tuple[str, ...]:
         kind = tuple
     elif kind not in (bool, int, float, str):

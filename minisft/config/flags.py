@@ -97,7 +97,8 @@ def _choices_as_text() -> contextlib.AbstractContextManager:
 
     @registry.primitive_rule
     def _(info: Any) -> PrimitiveConstructorSpec | None:
-        if typing.get_origin(info.type) is not Literal:
+        choices = typing.get_args(info.type)
+        if typing.get_origin(info.type) is not Literal or not isinstance(choices[0], str):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
@@ -136,6 +137,7 @@ def _spell_out(argv: list[str], known: dict[str, Setting]) -> list[str]:
     for word, following in itertools.pairwise([*argv, ""]):
         name = word.replace("_", "-")
         positive = "--" + name[5:] if name.startswith("--no-") else name
+        # tyro has no --no-x for a switch with three states.
         if positive in switches and following.lower() not in ("true", "false"):
             out += [positive, str(positive == name)]
         elif out and out[-1].replace("_", "-") in switches:

@@ -9,7 +9,8 @@ from typing import Any
 from minisft.config.errors import UserError, wrong
 from minisft.config.model import ModelConfig, RopeConfig
 
-MAX_LAYERS = 10_000  # bounds the time to list every layer's weights, for a damaged file
+# A damaged config.json must not make the listing of every layer's weights take for ever.
+MAX_LAYERS = 10_000
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 # The parameters that a RoPE type cannot do without.
 _ROPE_NEEDS = {
@@ -148,6 +149,7 @@ def _read_fields(raw: dict[str, Any], source: str) -> dict[str, Any]:
         if kind not in (bool, int, float):
             continue
         value = _typed(raw, name, kind, source)
+        # These two have no default in ModelConfig: other fields give it (see the caller).
         if value is not None or name in ("num_key_value_heads", "head_dim"):
             values[name] = value
         elif field.default is dataclasses.MISSING:
@@ -164,7 +166,8 @@ def _typed(raw: dict, key: str, kind: type, source: str) -> Any:
         raise wrong(f"{source}: {key}", value, kind.__name__)
     least = 1 if key in _POSITIVE else 0
     most = MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-    if kind is not bool and not least <= value <= most:  # nan fails both comparisons
+    # nan fails both comparisons.
+    if kind is not bool and not least <= value <= most:
         raise wrong(f"{source}: {key}", value, f"{least} to {most}")
     return value
 

@@ -19,41 +19,41 @@ class LoraConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: tuple[str, ...] = LINEAR_NAMES  # suffixes, "all-linear", or one "re:PATTERN"
-    modules_to_save: tuple[str, ...] = ()  # of embed_tokens, lm_head: trained copies
+    modules_to_save: tuple[str, ...] = ()  # embed_tokens, lm_head: copies are trained
     use_dora: bool = False
     init_lora_weights: str = "default"  # or gaussian, pissa, pissa_niter_N, olora
     rank_pattern: tuple[tuple[str, int], ...] = ()  # name or regular expression -> rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () means all
     exclude_modules: tuple[str, ...] = ()  # names and suffixes, or one "re:PATTERN"
-    trainable_token_indices: tuple[int, ...] = ()  # rows of the embedding, trained in full
+    trainable_token_indices: tuple[int, ...] = ()  # trained rows of the embedding
     lora_embeddings: bool = False  # an adapter on embed_tokens
 
     @property
     def splits_weights(self) -> bool:
-        """Whether A and B start as a part of the weight, which the frozen one then lacks."""
+        """Whether A and B start as a part of the weight, which is subtracted from the base."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def scaling(self) -> float:
-        """Of the modules that no pattern names."""
+        """Scale of the modules that no pattern matches."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def rank_of(self, path: str) -> int:
-        """Rank of the module at a path: the first pattern that matches it, else r."""
+        """Rank of the module at a path: that of the first pattern that matches it, else r."""
         return next((r for key, r in self.rank_pattern if matches(key, path)), self.r)
 
     def scaling_of(self, path: str) -> float:
-        """Scale of the module at a path, from its own rank and alpha."""
+        """Scale of the module at a path, from the rank and alpha of that module."""
         alphas = (a for key, a in self.alpha_pattern if matches(key, path))
         alpha, r = next(alphas, self.lora_alpha), self.rank_of(path)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def matches(key: str, path: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means the module: PEFT's rule.
+    """Whether a key of rank_pattern or alpha_pattern matches the module at a path: PEFT's rule.
 
-    UserError for a malformed regular expression.
+    Raises UserError for a malformed regular expression.
     """
     try:
         return re.match(rf"(.*\.)?({key})$", path) is not None

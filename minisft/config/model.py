@@ -1,4 +1,4 @@
-"""What a Llama model is: `ModelConfig`, and the shapes of its weights."""
+"""`ModelConfig`: the architecture of a Llama model, and the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rotary embedding as transformers v5 spells it in `rope_parameters`.
+    """RoPE parameters under the names of `rope_parameters` in transformers v5.
 
-    Fields that a type does not use stay None. Mathematics: `minisft.rope.rope_inverse_frequencies`.
+    Fields that a type does not use are None. Mathematics: `minisft.rope.rope_inverse_frequencies`.
     """
 
     rope_type: str = "default"
@@ -31,7 +31,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a Llama config.json says, with the family's defaults filled in."""
+    """The fields of a Llama config.json, with the defaults of the architecture filled in."""
 
     vocab_size: int
     hidden_size: int
@@ -46,7 +46,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: RopeConfig = RopeConfig()
-    dtype: str | None = None  # as stored: "bfloat16", "float16", "float32", or None if not said
+    dtype: str | None = None  # of the stored weights: bfloat16, float16, float32; None: unknown
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
 
@@ -65,7 +65,7 @@ class ModelConfig:
         }
 
     def linear_paths(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out_features, in_features) of every linear that LoRA may adapt."""
+        """Module path -> (out_features, in_features) of every linear that LoRA can adapt."""
         return {
             f"model.layers.{i}.{name}": shape
             for i in range(self.num_hidden_layers)
@@ -73,9 +73,9 @@ class ModelConfig:
         }
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint under its HF key: the one declaration of the layout.
+        """HF key -> shape of every tensor in a checkpoint: the one declaration of the layout.
 
-        A tied head has no key of its own.
+        A tied head has no key: the embedding is stored once.
         """
         D, V = self.hidden_size, self.vocab_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}

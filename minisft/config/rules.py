@@ -39,6 +39,7 @@ def normalize_(config: TrainConfig) -> None:
     Raises UserError for a value of the wrong type.
     """
     new = {name: s.normalized(getattr(config, name)) for name, s in settings(type(config)).items()}
+    # Trainer's report_to="none".
     new["report_to"] = tuple(name for name in new["report_to"] if name != "none")
     if new["full_finetuning"]:
         new["load_in_4bit"] = False
@@ -56,7 +57,8 @@ def check(config: TrainConfig) -> None:
             given = as_flag(name, getattr(config, name))
             raise UserError(f"{given} has no effect with {why}; {remedy}")
     _check_evaluation(config)
-    for derived in (lora, column_map, scheduler_options):  # raise where a part is malformed
+    # They raise for a malformed part: better now than after the base model is loaded.
+    for derived in (lora, column_map, scheduler_options):
         derived(config)
     read = [Path(name).resolve() for name in (*dict(sources(config)), config.eval_dataset)]
     written = config.preview_json
@@ -88,8 +90,9 @@ def lora(config: TrainConfig) -> LoraConfig | None:
     """The adapter's settings, or None with full_finetuning."""
     if config.full_finetuning:
         return None
-    # LoraConfig has PEFT's names; only its r is lora_r here.
-    given = {f.name: getattr(config, f.name, config.lora_r) for f in dataclasses.fields(LoraConfig)}
+    ours = {"r": "lora_r"}  # every other setting of LoraConfig has the same name here
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    given: dict[str, Any] = {name: getattr(config, ours.get(name, name)) for name in names}
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = _pattern(config, name)
     for name in ("layers_to_transform", "trainable_token_indices"):
@@ -130,6 +133,7 @@ def sources(config: TrainConfig) -> list[tuple[str, float | None]]:
     for item in config.dataset:
         name, _, text = item.rpartition(":")
         weight = _number(text)
+        # A file name may end in a colon and a number.
         if not name or weight is None or Path(item).exists():
             found.append((item, None))
             continue
@@ -217,7 +221,7 @@ def scheduler_options(config: TrainConfig) -> dict[str, Any]:
     return given
 
 
-def _scheduler_option(kind: str, item: str) -> tuple[str, float | str]:
+def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
     """`num_cycles=2` as ("num_cycles", 2.0)."""
     name, _, text = item.partition("=")
     known = _SCHEDULE_OPTIONS.get(kind, ())

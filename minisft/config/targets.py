@@ -1,7 +1,7 @@
-"""Which modules an adapter touches: target names, suffixes and patterns -> module paths.
+"""Which modules an adapter changes: target names, suffixes and patterns -> module paths.
 
-Standard library only. The matching rules are PEFT's (list: equal or dotted suffix; string: the
-whole path must match the pattern), so an exported config means the same thing there as here.
+The matching rules are PEFT's (a list item equals the path or a dotted suffix of it; a pattern must
+match the full path), so that an exported config has the same meaning in PEFT.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES, ModelConfig
 ALL_LINEAR = "all-linear"
 PATTERN_PREFIX = "re:"
 PATTERN_EXAMPLE = r"re:.*\.(q_proj|v_proj)"
-# PEFT's names of what is trained of the embedding: an adapter, [R, V] and [D, R]; rows [tokens, D].
+# PEFT's names of trained tensors of the embedding: adapter [R, V] and [D, R]; rows [tokens, D].
 EMBEDDING_A, EMBEDDING_B = (f"model.embed_tokens.lora_embedding_{x}" for x in "AB")
 TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 EMBEDDING_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 def split_targets(lora: LoraConfig) -> LoraConfig:
-    """Move embed_tokens and lm_head from target_modules to modules_to_save.
+    """The same adapter with embed_tokens and lm_head moved from the targets to modules_to_save.
 
-    Both are trained as full copies here, so naming one among the targets means the same as naming
-    it in modules_to_save. The full path "model.embed_tokens" counts as embed_tokens; the result
-    has each name once, in the order of EMBEDDING_NAMES.
+    Both are trained as copies, so naming one among the targets means the same as naming it in
+    modules_to_save. The path "model.embed_tokens" counts as embed_tokens; the result has each name
+    once, in the order of EMBEDDING_NAMES.
     Raises UserError if modules_to_save names any other module.
     """
     short = {path: name for name, path in EMBEDDING_PATHS.items()}
@@ -51,7 +51,7 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     """The module paths that LoRA adapts, in the order of `cfg.linear_paths()`.
 
     Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
-    or one "re:PATTERN" that must match a whole path; embed_tokens and lm_head are no targets but
+    or one "re:PATTERN" that must match a full path; embed_tokens and lm_head are not targets but
     trained copies (`split_targets`). layers_to_transform and exclude_modules narrow the result.
     Raises UserError for an item that matches nothing, a malformed pattern, a pattern that matches a
     module that LoRA cannot adapt, a layer that does not exist, and if no module is left.
@@ -77,8 +77,8 @@ def _named_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
             "stand alone. Give either it or a list of names"
         )
     if special:
-        pattern = items[0].removeprefix(PATTERN_PREFIX)
-        return paths if pattern == items[0] else _match_pattern(pattern, lora, cfg)
+        pattern = special[0].removeprefix(PATTERN_PREFIX)
+        return paths if pattern == special[0] else _match_pattern(pattern, lora, cfg)
     for item in items:
         if not any(is_target(path, [item]) for path in paths):
             known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
@@ -163,9 +163,9 @@ def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
 
 
 def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float], ...]:
-    """(path, scale over lora.scaling) of the adapted modules that patterns scale otherwise.
+    """(path, scale / lora.scaling) of the adapted modules whose scale differs from lora.scaling.
 
-    An adapted embedding is always among them.
+    An adapted embedding is always included.
     """
     if not (lora.rank_pattern or lora.alpha_pattern or lora.lora_embeddings):
         return ()
@@ -175,7 +175,7 @@ def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float
 
 
 def _adapted(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    """The linears that are adapted, and the embedding where it is too."""
+    """Paths of the adapted modules: linears, and the embedding with lora_embeddings."""
     embedding = [EMBEDDING_PATHS["embed_tokens"]] if lora.lora_embeddings else []
     return [*match_targets(lora, cfg), *embedding]
 
@@ -193,12 +193,12 @@ def is_target(path: str, items: Iterable[str]) -> bool:
 def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
 
-    LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], r the module's own
-    (rank_pattern), with DoRA "PATH.lora_magnitude_vector" [out]; then the embedding's pair
-    [r, vocab] and [hidden, r], trained token rows [tokens, hidden], and the trained copies under
-    their checkpoint names [vocab, hidden]. With a tied base there is one copy,
-    "model.embed_tokens.weight", whichever of the two names was asked for.
-    Raises UserError as `match_targets` does.
+    In order: LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], r as
+    rank_pattern gives it, with DoRA "PATH.lora_magnitude_vector" [out]; the embedding's pair
+    [r, vocab] and [hidden, r]; trained token rows [tokens, hidden]; trained copies under their
+    checkpoint names [vocab, hidden]. A tied base has one copy, "model.embed_tokens.weight",
+    whichever of the two names was given.
+    Raises UserError like `match_targets`, and for settings that exclude each other.
     """
     linears, shapes = cfg.linear_paths(), {}
     for path in match_targets(lora, cfg):
@@ -206,8 +206,8 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         r = lora.rank_of(path)
         if lora.splits_weights and r > min(out_features, in_features):
             raise UserError(
-                f"{path} has rank {r}, but init_lora_weights {lora.init_lora_weights} takes its "
-                f"start from a weight of [{out_features}, {in_features}]; lower the rank"
+                f"{path} has rank {r}, but init_lora_weights {lora.init_lora_weights} decomposes "
+                f"a weight of [{out_features}, {in_features}]; lower the rank"
             )
         shapes[f"{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
@@ -219,6 +219,7 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         shapes[EMBEDDING_B] = (cfg.hidden_size, r)
     if lora.trainable_token_indices:
         shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
+    # A tied base has one matrix: two names give one entry.
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
@@ -261,7 +262,7 @@ def _saves_embedding(lora: LoraConfig, cfg: ModelConfig) -> bool:
 
 
 def module_paths(cfg: ModelConfig) -> list[str]:
-    """The path of every module of the Hugging Face model, containers and norms included."""
+    """The path of every module of the Hugging Face model, including containers and norms."""
     layer_parts = ["", ".self_attn", ".mlp", ".mlp.act_fn"]
     layer_parts += [".input_layernorm", ".post_attention_layernorm"]
     layers = [

@@ -61,6 +61,7 @@ _SOME = Check(lambda n: n == -1 or n > 0, "a positive number, or -1 for epochs")
 _SEED = Check(lambda n: 0 <= n < 2**63, "0 to 2**63 - 1")
 # Items of lists.
 _COPIES = Items("embed_tokens and/or lm_head", EMBEDDING_NAMES)
+# Integral: numpy's integers are not int.
 _LAYERS = Items("numbers of layers", also=Integral)
 _TOKENS = Items("token ids", also=Integral)
 _LOGGERS = Items("none, tensorboard, wandb, trackio", ("none", "tensorboard", "wandb", "trackio"))

@@ -43,7 +43,7 @@ UNSLOTH = {
 def table():
     """Argument -> what the table gives for it."""
     rows = {}
-    for line in (ROOT / "docs" / "arguments.md").read_text().splitlines():
+    for line in (ROOT / "minisft" / "config" / "README.md").read_text().splitlines():
         if line.startswith("| `"):
             left, here = line.split("|")[1:3]
             rows |= dict.fromkeys(re.findall(r"`(\w+)`", left), here.strip().strip("`"))
@@ -307,8 +307,13 @@ def test_a_collator_that_makes_its_own_labels(inputs, tmp_path):
 
 def test_the_collator_of_the_documents(inputs, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    text = (ROOT / "docs" / "arguments.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0].replace("path/to/model", inputs["model"])
+    text = (ROOT / "minisft" / "config" / "README.md").read_text()
+    code = (
+        text.split("## A data collator")[1]
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace("path/to/model", inputs["model"])
+    )
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", pairs(8))
     exec(code, {})
