@@ -17,7 +17,7 @@ from torch import Tensor
 from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.files.device import resolve_device
-from minisft.files.disk import load_json, refuse_existing, whole_directory, write_json
+from minisft.files.disk import atomic_directory, load_json, refuse_existing, write_json
 from minisft.files.export import save_shards
 from minisft.files.quant_state import to_tensors
 from minisft.files.weights import (
@@ -87,7 +87,7 @@ def write(config: QuantizeConfig) -> None:
     stored = checkpoint.cfg.dtype or stored_dtype(checkpoint)
     name = stored if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(directory)
-    with whole_directory(out) as partial:
+    with atomic_directory(out) as partial:
         for file, data in export_tokenizer_files(tokenizer).items():
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             (partial / file).write_bytes(data)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
-from minisft.files.adapter import model_card, save_adapter
-from minisft.files.disk import load_json, write_json, writing
+from minisft.files.adapter import save_adapter
+from minisft.files.card import CARD_NAME, model_card
+from minisft.files.disk import load_json, write_json, write_text, writing
 from minisft.files.safetensors import save_file
 from minisft.lora import Flat
 from minisft.session.modelfile import modelfile
@@ -44,9 +45,11 @@ def write_trained(
     start: as `minisft.variants.pissa.exported_tensors` takes it.
     """
     if lora:
+        if card is not None:
+            write_text(directory / CARD_NAME, card)
         save_adapter(
             directory, exported_tensors(trainable.views, start), exported_lora(lora), cfg, base,
-            revision=revision, card=card, base_4bit=base_4bit,
+            revision=revision, base_4bit=base_4bit,
         )  # fmt: skip
         return
     tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}

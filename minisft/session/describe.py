@@ -15,7 +15,7 @@ from minisft.data.load import Data, is_sample
 from minisft.data.preview import describe_data, show_preview
 from minisft.data.sources import num_shared
 from minisft.explicit import Choice
-from minisft.files.adapter import adapter_config_dict, read_adapter_config
+from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.disk import load_json
 from minisft.files.load import Base
 from minisft.kernels.nf4 import NF4Weight

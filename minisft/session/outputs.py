@@ -22,7 +22,7 @@ import torch
 from minisft.config.errors import UserError, flag
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import clean_temporaries, list_checkpoints
-from minisft.files.disk import check_writable, file_digest, write_json, writing
+from minisft.files.disk import atomically, check_writable, file_digest, write_json, writing
 from minisft.files.load import Base
 
 RUN, OUTPUT = "run.json", "train_output.json"
@@ -115,17 +115,14 @@ def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
 
     The new record is on the disk before anything is removed, and gets its name after.
     """
-    new = out / f".{RUN}.new.tmp"
-    write_json(new, record)
-    with writing(out):
-        (out / OUTPUT).unlink(missing_ok=True)
-    if config.overwrite_output_dir:
+    with atomically(out / RUN) as new:
+        write_json(new, record)
         with writing(out):
-            left = [out / name for name in _LEFT if (out / name).exists()]
-            for path in _products(out) + (left if (out / RUN).exists() else []):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with writing(out / RUN):
-        os.replace(new, out / RUN)
+            (out / OUTPUT).unlink(missing_ok=True)
+            if config.overwrite_output_dir:
+                left = [out / name for name in _LEFT if (out / name).exists()]
+                for path in _products(out) + (left if (out / RUN).exists() else []):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:

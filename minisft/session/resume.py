@@ -11,6 +11,7 @@ from torch import Tensor
 from minisft.config.errors import UserError, flag
 from minisft.config.targets import adapter_shapes, split_targets
 from minisft.config.train import TrainConfig
+from minisft.files.adapter import read_initial_lora
 from minisft.files.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -25,7 +26,6 @@ from minisft.files.load import Base
 from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain
 from minisft.session.report import say
 from minisft.step import State
-from minisft.variants.pissa import read_initial_lora
 
 # A checkpoint made under other values of these is not a checkpoint of this run.
 _FIXED_ON_RESUME = (

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Encoding, pre_tokenizers
 
 from minisft.config.errors import UserError
-from minisft.files.disk import load_json
+from minisft.files.disk import load_json_object
 from minisft.text.templates import BUILT_IN, built_in_template
 
 SPECIAL_NAMES = (
@@ -142,9 +142,9 @@ def load_tokenizer(directory: Path, *, pipeline: str = "hf5", chat_template: str
         ) from None
     backend.no_truncation()
     backend.no_padding()
-    config = _json_object(directory / _CONFIG) if _CONFIG in files else {}
+    config = load_json_object(directory / _CONFIG) if _CONFIG in files else {}
     if _MAP in files and "added_tokens_decoder" not in config:
-        config = config | _json_object(directory / _MAP)
+        config = config | load_json_object(directory / _MAP)
     special_tokens = {n: _content(config[n]) for n in SPECIAL_NAMES if config.get(n)}
     if pipeline == "hf5" and _is_llama2_style(config, files["tokenizer.json"]):
         backend.normalizer = None  # type: ignore[assignment]
@@ -186,13 +186,6 @@ def _read_files(directory: Path) -> dict[str, bytes]:
         return {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _content(token: Any) -> str:
@@ -246,7 +239,7 @@ def _templates(files: dict[str, bytes], config: dict, directory: Path) -> dict[s
             found[key] = _decode_utf8(files[name], directory / name)
     stored = config.get("chat_template")
     if not found and stored is None and "chat_template.json" in files:
-        stored = _json_object(directory / "chat_template.json").get("chat_template")
+        stored = load_json_object(directory / "chat_template.json").get("chat_template")
     if found or stored is None:
         return found
     if isinstance(stored, str):
