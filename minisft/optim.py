@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
-from minisft.kernels.adamw import adamw_, global_norm
+from minisft.kernels.adamw import AdamWStep, adamw_, global_norm
 from minisft.lora import Flat, ParamGroup
 
 Moments = dict[str, Tensor]  # the optimizer's state under the names that a checkpoint gives it
@@ -130,10 +130,9 @@ def _adamw_(
     clip: the norm that g is yet to be clipped by, on a GPU alone.
     """
     if p.is_cuda:
-        adamw_(
-            p, g, m, v, step=step, learning_rate=lr, beta1=c.adam_beta1, beta2=c.adam_beta2,
-            eps=c.adam_epsilon, weight_decay=decay, norm=clip, max_norm=c.max_grad_norm,
-        )  # fmt: skip
+        betas = (c.adam_beta1, c.adam_beta2)
+        settings = AdamWStep(step, lr, *betas, c.adam_epsilon, decay, c.max_grad_norm)
+        adamw_(p, g, m, v, settings, norm=clip)
         return
     count = torch.full((), float(step - 1))  # adamw counts on
     adamw(

@@ -32,10 +32,9 @@ from minisft.explicit.plan import choose
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.load import Base
 from minisft.llama import Compute
-from minisft.loop import plan_of
 from minisft.lora import allocate, init_lora_, param_groups, trainable_shapes
 from minisft.optim import init_moments
-from minisft.step import State, train_step_
+from minisft.step import ExecutionPlan, State, train_step_
 
 PEAK = 790e12  # floating-point operations a second of an H200's dense bf16 products
 MAX_CPU_SECONDS = 300  # of a step's measurement
@@ -161,7 +160,7 @@ def step(config: StepConfig) -> dict:
         ahead=device.type == "cuda",
     )
     seconds, tokens = [], []
-    plan = plan_of(choice, state, model)
+    plan = ExecutionPlan(model.compute, choice).prepared(state.trainable, model.frozen)
     slices = param_groups(state.trainable.shapes, settings)
     ahead = Ahead(batches, 0, config.steps + 3)
     for i in range(config.steps + 3):
@@ -280,7 +279,7 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Base, State]:
-    """A model as load_model gives it, drawn on the device."""
+    """A model as load_base returns it, drawn on the device."""
     generator = torch.Generator(device).manual_seed(config.seed)
     frozen: dict[str, Tensor | NF4Weight] = {}
     for name, shape in cfg.weight_shapes().items():
@@ -305,7 +304,7 @@ def random_model(
         checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
     )  # fmt: skip
     state = State(flat, init_moments(flat, param_groups(shapes, settings), config.optim))
-    return Base(None, frozen, None, compute, device, lora), state  # pyright: ignore
+    return Base(None, frozen, compute, device, lora), state  # pyright: ignore
 
 
 def random_rows(config: StepConfig) -> TokenizedDataset:

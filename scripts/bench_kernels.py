@@ -334,9 +334,9 @@ def nf4() -> None:
             for _ in range(copies)
         ]
 
-        def ours(early, weights=weights, outs=outs):
+        def ours(pdl, weights=weights, outs=outs):
             for weight, out in zip(weights, outs, strict=True):
-                dequantize_into(weight, out, early=early)
+                dequantize_into(weight, out, pdl=pdl)
 
         def theirs(states=states, outs=outs):
             for (packed, state), out in zip(states, outs, strict=True):

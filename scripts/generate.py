@@ -38,15 +38,8 @@ from minisft.llama import TOKEN_IDS, Compute, Weights
 from minisft.session.generate import Sampling, generate, stop_ids
 from minisft.session.signals import Preempted, stop_signals
 from minisft.text.chat import render
-from minisft.text.tokenizer import (
-    Tokenizer,
-    decode,
-    encode,
-    encode_chat,
-    load_tokenizer,
-    mark_special_text,
-    tokenizer_of,
-)
+from minisft.text.encoding import decode, encode, encode_chat, mark_special_text
+from minisft.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Draw the logs of one or several runs as one PNG.
+"""Draw the logs of one or several runs as one picture (PNG, or SVG by the name of the file).
 
 python scripts/plot.py outputs other-run --output plot.png
+python scripts/plot.py outputs --panels loss --output loss.svg
 """
 
 import json
@@ -33,7 +34,9 @@ class PlotConfig:
     run: tuple[str, ...] = ()
     """Output directories of runs; they may be given without the flag."""
     output: str = "plot.png"
-    """The PNG to write."""
+    """The picture to write: a .png, or a .svg or .pdf."""
+    panels: tuple[str, ...] = ()
+    """Fields of metrics.jsonl to draw, such as `loss grad_norm`; left out, all six."""
     smooth: int = 1
     """Draw the training loss as its mean over this many log lines, too."""
 
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("give one or more output directories of runs")
         if config.smooth < 1:
             raise UserError(f"--smooth is {config.smooth}; expected 1 or more")
+        if unknown := set(config.panels) - set(PANELS):
+            raise UserError(f"--panels is {min(unknown)!r}; expected some of {', '.join(PANELS)}")
         draw({name: read_metrics(Path(name)) for name in config.run}, config)
         print(f"saved to {config.output}")
 
@@ -98,37 +103,22 @@ def smoothed(values: list[float], width: int) -> list[float]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
-    """One panel a field, one line a run."""
+    """Write one picture: one panel per field, one line per run."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install matplotlib") from None
-    figure = Figure(figsize=(12, 10), layout="constrained")
+    fields = config.panels or tuple(PANELS)
+    columns = min(2, len(fields))
+    rows = -(-len(fields) // columns)
+    figure = Figure(figsize=(6 * columns, 10 / 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 2).flat
-    for axis, (field, title) in zip(axes, PANELS.items(), strict=True):
-        for i, (name, lines) in enumerate(runs.items()):
-            steps, values = series(lines, field)
-            smooth = config.smooth > 1 and field == "loss"
-            few = len(steps) < 40
-            axis.plot(
-                steps, values, color=f"C{i}", alpha=0.35 if smooth else 1, linewidth=1.3,
-                marker="o" if few else None, markersize=3, label=None if smooth else shown(name),
-            )  # fmt: skip
-            if smooth:
-                axis.plot(steps, smoothed(values, config.smooth), color=f"C{i}", label=shown(name))
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if field in ("tokens_per_second", "peak_memory_gib"):
-            highest = max(
-                (v for lines in runs.values() for v in series(lines, field)[1]), default=1
-            )
-            axis.set_ylim(0, 1.08 * highest)
-        if not any(series(lines, field)[0] for lines in runs.values()):
-            axis.text(0.5, 0.5, "nothing logged", ha="center", transform=axis.transAxes)
-    axes = figure.axes
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, field in zip(axes, fields, strict=False):
+        draw_panel(axis, runs, field, config.smooth if field == "loss" else 1)
+    for axis in axes[len(fields) :]:
+        axis.set_axis_off()
     axes[0].legend()
     try:
         figure.savefig(config.output, dpi=120)
@@ -138,6 +128,27 @@ def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
             f"--output {config.output}: cannot be written ({reason}); name a .png in a directory "
             "that exists"
         ) from None
+
+
+def draw_panel(axis: Any, runs: dict[str, list[dict[str, Any]]], field: str, smooth: int) -> None:
+    """Draw one field of every run on a matplotlib axis. smooth: log lines per mean; 1: none."""
+    for i, (name, lines) in enumerate(runs.items()):
+        steps, values = series(lines, field)
+        few = len(steps) < 40
+        axis.plot(
+            steps, values, color=f"C{i}", alpha=0.35 if smooth > 1 else 1, linewidth=1.3,
+            marker="o" if few else None, markersize=3, label=None if smooth > 1 else shown(name),
+        )  # fmt: skip
+        if smooth > 1:
+            axis.plot(steps, smoothed(values, smooth), color=f"C{i}", label=shown(name))
+    axis.set_title(PANELS[field])
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    found = [value for lines in runs.values() for value in series(lines, field)[1]]
+    if field in ("tokens_per_second", "peak_memory_gib"):
+        axis.set_ylim(0, 1.08 * max(found, default=1))
+    if not found:
+        axis.text(0.5, 0.5, "nothing logged", ha="center", transform=axis.transAxes)
 
 
 if __name__ == "__main__":

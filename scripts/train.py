@@ -7,7 +7,7 @@ What happens, in order, is `minisft.run.train`; where each part lives:
     weights    minisft/files/weights.py      -> frozen, trainable (minisft/lora.py)
     rows       minisft/data/tokenize.py         -> batches (minisft/batches.py)
     forward    minisft/llama.py, minisft/nn.py
-    step       minisft/loop.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
+    step       minisft/run.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
     files      minisft/files/checkpoint.py, minisft/files/export.py
 """
 
@@ -25,8 +25,8 @@ from minisft.config.flags import asks_for_help, parse_flags, run_main
 from minisft.config.names import ALIASES
 from minisft.config.train import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
-from minisft.loop import TrainingStopped
 from minisft.run import train
+from minisft.session.guards import TrainingStopped
 from minisft.session.signals import Preempted
 
 

@@ -12,7 +12,7 @@ from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, rand
 from minisft import loss as loss_module
 from minisft.llama import Compute, embedding_noise, hidden_states, logits
 from minisft.loss import evaluation
-from minisft.step import Plan, loss_and_grads
+from minisft.step import ExecutionPlan, loss_and_grads
 
 ROWS = [[5, 9], [12], [2, 2], [1], [7, 3, 4], [20], [6], [11, 8]]
 COMPUTE = Compute(CFG, lora_scaling=LORA.scaling)
@@ -46,19 +46,19 @@ def test_loss_and_gradient_equal_the_formula(kind, rows_at_a_time, monkeypatch):
     want = by_formula(kind, whole, leaves)
     want.backward()
     grad = torch.cat([leaves[n].grad.flatten() for n in flat.views])
-    plan = Plan(dataclasses.replace(COMPUTE, **settings))
+    plan = ExecutionPlan(dataclasses.replace(COMPUTE, **settings))
     for batch in (whole, all_rows(random_dataset(ROWS), max_tokens=21)):
         loss, ours = loss_and_grads(flat, random_weights(), batch, plan)
         assert loss.item() == pytest.approx(want.item(), abs=1e-6)
         assert relative(ours, grad) < 1e-5
-    plain, _ = loss_and_grads(flat, random_weights(), whole, Plan(COMPUTE))
+    plain, _ = loss_and_grads(flat, random_weights(), whole, ExecutionPlan(COMPUTE))
     assert abs(plain - want) > 0.01
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}])
 def test_a_micro_batch_without_targets_adds_nothing(settings):
     """All labels ignored: exactly zero, and no gradient."""
-    plan = Plan(dataclasses.replace(COMPUTE, **settings))
+    plan = ExecutionPlan(dataclasses.replace(COMPUTE, **settings))
     batch = all_rows(random_dataset([[4], [6]], masked=2.0))
     assert batch.num_loss_tokens == 0
     loss, grads = loss_and_grads(random_adapter(), random_weights(), batch, plan)
@@ -84,7 +84,7 @@ def test_logits_never_exist_as_a_whole(monkeypatch):
         return original(h, *rest)
 
     monkeypatch.setattr(loss_module, "variant_sum", watched)
-    plan = Plan(dataclasses.replace(COMPUTE, loss_type="dft"))
+    plan = ExecutionPlan(dataclasses.replace(COMPUTE, loss_type="dft"))
     loss_and_grads(random_adapter(), random_weights(), all_rows(random_dataset(ROWS)), plan)
     assert max(seen) == 5 and len(seen) > 10
 

@@ -29,7 +29,7 @@ from minisft.lora import param_groups
 from minisft.loss import evaluation, loss_sum
 from minisft.nn import Documents
 from minisft.session.evaluate import eval_batches
-from minisft.step import Plan, loss_and_grads, train_step_
+from minisft.step import ExecutionPlan, loss_and_grads, train_step_
 
 PACKED = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8]]
 DROPPED = dataclasses.replace(LORA, lora_dropout=0.3)
@@ -47,14 +47,14 @@ def gradients(batch, trainable=None, frozen=None, plan=None):
         trainable or random_adapter(),
         random_weights() if frozen is None else frozen,
         batch,
-        plan or Plan(compute()),
+        plan or ExecutionPlan(compute()),
     )
 
 
 def step_(state, batch, config=CONFIG, dtype=torch.float32, frozen=None, lr=1e-2, **options):
     """train_step_ with the groups of the state's own tensors."""
     shapes = {n: tuple(v.shape) for n, v in state.trainable.views.items()}
-    plan = Plan(compute(dtype=dtype, **options))
+    plan = ExecutionPlan(compute(dtype=dtype, **options))
     frozen = random_weights(dtype=dtype) if frozen is None else frozen
     config = dataclasses.replace(config, learning_rate=lr)
     return train_step_(state, frozen, batch, plan, param_groups(shapes, config), config, 1.0)
@@ -97,7 +97,7 @@ def test_gradient_is_that_of_finite_differences(trained, monkeypatch):
     flat = random_adapter(lora=lora) if trained == "copies" else random_adapter()
     flat = whole_model(cfg) if "all" in trained else flat
     frozen = {n: w for n, w in random_weights(cfg).items() if n not in flat.views}
-    batch, plan = all_rows(random_dataset(PACKED)), Plan(compute(cfg=cfg))
+    batch, plan = all_rows(random_dataset(PACKED)), ExecutionPlan(compute(cfg=cfg))
     _, grad = loss_and_grads(flat, frozen, batch, plan)
 
     def rms_norm(x, weight, eps):  # the model's own has float32 statistics
@@ -138,7 +138,7 @@ def test_gradient_is_that_of_finite_differences(trained, monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_the_cut_into_micro_batches_changes_nothing(max_tokens, rate):
     dataset = random_dataset(PACKED)
-    plan = Plan(compute(dataclasses.replace(LORA, lora_dropout=rate)))
+    plan = ExecutionPlan(compute(dataclasses.replace(LORA, lora_dropout=rate)))
     whole = all_rows(dataset, dropout=rate > 0)
     cut = all_rows(dataset, dropout=rate > 0, max_tokens=max_tokens)
     assert len(whole.micro_batches) == 1 < len(cut.micro_batches)
@@ -181,7 +181,9 @@ def test_checkpointing_changes_no_bit(rate, dtype):
     batch = all_rows(random_dataset(PACKED), max_tokens=30, dropout=rate > 0)
     frozen = random_weights(dtype=dtype)
     plain, again = (
-        gradients(batch, frozen=frozen, plan=Plan(compute(lora, dtype, checkpoint_blocks=on)))
+        gradients(
+            batch, frozen=frozen, plan=ExecutionPlan(compute(lora, dtype, checkpoint_blocks=on))
+        )
         for on in (False, True)
     )
     assert torch.equal(plain[0], again[0])
@@ -360,7 +362,7 @@ def test_nothing_is_dropped_out_in_evaluation():
     """Not even from a training batch, which carries the keys of its dropout."""
     dataset = random_dataset(PACKED)
     batch = all_rows(dataset, dropout=True)
-    plan = Plan(compute(DROPPED))
+    plan = ExecutionPlan(compute(DROPPED))
     loss, *_ = evaluation(
         random_adapter().views, random_weights(), batch.micro_batches, plan.compute
     )
@@ -451,7 +453,7 @@ def test_half_precision_gradients_are_near_float32_s():
     batch = all_rows(random_dataset(PACKED))
     _, want = gradients(batch)
     for dtype, bound in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        plan = Plan(compute(dtype=dtype), loss_scale=2.0**10)
+        plan = ExecutionPlan(compute(dtype=dtype), loss_scale=2.0**10)
         _, grad = gradients(batch, frozen=random_weights(dtype=dtype), plan=plan)
         assert grad.dtype == torch.float32
         assert relative(grad, want) < bound
@@ -460,7 +462,10 @@ def test_half_precision_gradients_are_near_float32_s():
 def test_the_loss_scale_is_taken_out_again():
     """A power of two: nothing but exponents changes in float32."""
     batch = all_rows(random_dataset(PACKED), max_tokens=30)
-    plain, scaled = gradients(batch), gradients(batch, plan=Plan(compute(), loss_scale=2.0**12))
+    plain, scaled = (
+        gradients(batch),
+        gradients(batch, plan=ExecutionPlan(compute(), loss_scale=2.0**12)),
+    )
     assert torch.equal(plain[0], scaled[0])
     assert relative(scaled[1], plain[1]) < 1e-6
 
@@ -471,7 +476,7 @@ def test_the_loss_scale_keeps_small_gradients_from_vanishing():
     quiet = random_adapter(b_scale=3e-6)  # makes the gradient of A small
     counts = []
     for scale in (1.0, 2.0**16):
-        plan = Plan(compute(dtype=torch.float16), loss_scale=scale)
+        plan = ExecutionPlan(compute(dtype=torch.float16), loss_scale=scale)
         _, grad = gradients(batch, quiet, random_weights(dtype=torch.float16), plan)
         assert grad.isfinite().all()
         counts.append((grad == 0).float().mean().item())

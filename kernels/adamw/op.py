@@ -1,18 +1,18 @@
-"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+"""Public functions: gradient norm, and clipping with AdamW, over flat buffers."""
 
 from __future__ import annotations
 
 import torch
-from minisft.kernels.adamw.reference import adamw_reference_, global_norm_reference
-from minisft.kernels.low_rank.op import use_triton
+from minisft.kernels._impl import use_triton
+from minisft.kernels.adamw.reference import AdamWStep, adamw_reference_, global_norm_reference
 from torch import Tensor
 
 
 def global_norm(grads_n: Tensor, *, impl: str = "auto") -> Tensor:
-    """L2 norm of a flat float32 gradient, [] float32, the same bits in every run.
+    """Return the L2 norm [] float32 of a flat float32 gradient [n]; the same bits in every run.
 
-    impl: "triton", "reference", or "auto" (triton for CUDA tensors). Raises ValueError where the
-    gradient is not contiguous float32 [n].
+    impl: "triton", "reference", or "auto" (triton for CUDA tensors). Raises ValueError unless the
+    gradient is contiguous float32 [n].
     """
     if grads_n.dim() != 1 or grads_n.dtype != torch.float32 or not grads_n.is_contiguous():
         raise ValueError(
@@ -31,22 +31,16 @@ def adamw_(
     g_n: Tensor,
     m_n: Tensor,
     v_n: Tensor,
+    settings: AdamWStep,
     *,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
     norm: Tensor | None = None,
-    max_norm: float = 0.0,
     impl: str = "auto",
 ) -> None:
-    """One step of AdamW in place: parameters p and the moments m and v; all float32 [n].
+    """Apply one step of AdamW in place to parameters p and moments m and v, given the gradient g.
 
-    step counts from 1. norm: [] float32 of the whole gradient, which is then read as scaled by
-    max_norm / (norm + 1e-6), at most 1; g itself stays as it is. None: no clipping. Raises
-    ValueError where the four differ in length or are not contiguous float32.
+    p, g, m, v: float32 [n]. norm: [] float32, the norm of the whole gradient; g is then read as
+    scaled by min(1, max_norm / (norm + 1e-6)) and itself not changed. None: no clipping. Raises
+    ValueError unless the four are contiguous float32 of one length.
     """
     for x in (p_n, g_n, m_n, v_n):
         if x.shape != p_n.shape or x.dtype != torch.float32 or not x.is_contiguous():
@@ -54,10 +48,9 @@ def adamw_(
                 f"adamw_: a tensor is {x.dtype} {tuple(x.shape)}; expected contiguous float32 "
                 f"{tuple(p_n.shape)}, as p is"
             )
-    numbers = (step, learning_rate, beta1, beta2, eps, weight_decay, norm, max_norm)
     if not use_triton(p_n, impl):
-        adamw_reference_(p_n, g_n, m_n, v_n, *numbers)
+        adamw_reference_(p_n, g_n, m_n, v_n, settings, norm)
         return
     from minisft.kernels.adamw.kernel import launch_adamw_
 
-    launch_adamw_(p_n, g_n, m_n, v_n, *numbers)
+    launch_adamw_(p_n, g_n, m_n, v_n, settings, norm)

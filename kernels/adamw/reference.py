@@ -1,16 +1,32 @@
-"""The definition, in plain torch: the norm of a flat gradient, and clipping with AdamW."""
+"""Specification in plain torch: the norm of a flat gradient, and clipping with AdamW.
+
+The kernel computes the same formulas; last bits can differ. minisft/optim.py uses neither on a CPU,
+where it calls torch's fused AdamW.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def global_norm_reference(grads_n: Tensor) -> Tensor:
-    """L2 norm, [] float32, to its last bits.
+class AdamWStep(NamedTuple):
+    """The numbers of one AdamW step."""
 
-    By rows first: a sum of 10^8 squares in float32 would be off by a hundredth on a CPU.
-    """
+    step: int  # counts from 1
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_norm: float = 0.0  # read only if a norm to clip by is given
+
+
+def global_norm_reference(grads_n: Tensor) -> Tensor:
+    """Return the L2 norm of grads, [] float32, correct to the last bits."""
+    # rows of 4096 first: one float32 sum of 10^8 squares would be off by 1 % on a CPU
     whole = grads_n.numel() - grads_n.numel() % 4096
     rows = torch.linalg.vector_norm(grads_n[:whole].view(-1, 4096), dim=1)
     parts = torch.cat((rows, grads_n[whole:])).double()
@@ -18,11 +34,12 @@ def global_norm_reference(grads_n: Tensor) -> Tensor:
 
 
 def adamw_reference_(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, learning_rate: float, beta1: float,
-    beta2: float, eps: float, weight_decay: float, norm: Tensor | None, max_norm: float,
-) -> None:  # fmt: skip
-    """AdamW (arXiv:1711.05101) on the gradient scaled to a norm of at most max_norm."""
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: AdamWStep, norm: Tensor | None
+) -> None:
+    """Apply AdamW (arXiv:1711.05101) in place, for the gradient clipped to max_norm."""
+    step, learning_rate, beta1, beta2, eps, weight_decay, max_norm = settings
     if norm is not None:
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_
         g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and inputs of the op, shared by its test and its benchmark."""
+"""Shapes, dtypes and inputs shared by the op's test and benchmark."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """One problem size: M rows that carry a target, D hidden, V vocab."""
+    """One problem size: M rows that have a target, D hidden, V vocab."""
 
     M: int
     D: int
@@ -15,14 +15,15 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the op takes: hidden [M, D] and head [V, D] of one dtype, targets [M] int64."""
+    """Arguments of the op: hidden [M, D] and head [V, D] of one dtype, targets [M] int64."""
 
     hidden_MD: Tensor
     head_VD: Tensor
     targets_M: Tensor
 
 
-SMALL = {  # for tests on a CPU: ones, primes, and sizes around the edges of blocks
+# For tests on a CPU: ones, primes, and sizes at the edges of blocks.
+SMALL = {
     "one of each": Case(1, 1, 1),
     "one row": Case(1, 63, 1000),
     "one class": Case(17, 8, 1),
@@ -31,7 +32,8 @@ SMALL = {  # for tests on a CPU: ones, primes, and sizes around the edges of blo
     "block and one": Case(65, 32, 257),
     "primes": Case(131, 47, 97),
 }
-LLAMA = {  # the heads of Llama-3.2-1B and Llama-3.1-8B under one micro-batch
+# The heads of Llama-3.2-1B and Llama-3.1-8B for one micro-batch.
+LLAMA = {
     "1B, 2048 rows": Case(2048, 2048, 128256),
     "1B, 8192 rows": Case(8192, 2048, 128256),
     "8B, 4096 rows": Case(4096, 4096, 128256),
@@ -48,7 +50,7 @@ def make_inputs(
     seed: int = 0,
     logit_scale: float = 3.0,
 ) -> Inputs:
-    """Random inputs whose logits have a standard deviation of logit_scale (a model's: 2 to 4)."""
+    """Return random inputs; logits have standard deviation logit_scale (2 to 4 in real models)."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The definition of the op in plain torch: loss and gradients of one chunk of rows after another.
+"""Specification in plain torch, and on every device the code of the differentiable op.
 
-M rows that carry a target  D hidden  V vocab
+M rows that have a target  D hidden  V vocab
 """
 
 import torch
@@ -16,10 +16,10 @@ def loss_and_grads_by_chunk(
     need_hidden_grad: bool,
     need_head_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Summed cross-entropy of `hidden @ head.T`, and d(sum)/d(hidden), d(sum)/d(head) on request.
+    """Return the summed cross-entropy of hidden @ head.T and its gradients on request.
 
     hidden_MD, head_VD: one floating dtype. targets_M: int64 in [0, V). At most [chunk, V] logits
-    live at a time; statistics are float32. With z = hidden @ head.T and p = softmax(z):
+    exist at a time; statistics are float32. With z = hidden @ head.T and p = softmax(z):
     loss = sum(logsumexp(z) - z[target]), dz = p - onehot(target), d_hidden = dz @ head,
     d_head = dz.T @ hidden (accumulated in float32).
     Returns (loss [] float32, d_hidden like hidden or None, d_head [V, D] float32 or None).
@@ -42,16 +42,17 @@ def loss_and_grads_by_chunk(
             d_hidden[rows] = dz_CV @ head_VD
         if d_head is not None:
             d_head += dz_CV.T @ x_CD
-        del z_CV, dz_CV  # else they live on beside the next chunk's
+        # otherwise they stay allocated while the next chunk's logits are made
+        del z_CV, dz_CV
     return loss, d_hidden, d_head
 
 
 def cross_entropy_reference_(
     logits_MV: Tensor, targets_M: Tensor, weight: Tensor, *, gradient: bool
 ) -> Tensor:
-    """Losses of the rows, float32 [M]; logits become (softmax - onehot) * weight where asked.
+    """Return the losses, float32 [M]; with `gradient`, logits become (softmax - onehot) * weight.
 
-    A negative target stands for no target: loss and gradient are zero.
+    A negative target stands for none: loss and gradient are zero.
     """
     z = logits_MV.float()
     lse = z.logsumexp(dim=1, keepdim=True)

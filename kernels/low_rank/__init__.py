@@ -1,7 +1,7 @@
-"""The skinny products of LoRA: what other kernels add on the fly, and the sums over tokens."""
+"""LoRA's narrow products: updates added inside other kernels, and sums over tokens."""
 
 from minisft.kernels.low_rank.op import (
-    LowRank,
+    as_one_stack,
     empty_rows,
     narrow_products,
     outer_sum,
@@ -9,8 +9,9 @@ from minisft.kernels.low_rank.op import (
     reduce_partials,
     row_stride,
 )
+from minisft.kernels.low_rank.reference import LowRank
 
 __all__ = [
-    "LowRank", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",
+    "LowRank", "as_one_stack", "empty_rows", "narrow_products", "outer_sum", "place_block_diagonal",
     "reduce_partials", "row_stride",
 ]  # fmt: skip

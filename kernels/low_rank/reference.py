@@ -1,4 +1,4 @@
-"""The definitions in plain torch.
+"""Specification of the kernels in plain torch.
 
 T tokens  R rank  N features  S splits of the tokens
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """scale * left @ right: a matrix [T, N] that another kernel adds to what it reads.
+    """A matrix [T, N] = scale * left @ right that another kernel adds to what it reads.
 
-    It is never written out: a LoRA update costs the bytes of left and right alone. left: [T, R],
-    right: [R, N], one half-precision or float32 dtype, any strides. The product is float32.
+    It is never materialised, so a LoRA update moves only the bytes of left and right. left [T, R],
+    right [R, N]: one half-precision or float32 dtype, any strides. The product is float32.
     """
 
     left: Tensor
@@ -25,7 +25,7 @@ class LowRank(NamedTuple):
 
 
 def add_reference(x_TN: Tensor, delta: LowRank | None) -> Tensor:
-    """x + scale * left @ right, float32 [T, N]."""
+    """Return x + scale * left @ right, float32 [T, N]."""
     if delta is None:
         return x_TN.float()
     return x_TN.float() + delta.left.float() @ delta.right.float() * delta.scale
@@ -34,7 +34,7 @@ def add_reference(x_TN: Tensor, delta: LowRank | None) -> Tensor:
 def narrow_products_reference(
     x_TN: Tensor, rights: Sequence[Tensor | None], sizes: Sequence[int], out_TR: Tensor
 ) -> None:
-    """out = [x_1 M_1, x_2 M_2, ...], M_j [size_j, R_j]; columns of x as cut by sizes."""
+    """Write out = [x_1 M_1, x_2 M_2, ...]; x_j: the next sizes[j] columns of x."""
     row = column = 0
     for size, right in zip(sizes, rights, strict=True):
         if right is not None:
@@ -45,7 +45,7 @@ def narrow_products_reference(
 
 
 def split_rows(num_rows: int, splits: int, block: int = 64) -> list[slice]:
-    """The rows of each split: whole blocks of rows, the last one shorter or empty."""
+    """Return the rows of each split: multiples of `block`, the last ones shorter or empty."""
     size = -(-num_rows // splits)
     size = -(-size // block) * block
     return [slice(min(i * size, num_rows), min((i + 1) * size, num_rows)) for i in range(splits)]
@@ -58,12 +58,14 @@ def outer_sum_reference(
     column_scale_N: Tensor | None,
     partials_SRN: Tensor,
 ) -> None:
-    """partials[s] = sum over the tokens of split s of left[t] (x) x[t], scaled by row and column.
+    """Write partials[s] = sum over the tokens t of split s of left[t] (x) x[t].
 
-    partials: float32, S sums to be added up by the caller; overwritten.
+    row_scale, column_scale: optional factors of the terms. partials: float32 [S, R, N],
+    overwritten; the caller adds up the S sums.
     """
     left = left_TR.float()
     if row_scale_T is not None:
+        # rounded as in the kernel, whose tensor-core product takes the input dtype
         left = (left * row_scale_T.unsqueeze(1)).to(left_TR.dtype).float()
     for i, rows in enumerate(split_rows(left.shape[0], partials_SRN.shape[0])):
         total = left[rows].T @ x_TN[rows].float()
@@ -71,5 +73,5 @@ def outer_sum_reference(
 
 
 def reduce_partials_reference(partials_Sn: Tensor, grads_n: Tensor, scale: float) -> None:
-    """grads += scale * sum of the splits, in float32 and in a fixed order."""
+    """Add scale * sum of the splits to grads, in float32."""
     grads_n.add_(partials_Sn.sum(0), alpha=scale)

@@ -1,14 +1,14 @@
-"""4-bit weights in bitsandbytes' formats: NF4 and FP4, single and double quantisation."""
+"""4-bit weights in the formats of bitsandbytes: NF4 and FP4, single and double quantisation."""
 
 from minisft.kernels.nf4.op import (
     dequantize,
+    dequantize_concat_columns_B,
+    dequantize_concat_rows_A,
     dequantize_into,
-    dequantize_with_A_below,
-    dequantize_with_B_beside,
 )
 from minisft.kernels.nf4.reference import NF4Weight, quantize, side_by_side
 
 __all__ = [
-    "NF4Weight", "dequantize", "dequantize_into", "dequantize_with_A_below",
-    "dequantize_with_B_beside", "quantize", "side_by_side",
+    "NF4Weight", "dequantize", "dequantize_concat_columns_B", "dequantize_concat_rows_A",
+    "dequantize_into", "quantize", "side_by_side",
 ]  # fmt: skip

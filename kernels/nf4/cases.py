@@ -1,4 +1,4 @@
-"""Shapes, dtypes and inputs that the tests and the benchmark share."""
+"""Shapes, dtypes and inputs shared by the tests and the benchmark."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ BENCH_SHAPES = (
 
 
 def make_weight(shape: tuple[int, int], device: str = "cpu", seed: int = 0) -> Tensor:
-    """Normal weights in float32, with one block of zeros and one far larger than the rest."""
+    """Return normal float32 weights, with one block of zeros and one 100 times larger."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) * 0.02
     flat = weight.view(-1)

@@ -1,7 +1,8 @@
-"""The definition of the formats in plain torch, bit for bit what bitsandbytes computes.
+"""Specification of the 4-bit formats in plain torch, bit for bit what bitsandbytes computes.
 
-A matrix [O, I] is cut, in row-major order, into blocks of 64 weights that run across row borders.
-A weight is code[nibble] * scale of its block; double quantisation keeps the scales in 8 bits.
+A matrix [O, I] in row-major order is divided into blocks of 64 weights, which may cross rows. A
+weight is code[nibble] * scale of its block; double quantisation stores the scales in 8 bits.
+Kernel and reference round alike: this decode is also the one that minisft/nn.py uses.
 
 n weights  b blocks of 64  s superblocks of 256 blocks
 """
@@ -14,25 +15,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Quantiles of the normal distribution (arXiv:2305.14314), as bitsandbytes has them.
+# Quantiles of the normal distribution (arXiv:2305.14314), in bitsandbytes' digits.
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-# Sign, two bits of exponent, one of mantissa; bit 3 is the sign.
+# FP4: bit 3 is the sign, then two bits of exponent and one of mantissa.
 _FP4_HALF = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4_CODE = (*_FP4_HALF, *(-x for x in _FP4_HALF))
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCK, NESTED_BLOCK = 64, 256
-_PIECE = 2**20  # weights quantised at a time
+# Weights quantised at a time: bounds the temporary memory to about 30 MB.
+_PIECE = 2**20
 
 
 class NF4Weight(NamedTuple):
-    """A 4-bit matrix: a leaf that stands where a weight [O, I] would.
+    """A 4-bit matrix that takes the place of a weight [O, I].
 
-    packed: uint8 [ceil(n / 2)], the even weight in the high nibble. absmax: the blocks' scales,
+    packed: uint8 [ceil(n / 2)], even weights in the high nibble. absmax: the blocks' scales,
     float32 [b], or uint8 [b] with double quantisation: then scale = nested_code[absmax] *
     nested_absmax[block // 256] + nested_offset, rounded after each operation.
     """
@@ -42,22 +44,22 @@ class NF4Weight(NamedTuple):
     code: Tensor  # float32 [16]
     nested_absmax: Tensor | None  # float32 [s]
     nested_code: Tensor | None  # float32 [256]
-    nested_offset: Tensor | None  # float32 [], or [s] where matrices lie side by side
+    nested_offset: Tensor | None  # float32 [], or [s] for joined matrices (`side_by_side`)
     shape: tuple[int, int]
     blocksize: int = BLOCK
     quant_type: str = "nf4"
 
     def nbytes(self) -> int:
-        """Device memory in bytes."""
+        """Return the device memory in bytes."""
         tensors = (self.packed, self.absmax, self.nested_absmax)
         return sum(t.numel() * t.itemsize for t in tensors if t is not None)
 
 
 def dynamic_map() -> Tensor:
-    """bitsandbytes' signed 8-bit dynamic map: 256 float32 values in ascending order.
+    """Return bitsandbytes' signed 8-bit dynamic map: 256 float32 values in ascending order.
 
-    For i = 0..6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), of both signs; and 0
-    and 1.
+    For i = 0..6: the midpoints of 2^i equal parts of [0.1, 1] times 10^(i-6), in both signs; also
+    0 and 1.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -68,7 +70,7 @@ def dynamic_map() -> Tensor:
 
 
 def scales(weight: NF4Weight) -> Tensor:
-    """The scale of every block, float32 [b]."""
+    """Return the scale of every block, float32 [b]."""
     if weight.nested_absmax is None:
         return weight.absmax
     assert weight.nested_code is not None and weight.nested_offset is not None
@@ -80,10 +82,10 @@ def scales(weight: NF4Weight) -> Tensor:
 
 
 def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weight]] | None:
-    """One matrix with the rows of all, decoded in one launch, and the given ones as views of it.
+    """Join matrices by rows, so that one launch decodes all; return (joined, views of the parts).
 
-    None where their blocks of 256 scales would not fall into step (a matrix of Llama's shapes holds
-    a multiple of 64 * 256 weights), or codes, block sizes or columns differ.
+    Returns None if codes, block sizes or columns differ, or a matrix is not whole superblocks
+    (64 * 256 weights, as all of Llama's shapes are).
     """
     first = weights[0]
     for w in weights:
@@ -92,6 +94,7 @@ def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weigh
         )
         if not same or (w.nested_code is None) != (first.nested_code is None):
             return None
+        # otherwise a superblock would contain weights of two matrices
         if (w.shape[0] * w.shape[1]) % (w.blocksize * NESTED_BLOCK):
             return None
         if w.nested_code is not None and not torch.equal(w.nested_code, first.nested_code):  # pyright: ignore
@@ -123,17 +126,16 @@ def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weigh
 
 
 def _offsets(weight: NF4Weight) -> Tensor:
+    # matrices have different offsets: the joined one stores one per superblock
     assert weight.nested_offset is not None and weight.nested_absmax is not None
     return weight.nested_offset.expand(weight.nested_absmax.shape)
 
 
 def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix [O, I] in `dtype`: code * scale in float32, one rounding.
-
-    A byte is looked up whole, as two float32 in one 8-byte entry: four times as fast on a CPU as
-    taking it apart.
-    """
+    """Return the matrix [O, I] in `dtype`: code * scale in float32, rounded once."""
     n = weight.shape[0] * weight.shape[1]
+    # a table of 256 pairs of float32, one 8-byte entry per byte: four times as fast on a CPU as
+    # unpacking nibbles
     high, low = weight.code.repeat_interleave(16), weight.code.repeat(16)
     pairs = torch.stack((high, low), dim=1).view(torch.int64).flatten()  # [256]
     values = pairs.index_select(0, weight.packed.int()).view(torch.float32)[:n]
@@ -151,10 +153,9 @@ def quantize(
     """Quantise a matrix [O, I] of any float dtype on its own device.
 
     Each block is divided by its largest magnitude and rounded to the nearest code, ties to the
-    lower. double_quant rounds the scales, less their mean, to 8 bits the same way in blocks of 256.
-    A piece at a time: beside the matrix and the result it takes some 30 MB.
-    Raises ValueError for a matrix that is not 2-D, holds a value that is not finite, or an unknown
-    quant_type.
+    lower. double_quant subtracts the mean of the scales and rounds them to 8 bits the same way, in
+    blocks of 256. Raises ValueError for an unknown quant_type, a matrix that is not 2-D, or a value
+    that is not finite.
     """
     if quant_type not in CODES:
         raise ValueError(f"quant_type is {quant_type!r}; expected one of {', '.join(CODES)}")
@@ -162,6 +163,7 @@ def quantize(
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out, in]")
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=weight.device)
     pieces = []
+    # pieces of whole bytes and whole blocks: their results concatenate to that of the matrix
     for values in weight.flatten().split(2 * blocksize * max(1, _PIECE // (2 * blocksize))):
         indices, absmax = _quantize_blocks(values.float(), code, blocksize)
         indices = torch.nn.functional.pad(indices, (0, indices.numel() % 2))
@@ -182,13 +184,15 @@ def quantize(
 
 
 def _quantize_blocks(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(uint8 index of the nearest code of each value / absmax of its block, absmax [b])."""
+    """Return (uint8 index of the code nearest to each value / absmax of its block, absmax [b])."""
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
+    # a block of zeros has no scale to divide by
     reciprocal = torch.where(absmax > 0, 1 / absmax, 0)
     normed = (blocks * reciprocal.unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
-    ordered = code.unique()  # ascending; FP4 has two zeros, the first of which is used
+    # ascending; FP4 has two zeros, and argmax below picks the first
+    ordered = code.unique()
     nearest = torch.bucketize(normed, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)
     index = (code == ordered.unsqueeze(1)).int().argmax(1).to(torch.uint8)
     return index.index_select(0, nearest), absmax

@@ -12,7 +12,7 @@ so that u = x A^T, or t = dy B, comes along; dA and dB are made in the second.
 import torch
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import padded_rank, pdl_option
+from minisft.kernels._triton import padded_rank, pdl_option
 from minisft.kernels.nf4.kernel import block_scale, quantised_arguments
 
 

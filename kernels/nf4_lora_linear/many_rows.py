@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import (
+from minisft.kernels._triton import (
     num_sms,
     padded_rank,
     pdl_option,
@@ -259,7 +259,7 @@ def splits_of(M: int, blocks: int, padded: int) -> Splits:
 
 def forward(x, weight, bias, A, B, scaling):
     """(y, u), as `op.forward`."""
-    u, w = x @ A.T, dequantize(weight, x.dtype, early=True)
+    u, w = x @ A.T, dequantize(weight, x.dtype, pdl=True)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     _launch_product(x, w, y, u, B.T, scaling, w_is_nk=True, followed=False)
     return (y if bias is None else y.add_(bias)), u
@@ -288,7 +288,7 @@ def backward(dy, x, u, weight, A, B, scaling):
     from_dy_kernel[(splits.for_dB * (splits.rows // BLOCK_T + triton.cdiv(O, columns)),)](
         describe(dy), B, t, u, u.stride(0), parts_B, M, O, splits.rows, **tiles, **shared
     )
-    launch_dequantize(weight, w, early=True, beside=True)
+    launch_dequantize(weight, w, pdl=True, wait_last=True)
     _launch_product(dy, w, dx, t, A, scaling, w_is_nk=False, followed=True)
     parts_of_dA_kernel[(splits.for_dA * triton.cdiv(I, columns),)](
         describe(x), t, parts_A, M, I, splits.large, splits.small, LARGE=LARGE, **tiles, **shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_with_B_beside
+from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_concat_columns_B
 from minisft.kernels.nf4_lora_linear.reference import backward_reference, forward_reference
 from torch import Tensor
 
@@ -48,11 +48,11 @@ def forward(
         x_ext[:, :I] = x_MI
         torch.mm(x_MI, A_RI.T, out=x_ext[:, I:])
         w = torch.empty((O, I + R), dtype=x_MI.dtype, device=x_MI.device)
-        dequantize_with_B_beside(weight, (B_OR,), (O,), scaling, w, early=True)
+        dequantize_concat_columns_B(weight, (B_OR,), (O,), scaling, w, pdl=True)
         return torch.nn.functional.linear(x_ext, w, bias_O), x_ext[:, I:].contiguous()
     u_MR = x_MI @ A_RI.T
     y_MO = _scaled(u_MR, B_OR.T, scaling)
-    w_OI = dequantize(weight, x_MI.dtype, early=True)
+    w_OI = dequantize(weight, x_MI.dtype, pdl=True)
     y_MO.addmm_(x_MI, w_OI.T)  # the product adds itself to what is there
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
@@ -89,7 +89,7 @@ def backward(
         t_MR = dy_MO @ B_OR
         if need_dx:
             dx_MI = _scaled(t_MR, A_RI, scaling)
-            dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype, early=True))
+            dx_MI.addmm_(dy_MO, dequantize(weight, dy_MO.dtype, pdl=True))
     elif need_dx:
         dx_MI = dy_MO @ dequantize(weight, dy_MO.dtype)
     if t_MR is None or u_MR is None:

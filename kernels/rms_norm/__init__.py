@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm in one pass, forward and backward."""
+"""Residual sum and RMSNorm in one pass, forward and backward."""
 
 from minisft.kernels.rms_norm.op import add_rms_norm, normalise, rms_norm_backward
 

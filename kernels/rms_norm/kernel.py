@@ -1,10 +1,11 @@
-"""Triton: a row in registers; where a LoRA update is added, 16 rows walked twice in tiles."""
+"""Triton kernels: one row in registers; with a LoRA update, 16 rows in two passes over tiles."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+import torch
 import triton
 import triton.language as tl
-from minisft.kernels.low_rank.kernel import padded_rank, stages
+from minisft.kernels._triton import padded_rank, stages
 
 
 @triton.jit
@@ -13,6 +14,7 @@ def row_kernel(
     x_stride, y_stride, out_stride, h_stride, eps,
     D: tl.constexpr, HAS_Y: tl.constexpr, HAS_RSTD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Write out = x + y (HAS_Y), rstd (or read it, HAS_RSTD) and h = norm(out); one row each."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     ok = cols < D
@@ -21,12 +23,14 @@ def row_kernel(
         x += tl.load(y_ptr + row * y_stride + cols, mask=ok, other=0.0).to(tl.float32)
         rounded = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * out_stride + cols, rounded, mask=ok)
+        # the statistics are those of the stored sum, which `normalise` and backward read
         x = rounded.to(tl.float32)
     if HAS_RSTD:
         rstd = tl.load(rstd_ptr + row)
     else:
         rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
         tl.store(rstd_ptr + row, rstd)
+    # rounded before the weight, as transformers does
     normed = (x * rstd).to(h_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=ok, other=0.0).to(tl.float32)
     tl.store(h_ptr + row * h_stride + cols, (normed * weight).to(h_ptr.dtype.element_ty), mask=ok)
@@ -40,6 +44,7 @@ def add_rms_norm_kernel(
     D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Write out = x + y + scale * left @ right, rstd and h = norm(out), BLOCK_M rows a program."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < num_rows
     rows64 = rows.to(tl.int64)[:, None]
@@ -50,6 +55,7 @@ def add_rms_norm_kernel(
         other=0.0,
     )
     sum_squares = tl.zeros((BLOCK_M,), tl.float32)
+    # num_stages on the loop: without, loads that feed no product are not pipelined (29 us, now 24)
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_D)
         col_ok = cols < D
@@ -68,7 +74,8 @@ def add_rms_norm_kernel(
         sum_squares += tl.sum(x * x, axis=1)
     rstd = 1.0 / tl.sqrt(sum_squares / D + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
-    tl.debug_barrier()  # the second walk reads what other threads of this program wrote
+    # the second pass reads what other threads of this program stored
+    tl.debug_barrier()
     for start in tl.range(0, D, BLOCK_H, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_H)
         col_ok = cols < D
@@ -86,6 +93,7 @@ def rms_norm_backward_kernel(
     dh_stride, x_stride, dresidual_stride, dx_stride,
     D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Write dx = (g - n * mean(g * n)) * rstd + dresidual, g = dh * weight, n = x * rstd."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     ok = cols < D
@@ -103,24 +111,30 @@ def rms_norm_backward_kernel(
 
 
 def _row(D: int) -> tuple[int, int]:
-    """(block, warps) of a program that holds a row."""
+    """Return (block size, warps) of a program that holds a row of D in registers."""
     block = triton.next_power_of_2(D)
     return block, min(16, max(1, block // 512))
 
 
-def launch_add_rms_norm(x, y, delta, weight, eps, out, h, rstd) -> None:
+def launch_add_rms_norm(x, y, delta, weight, eps, h) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the norm into h [T, >= D]; return (sum [T, D], 1 / rms float32 [T])."""
     T, D = x.shape
+    rstd = torch.empty(T, dtype=torch.float32, device=x.device)
+    out = x if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if delta is None:
         block, warps = _row(D)
         row_kernel[(T,)](
+            # an absent y is passed as x, which the kernel then never reads as y
             x, x if y is None else y, weight, rstd, out, h,
             x.stride(0), 0 if y is None else y.stride(0), out.stride(0), h.stride(0), eps,
             D=D, HAS_Y=y is not None, HAS_RSTD=False, BLOCK_D=block, num_warps=warps,
         )  # fmt: skip
-        return
+        return out, rstd
     R, whole = delta.left.shape[1], triton.next_power_of_2(D)
     padded = padded_rank(R)
-    block = min(512, whole, 32768 // (padded * x.element_size()))  # three stages of it fit
+    # three stages of `right` fit into shared memory: at rank 128, 512 columns asked for 279 KB
+    block = min(512, whole, 32768 // (padded * x.element_size()))
+    # 16 rows are the smallest tensor-core product; 16 x 512, then 16 x 1024 was fastest
     add_rms_norm_kernel[(triton.cdiv(T, 16),)](
         x, y, weight, delta.left, delta.right, out, h, rstd,
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
@@ -129,9 +143,11 @@ def launch_add_rms_norm(x, y, delta, weight, eps, out, h, rstd) -> None:
         STAGES=stages(x.device, padded),
         num_warps=8,
     )  # fmt: skip
+    return out, rstd
 
 
 def launch_normalise(x, weight, rstd, h) -> None:
+    """Write the norm of x into h [T, >= D], given its rstd."""
     T, D = x.shape
     block, warps = _row(D)
     row_kernel[(T,)](
@@ -141,6 +157,7 @@ def launch_normalise(x, weight, rstd, h) -> None:
 
 
 def launch_rms_norm_backward(dh, x, weight, rstd, dresidual, dx) -> None:
+    """Write the gradient of x, plus dresidual if given, into dx [T, >= D]."""
     T, D = x.shape
     block, warps = _row(D)
     rms_norm_backward_kernel[(T,)](

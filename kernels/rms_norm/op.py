@@ -1,9 +1,9 @@
-"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+"""Public functions: residual sum with RMSNorm, the norm recomputed, and the gradient."""
 
 from __future__ import annotations
 
-import torch
-from minisft.kernels.low_rank.op import LowRank, empty_rows, use_triton
+from minisft.kernels._impl import use_triton
+from minisft.kernels.low_rank import LowRank, empty_rows
 from minisft.kernels.rms_norm.reference import (
     add_rms_norm_reference,
     normalise_reference,
@@ -22,11 +22,11 @@ def add_rms_norm(
     extra: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y + delta [T, D], its RMSNorm times weight [T, D + extra], and 1 / rms float32 [T].
+    """Return (x + y + delta [T, D], its RMSNorm * weight [T, D + extra], 1 / rms float32 [T]).
 
-    y None: the norm of x alone, and x itself is returned. Rows may be strided, columns contiguous.
-    The last `extra` columns of the norm are room for the caller, not written; its rows begin on 16
-    bytes. Statistics are float32. Source of the norm: arXiv:1910.07467.
+    y None: normalise x alone and return x itself as the sum. Rows may be strided; columns are
+    contiguous. The last `extra` columns of the norm are left uninitialised for the caller (LoRA's
+    u); its rows are 16-byte aligned. Statistics are float32. Source: arXiv:1910.07467.
     """
     T, D = x_TD.shape
     h = empty_rows(T, D + extra, x_TD)
@@ -35,16 +35,14 @@ def add_rms_norm(
         return out, h, rstd
     from minisft.kernels.rms_norm.kernel import launch_add_rms_norm
 
-    rstd = torch.empty(T, dtype=torch.float32, device=x_TD.device)
-    out = x_TD if y_TD is None else torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    launch_add_rms_norm(x_TD, y_TD, delta, weight_D, eps, out, h, rstd)
+    out, rstd = launch_add_rms_norm(x_TD, y_TD, delta, weight_D, eps, h)
     return out, h, rstd
 
 
 def normalise(
     x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, extra: int = 0, impl: str = "auto"
 ) -> Tensor:
-    """The norm again from what add_rms_norm returned, bit for bit: [T, D + extra]."""
+    """Recompute the norm [T, D + extra] from the sum and rstd of add_rms_norm, bit for bit."""
     T, D = x_TD.shape
     h = empty_rows(T, D + extra, x_TD)
     if not use_triton(x_TD, impl):
@@ -66,9 +64,9 @@ def rms_norm_backward(
     extra: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """Gradient of the norm's input plus dresidual (what comes along the residual stream).
+    """Return the gradient of the norm's input plus that of the residual stream, [T, D + extra].
 
-    [T, D + extra]: the last `extra` columns are room for the caller, not written.
+    The last `extra` columns are left uninitialised for the caller (LoRA's t).
     """
     T, D = x_TD.shape
     dx = empty_rows(T, D + extra, x_TD)

@@ -1,4 +1,7 @@
-"""The definition in plain torch.
+"""Specification of the kernels in plain torch.
+
+nn.rms_norm in minisft is the definition of the model: it normalises a sum that was rounded before
+the call. Here x, y and the LoRA update are added in float32 and rounded once, as the kernel does.
 
 T tokens  D hidden  R rank
 """
@@ -13,7 +16,7 @@ from torch import Tensor
 def add_rms_norm_reference(
     x_TD: Tensor, y_TD: Tensor | None, delta: LowRank | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + y + delta, its RMSNorm, 1 / rms); the sum is rounded once, the norm as transformers."""
+    """Return (x + y + delta, its RMSNorm, 1 / rms); the sum is rounded once."""
     if y_TD is not None:
         x_TD = (x_TD.float() + add_reference(y_TD, delta)).to(x_TD.dtype)
     x32 = x_TD.float()
@@ -22,7 +25,7 @@ def add_rms_norm_reference(
 
 
 def normalise_reference(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
-    """x * rstd, rounded, times weight."""
+    """Return x * rstd, rounded to x's dtype, times weight: the roundings of transformers."""
     return weight_D.to(x_TD.dtype) * (x_TD.float() * rstd_T.unsqueeze(1)).to(x_TD.dtype)
 
 
@@ -33,11 +36,7 @@ def rms_norm_backward_reference(
     rstd_T: Tensor,
     dresidual_TD: Tensor | None,
 ) -> Tensor:
-    """d loss / dx.
-
-    With g = dh * weight and n = x / rms(x): dx = (g - n * mean(g * n)) / rms(x), plus what comes
-    along the residual.
-    """
+    """Return dx = (g - n * mean(g * n)) / rms(x) + dresidual, g = dh * weight, n = x / rms(x)."""
     rstd = rstd_T.unsqueeze(1)
     g = dh_TD.float() * weight_D.float()
     n = x_TD.float() * rstd

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in place, and its inverse with the LoRA gradients dB."""
+"""RoPE of queries and keys in place, and its inverse together with the LoRA gradients dB."""
 
 from minisft.kernels.rope.op import rope_, rope_backward
 

@@ -1,20 +1,18 @@
-"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+"""Public functions: rotate queries and keys, and the inverse for their gradients."""
 
 from __future__ import annotations
 
-from minisft.kernels.low_rank.op import use_triton
-from minisft.kernels.rope.reference import rope_backward_reference, rope_reference_
+from minisft.kernels._impl import use_triton
+from minisft.kernels.rope.reference import Three, rope_backward_reference, rope_reference_
 from torch import Tensor
-
-_Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def rope_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int, *, impl: str = "auto") -> None:
-    """In place: turn the first `heads` heads of every row by the token's angles.
+    """Rotate the first `heads` heads of every row in place by the token's angles.
 
-    qk: [T, >= heads * H], the heads of q, then of k; further columns are left alone. cos and sin:
-    [T, H], both halves alike. H is a power of two, at least 32. Source: arXiv:2104.09864, in the
-    order of halves that Llama's weights have.
+    qk: [T, >= heads * H], the heads of q, then of k; further columns are not changed. cos, sin:
+    [T, H], both halves equal. H: a power of two, at least 32. Source: arXiv:2104.09864, with the
+    pairs (i, i + H/2) of Llama's weights.
     """
     if not use_triton(qk, impl):
         rope_reference_(qk, cos_TH, sin_TH, heads)
@@ -30,15 +28,15 @@ def rope_backward(
     sin_TH: Tensor,
     out: Tensor,
     *,
-    us: _Three = (None, None, None),
-    partials: _Three = (None, None, None),
+    us: Three = (None, None, None),
+    partials: Three = (None, None, None),
     impl: str = "auto",
 ) -> None:
-    """Gradients of the projections' outputs from those of the turned q, k and v.
+    """Write the gradients dy of the q, k and v projections' outputs, and optionally LoRA's dB.
 
-    grads: [T, N, H], [T, K, H], [T, K, H], last dimension contiguous. out: [T, (N + 2K) H],
-    written. us: x A^T of each projection [T, R]; partials: float32 [S, O, R], overwritten with
-    dB = dy^T u in S ordered splits of the tokens, [O, R] contiguous.
+    grads: those of rotated q and k and of v: [T, N, H], [T, K, H], [T, K, H], last dimension
+    contiguous. out: [T, (N + 2K) H], overwritten. us: x A^T of each projection [T, R]. partials:
+    float32 [S, O, R], overwritten with dB = dy^T u over S splits of the tokens, [O, R] contiguous.
     """
     if not use_triton(out, impl):
         rope_backward_reference(grads, us, cos_TH, sin_TH, out, partials)

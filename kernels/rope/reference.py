@@ -1,4 +1,7 @@
-"""The definition in plain torch.
+"""Specification of the kernels in plain torch.
+
+nn.apply_rope in minisft is the definition of the model, equal to transformers bit for bit: it
+rotates in the dtype of q and k. Here all is float32 and rounded once, as in the kernel.
 
 T tokens  N query heads  K key/value heads  H head_dim  R rank  S splits of the tokens
 """
@@ -9,16 +12,18 @@ import torch
 from minisft.kernels.low_rank.reference import outer_sum_reference
 from torch import Tensor
 
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Turn the pairs (i, i + H/2) of every head by the token's angles, in float32."""
+    """Return x with the pairs (i, i + H/2) of every head rotated by the token's angles, float32."""
     x1, x2 = x_TNH.float().chunk(2, dim=-1)
-    turned = torch.cat((-x2, x1), dim=-1)
-    return x_TNH.float() * cos_TH.float().unsqueeze(1) + turned * sin_TH.float().unsqueeze(1)
+    rotated = torch.cat((-x2, x1), dim=-1)
+    return x_TNH.float() * cos_TH.float().unsqueeze(1) + rotated * sin_TH.float().unsqueeze(1)
 
 
 def rope_reference_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> None:
-    """The first `heads` heads of every row, turned; one rounding."""
+    """Rotate the first `heads` heads of every row in place; one rounding."""
     H = cos_TH.shape[1]
     part = qk[:, : heads * H]
     part.copy_(rotate(part.unflatten(1, (heads, H)), cos_TH, sin_TH).flatten(1))
@@ -26,13 +31,13 @@ def rope_reference_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> N
 
 def rope_backward_reference(
     grads: tuple[Tensor, Tensor, Tensor],
-    us: tuple[Tensor | None, Tensor | None, Tensor | None],
+    us: Three,
     cos_TH: Tensor,
     sin_TH: Tensor,
     out: Tensor,
-    partials: tuple[Tensor | None, Tensor | None, Tensor | None],
+    partials: Three,
 ) -> None:
-    """The inverse turn, and dB = dy^T u of each projection in splits."""
+    """Write dy, the gradients rotated back, and dB = dy^T u of each projection in splits."""
     start = 0
     for i, (grad, u, partial) in enumerate(zip(grads, us, partials, strict=True)):
         d = (rotate(grad, cos_TH, -sin_TH) if i < 2 else grad.float()).flatten(1)

@@ -1,4 +1,4 @@
-"""silu(gate) * up, and its gradients with those LoRA sums over tokens that need them."""
+"""silu(gate) * up, and its gradients together with the LoRA gradients that need them."""
 
 from minisft.kernels.swiglu.op import swiglu, swiglu_backward_
 

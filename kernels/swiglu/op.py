@@ -1,14 +1,15 @@
-"""The public functions: Triton on a GPU, the reference elsewhere, or as `impl` says."""
+"""Public functions: SwiGLU of the concatenated gate and up, and its gradients in place."""
 
 from __future__ import annotations
 
-from minisft.kernels.low_rank.op import empty_rows, use_triton
+from minisft.kernels._impl import use_triton
+from minisft.kernels.low_rank import empty_rows
 from minisft.kernels.swiglu.reference import Three, swiglu_backward_reference_, swiglu_reference
 from torch import Tensor
 
 
 def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Tensor:
-    """silu(gate) * up, [T, F + extra] in gate_up's dtype; the last `extra` columns are not written.
+    """Return silu(gate) * up, [T, F + extra] in gate_up's dtype; last `extra` columns not written.
 
     gate_up: [T, >= 2F], gate in the first F columns, up in the next; columns contiguous.
     Source: arXiv:2002.05202.
@@ -32,12 +33,12 @@ def swiglu_backward_(
     partials: Three = (None, None, None),
     impl: str = "auto",
 ) -> None:
-    """Overwrite gate and up, in place, by their gradients, given the product's, da [T, F].
+    """Overwrite gate and up by their gradients, given da [T, F], the gradient of silu(gate) * up.
 
-    lefts: u of gate and of up (x A^T) and t of down (dy B), each [T, R] or None. partials, one for
-    each left: dB of gate and up, float32 [S, F, R], and dA of down, float32 [S, R, F], in S ordered
-    splits of the tokens. Gate, up and their product are in registers here, so that these sums over
-    tokens read nothing again. Raises ValueError if one comes without the other.
+    lefts: u = x A^T of gate and of up, t = dy B of down, each [T, R] or None. partials, one per
+    left: overwritten with dB of gate and up, float32 [S, F, R], and dA of down, float32 [S, R, F],
+    over S splits of the tokens. Gate, up and their product are in registers here, so these sums
+    read them no second time. Raises ValueError if a left has no partial or the reverse.
     """
     for left, partial in zip(lefts, partials, strict=True):
         if (left is None) != (partial is None):

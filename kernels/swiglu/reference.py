@@ -1,4 +1,7 @@
-"""The definition in plain torch.
+"""Specification of the kernels in plain torch.
+
+nn.swiglu in minisft is the definition of the model, equal to transformers bit for bit: it rounds
+silu(gate) before the product. Here all is float32 and rounded once, as in the kernel.
 
 T tokens  F ffn  R rank  S splits of the tokens
 """
@@ -13,7 +16,7 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def swiglu_reference(gate_up: Tensor, F: int) -> Tensor:
-    """silu(gate) * up in float32, one rounding to the dtype of gate_up."""
+    """Return silu(gate) * up, computed in float32 and rounded once to the dtype of gate_up."""
     g, u = gate_up[:, :F].float(), gate_up[:, F : 2 * F].float()
     return (g * torch.sigmoid(g) * u).to(gate_up.dtype)
 
@@ -21,7 +24,7 @@ def swiglu_reference(gate_up: Tensor, F: int) -> Tensor:
 def swiglu_backward_reference_(
     gate_up: Tensor, da_TF: Tensor, lefts: Three, partials: Three
 ) -> None:
-    """Overwrites gate and up by their gradients; partials: dB of gate and up, dA of down."""
+    """Overwrite gate and up by their gradients; write dB of gate and up, dA of down to partials."""
     F = da_TF.shape[1]
     gate, up = gate_up[:, :F], gate_up[:, F : 2 * F]
     g, u, da = gate.float(), up.float(), da_TF.float()

@@ -1,56 +1,56 @@
-"""Flags and exit codes, shared by the scripts: tyro parses, errors are one line.
+"""Flags and exit codes of the scripts: tyro parses, and every error is one line.
 
-Exit codes: 0 done, 2 the user can mend it, 3 a guard stopped training, 75 preempted with a good
-checkpoint, 1 unexpected (with a traceback).
+Exit codes: 0 done, 2 an error that the user can fix, 3 a guard stopped training, 75 preempted with
+a good checkpoint, 1 unexpected (with a traceback).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from minisft.config.errors import UserError, flag
-from minisft.config.names import refusal, translate, translate_flags
-from minisft.config.train import WHOLE_NUMBERS, describe_type, switched
+from minisft.config.errors import UserError, flag, wrong
+from minisft.config.fields import Setting, settings
+from minisft.config.names import nearest, refusal, translate, translate_flags
 
 Config = TypeVar("Config")
 
 
 def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: Config) -> Config:
-    """`--config FILE.yaml` first, then flags, onto `default`; hyphens and underscores are the same.
+    """The dataclass from `default`, then `--config FILE.yaml`, then the other flags.
 
-    cls: a dataclass whose fields are the flags. Raises UserError in one line for an unknown flag or
-    key (with the nearest name) and for a value of the wrong type; SystemExit(0) after --help.
+    cls: a dataclass whose fields are the flags; in a flag, hyphens and underscores are the same.
+    Raises UserError in one line for an unknown flag or key (with the nearest name) and for a value
+    of the wrong type; SystemExit(0) after --help.
     """
     import tyro
 
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    known = settings(cls)
     argv, config_file = _take_config(list(argv))
-    argv = translate_flags(argv, fields)
+    argv = translate_flags(argv, known)
     if config_file is not None:
-        default = _with_yaml(default, config_file, fields)
-    argv = _spell_out(argv, fields)
-    _check_lists_once(argv, fields)
-    for word, following in itertools.pairwise([*argv, ""]):
-        if word.startswith("--"):
-            _check_known(word, following, fields)
+        values = _yaml_values(config_file, known)
+        default = dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]
+    argv = _spell_out(argv, known)
+    _check_words(argv, known)
     captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(captured):
+        with contextlib.redirect_stderr(captured), _choices_as_text():
             return tyro.cli(cls, args=argv, prog=prog, default=default, description=cls.__doc__)
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        if isinstance(e.__context__, UserError):  # the dataclass's own: tyro would break its lines
+        # An error of the dataclass itself: tyro would break it into several lines.
+        if isinstance(e.__context__, UserError):
             raise e.__context__ from None
         raise UserError(_one_line(captured.getvalue())) from None
 
@@ -61,15 +61,16 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
-    """Call `main` and turn how it ended into an exit code; user errors and warnings are one line
-    on stderr.
+    """Call `main` and return the exit code; user errors and warnings are one line on stderr.
 
-    stopped: exception type -> exit code for endings that are neither success nor the user's error.
+    stopped: exception type -> exit code, for endings that are neither success nor user errors.
     """
 
     def tell(line: str) -> None:
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", line)  # of names in files
-        with contextlib.suppress(OSError):  # nobody reads any more: the exit code still tells
+        # File names may hold control characters.
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", line)
+        # A closed pipe: nobody reads stderr, and the exit code still counts.
+        with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
     try:
@@ -85,7 +86,32 @@ def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -
         return next(code for kind, code in stopped.items() if isinstance(e, kind))
 
 
+def _choices_as_text() -> contextlib.AbstractContextManager:
+    """While it is active, tyro takes any text for a Literal of strings.
+
+    The dataclass checks its choices itself: it knows other spellings of them.
+    """
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: Any) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not Literal:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
+
+    return registry
+
+
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """The flags without --config, and the file that it names."""
     kept, files = [], []
     words = iter(argv)
     for word in words:
@@ -103,71 +129,47 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return kept, files[0] if files else None
 
 
-def _spell_out(argv: list[str], fields: dict[str, Any]) -> list[str]:
-    """A switch that may be left open: --x and --no-x become `--x True` and `--x False`."""
-    open_switches = {flag(name) for name, f in fields.items() if f.type == "bool | None"}
+def _spell_out(argv: list[str], known: dict[str, Setting]) -> list[str]:
+    """Give tyro a value for each switch that may be None: --no-x becomes `--x False`."""
+    switches = {flag(s.name) for s in known.values() if s.kind is bool and s.optional}
     out: list[str] = []
     for word, following in itertools.pairwise([*argv, ""]):
         name = word.replace("_", "-")
-        given = following.lower() in ("true", "false")
-        if name in open_switches and not given:
-            out += [name, "True"]
-        elif name.startswith("--no-") and "--" + name[5:] in open_switches and not given:
-            out += ["--" + name[5:], "False"]
-        elif out and out[-1].replace("_", "-") in open_switches:
+        positive = "--" + name[5:] if name.startswith("--no-") else name
+        if positive in switches and following.lower() not in ("true", "false"):
+            out += [positive, str(positive == name)]
+        elif out and out[-1].replace("_", "-") in switches:
             out.append(word.title())
         else:
             out.append(word)
     return out
 
 
-def _check_lists_once(argv: list[str], fields: dict[str, Any]) -> None:
-    """A list that is given twice would silently lose the first part."""
-    lists = [flag(name) for name, f in fields.items() if str(f.type).startswith("tuple")]
+def _check_words(argv: list[str], known: dict[str, Setting]) -> None:
+    """Refuse unknown flags, switches with a value, and lists that are given twice."""
     given = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
-    for name in lists:
-        if (times := given.count(name)) > 1:
+    for setting in known.values():
+        name = flag(setting.name)
+        # tyro would keep the values after the last one only.
+        if setting.kind is tuple and (times := given.count(name)) > 1:
             raise UserError(f"{name} is given {times} times; give all its values after one {name}")
+    for word, following in itertools.pairwise([*argv, ""]):
+        if not word.startswith("--"):
+            continue
+        typed, _, value = word.partition("=")
+        name = typed.removeprefix("--").replace("-", "_")
+        positive = name.removeprefix("no_")
+        switch = positive in known and known[positive].kind is bool and not known[positive].optional
+        if switch and (value or following).lower() in ("true", "false", "yes", "no", "1", "0"):
+            on = flag(positive)
+            raise UserError(f"{word}: a switch takes no value; give {on} or --no-{on[2:]}")
+        if name not in known and name != "help" and not switch:
+            guess = nearest(positive, [*known, "config"])
+            hint = f"did you mean {flag(guess)}?" if guess else "see --help for the list"
+            raise UserError(f"unknown flag {typed}; {hint}")
 
 
-def _check_known(word: str, following: str, fields: dict[str, Any]) -> None:
-    name, _, value = word.partition("=")
-    name = name.removeprefix("--").replace("-", "_")
-    positive = name.removeprefix("no_")
-    switch = positive in fields and fields[positive].type in ("bool", bool)
-    if switch and (value or following).lower() in ("true", "false", "yes", "no", "1", "0"):
-        on = flag(positive)
-        raise UserError(f"{word}: a switch takes no value; give {on} or --no-{on[2:]}")
-    if name in fields or name == "help" or switch:
-        return
-    guess = _nearest(positive, [*fields, "config"])
-    hint = f"did you mean {flag(guess)}?" if guess else "see --help for the list"
-    raise UserError(f"unknown flag {word.split('=', 1)[0]}; {hint}")
-
-
-# What other programs call our settings, where the letters alone would lead astray.
-_OTHER_NAMES = {
-    "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "wd": "weight_decay",
-    "train_batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
-    "accumulation": "gradient_accumulation_steps", "grad_accum": "gradient_accumulation_steps",
-    "max_seq_length": "max_length", "max_seq_len": "max_length", "cutoff_len": "max_length",
-    "rank": "lora_r", "r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
-    "data": "dataset", "train_file": "dataset", "model_name_or_path": "model",
-    "model_name": "model", "output": "output_dir", "out": "output_dir", "resume":
-    "resume_from_checkpoint", "scheduler": "lr_scheduler_type", "warmup": "warmup_steps",
-    "optimizer": "optim", "steps": "max_steps", "eval_file": "eval_dataset",
-    "warmup_ratio": "warmup_steps", "keep": "save_total_limit", "bf16": "dtype", "fp16": "dtype",
-}  # fmt: skip
-
-
-def _nearest(name: str, known: list[str]) -> str | None:
-    """The setting that a name most likely means: by what others call it, else by its letters."""
-    if (ours := _OTHER_NAMES.get(name)) in known:
-        return ours
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.72)), None)
-
-
-def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
+def _read_yaml(file: str) -> dict[Any, Any]:
     import yaml
 
     try:
@@ -181,69 +183,60 @@ def _with_yaml(default: Config, file: str, fields: dict[str, Any]) -> Config:
         line = f":{where.line + 1}" if where else ""
         reason = " ".join(str(getattr(e, "problem", None) or e).split())
         raise UserError(f"--config {file}{line}: malformed YAML ({reason})") from None
-    except (ValueError, RecursionError) as e:  # a number or a date that is none, deep nesting
+    # PyYAML's own errors for an impossible number or date, and for deep nesting.
+    except (ValueError, RecursionError) as e:
         raise UserError(f"--config {file}: malformed YAML ({type(e).__name__}: {e})") from None
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
+    if raw is not None and not isinstance(raw, dict):
         raise UserError(
             f"--config {file}: expected `name: value` lines, found {type(raw).__name__}"
         )
-    values = {}
-    for key, value in raw.items():
-        off = value is None and bool(refusal(str(key)))
-        name, text = ("", None) if off else translate(str(key), str(value), fields)
-        if not name:  # a switch that is off
+    return raw or {}
+
+
+def _yaml_values(file: str, known: dict[str, Setting]) -> dict[str, Any]:
+    """The settings in a YAML file, by their names here. A null value counts as not given."""
+    values: dict[str, Any] = {}
+    for key, value in _read_yaml(file).items():
+        if value is None and refusal(str(key)):
             continue
-        value = text if text is not None and text != str(value) else value
+        name, text = translate(str(key), str(value), known)
+        if not name:  # a name to ignore
+            continue
+        if text is not None and text != str(value):
+            value = text
         name = name.replace("-", "_")
         if name in values:
             raise UserError(f"--config {file}: {key!r} gives {name} a second time")
-        if name not in fields:
-            guess = _nearest(name, list(fields))
+        if name not in known:
+            guess = nearest(name, known)
             hint = f"; did you mean {guess}?" if guess else ""
             raise UserError(f"--config {file}: unknown key {key!r}{hint}")
-        if value is None:  # it is not given
+        if value is None:
             continue
-        kind = str(fields[name].type)
-        wanted = describe_type(name, kind)
-        if name in WHOLE_NUMBERS:
-            items = value if isinstance(value, list) else [value]
-            value = [str(item) if type(item) is int else item for item in items]
-        values[name] = _coerce(
-            switched(name, value), kind, f"--config {file}: {key} is {value!r}; expected {wanted}"
-        )
-    return dataclasses.replace(default, **values)  # pyright: ignore[reportArgumentType]
+        setting = known[name]
+        try:
+            values[name] = setting.normalized(_coerced(value, setting))
+        except UserError:
+            raise wrong(f"--config {file}: {key}", value, setting.expected) from None
+    return values
 
 
-def _coerce(value: Any, kind: str, problem: str) -> Any:
-    """A YAML value as the field's type; YAML 1.1 reads 2e-4 as a string, which it is not here.
-
-    problem: what the UserError says for a value of another type.
-    """
-    kind = kind.removesuffix(" | None")
-    try:
-        if kind == "bool" and isinstance(value, bool):
-            return value
-        if kind == "int" and not isinstance(value, bool) and int(value) == float(value):
-            return int(value)
-        if kind == "float" and not isinstance(value, bool):
-            return float(value)
-        if kind.startswith("tuple"):
-            if isinstance(value, dict):  # columns: {prompt: question}
-                return tuple(f"{k}={v}" for k, v in value.items())
-            items = value if isinstance(value, list) else [value]
-            if all(isinstance(i, str) for i in items):
-                return tuple(items)
-        if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise UserError(problem)
+def _coerced(value: Any, setting: Setting) -> Any:
+    """A YAML value in the type of its setting where it has that meaning, else unchanged."""
+    scalar = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if setting.kind is tuple:
+        return value if isinstance(value, (list, dict)) else [value]
+    if scalar and setting.kind in (int, float, str):
+        # YAML 1.1 reads 2e-4 as a string, and 7 as a number where a name is expected.
+        with contextlib.suppress(ValueError, OverflowError):
+            number = setting.kind(value)
+            if setting.kind is not int or number == float(value):
+                return number
+    return value
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message: its first paragraph, and what the flag expects if that is in it."""
+    """tyro's boxed message in one line: its first paragraph, and what the flag expects if given."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box).replace("─", "-")
     text = re.sub(r"[━-╿]", " ", text.partition("\n")[2])  # the first line is a title
     paragraphs = [" ".join(p.split()) for p in re.split(r"(?m)^\s*-{5,}\s*$", text)]

@@ -1,66 +1,44 @@
-"""config.json, as Hugging Face writes it, to `ModelConfig`."""
+"""Hugging Face's config.json -> `ModelConfig`."""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, wrong
 from minisft.config.model import ModelConfig, RopeConfig
 
-MAX_LAYERS = 10_000  # what a config.json may ask for: every layer's names are listed
+MAX_LAYERS = 10_000  # bounds the time to list every layer's weights, for a damaged file
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-_MODEL_FIELDS = {  # config.json key -> (type, required)
-    "vocab_size": (int, True),
-    "hidden_size": (int, True),
-    "intermediate_size": (int, True),
-    "num_hidden_layers": (int, True),
-    "num_attention_heads": (int, True),
-    "num_key_value_heads": (int, False),
-    "head_dim": (int, False),
-    "max_position_embeddings": (int, False),
-    "rms_norm_eps": (float, False),
-    "initializer_range": (float, False),
-    "tie_word_embeddings": (bool, False),
-    "attention_bias": (bool, False),
-    "mlp_bias": (bool, False),
+# The parameters that a RoPE type cannot do without.
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """config.json (transformers v4 or v5 layout) -> ModelConfig.
+    """The model that config.json describes, in the layout of transformers v4 or v5.
 
-    `source` names the file in errors. Raises UserError for another architecture, a RoPE type that
+    source: the file's name for errors. Raises UserError for another architecture, a RoPE type that
     is not implemented, a missing field, or a field of the wrong type.
     """
-    if not isinstance(raw, dict):
-        raise UserError(f"{source}: expected a JSON object, found {type(raw).__name__}")
-    model_type = raw.get("model_type")
-    architectures = raw.get("architectures") or []
-    if model_type != "llama":
-        raise UserError(
-            f"{source}: model_type is {model_type!r} (architectures {architectures}); minisft "
-            "implements 'llama' (LlamaForCausalLM). Use a Llama checkpoint"
-        )
-    if architectures and architectures != ["LlamaForCausalLM"] and architectures != ["LlamaModel"]:
-        raise UserError(
-            f"{source}: architectures is {architectures}; expected ['LlamaForCausalLM']"
-        )
+    _check_family(raw, source)
     _check_quantization(raw.get("quantization_config"), source)
-    values = {
-        key: _typed(raw, key, kind, required, source)
-        for key, (kind, required) in _MODEL_FIELDS.items()
-    }
-    positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-    for key in (*positive, "max_position_embeddings"):
-        if values[key] is not None and values[key] < 1:
-            raise UserError(f"{source}: {key} is {values[key]}; expected a positive integer")
+    values = _read_fields(raw, source)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
-    if heads % values["num_key_value_heads"]:
+    kv_heads = values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    if heads % kv_heads:
         raise UserError(
             f"{source}: num_attention_heads={heads} is not a multiple of "
-            f"num_key_value_heads={values['num_key_value_heads']}"
+            f"num_key_value_heads={kv_heads}"
         )
     if not values["head_dim"]:
         if hidden % heads:
@@ -73,18 +51,15 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
         raise UserError(f"{source}: head_dim={values['head_dim']} is odd; RoPE needs an even one")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
-        raise UserError(
-            f"{source}: hidden_act is {activation!r}; the Llama block here computes 'silu'"
-        )
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-    given = {k: (v if v is not None else defaults[k]) for k, v in values.items()}
+        raise wrong(f"{source}: hidden_act", activation, "'silu', which the Llama block computes")
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
-        raise UserError(f"{source}: eos_token_id is {eos!r}; expected a token id, or a list of ids")
+        raise wrong(f"{source}: eos_token_id", eos, "a token id, or a list of ids")
+    positions = values.get("max_position_embeddings", ModelConfig.max_position_embeddings)
     return ModelConfig(
-        **given,
-        rope=parse_rope(raw, given["max_position_embeddings"], source),
+        **values,
+        rope=parse_rope(raw, positions, source),
         dtype=_dtype_name(raw.get("dtype") or raw.get("torch_dtype"), source),
         eos_token_ids=tuple(ids),
     )
@@ -98,7 +73,7 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     """
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"{source}: rope_scaling is {scaling!r}; expected a JSON object")
+        raise wrong(f"{source}: rope_scaling", scaling, "a JSON object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise UserError(
@@ -108,42 +83,53 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is implemented")
-    needs = {
-        "linear": ["factor"],
-        "dynamic": ["factor"],
-        "yarn": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-    }.get(rope_type, [])
-    missing = [key for key in needs if scaling.get(key) is None]
+    missing = [key for key in _ROPE_NEEDS.get(rope_type, ()) if scaling.get(key) is None]
     if missing:
         raise UserError(f"{source}: RoPE type {rope_type!r} needs {', '.join(missing)}")
+    given = _rope_parameters(scaling, source)
+    if rope_type in ("llama3", "yarn"):
+        name = "original_max_position_embeddings"
+        given[name] = _typed(raw, name, int, source) or given.get(name) or max_positions
+    theta = scaling.get("rope_theta", raw.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not (1 < theta < 1e30):
+        raise wrong(f"{source}: rope_theta", theta, "a number above 1")
+    if not given.get("factor", 1.0) > 0:
+        raise wrong(f"{source}: RoPE factor", given["factor"], "a positive number")
+    return RopeConfig(rope_type=rope_type, rope_theta=float(theta), **given)
+
+
+def _rope_parameters(scaling: dict[str, Any], source: str) -> dict[str, Any]:
+    """The parameters of a RoPE type, under RopeConfig's names; unknown keys are left out."""
     known = {f.name for f in dataclasses.fields(RopeConfig)} - {"rope_type", "rope_theta"}
     given = {k: v for k, v in scaling.items() if k in known and v is not None}
     for key, value in given.items():
         boolean = isinstance(value, bool)
         number = isinstance(value, (int, float)) and not boolean and abs(value) < 1e12
         if not (boolean if key == "truncate" else number):
-            raise UserError(f"{source}: RoPE parameter {key} is {value!r}; expected a number")
-    if rope_type in ("llama3", "yarn"):
-        original = _typed(raw, "original_max_position_embeddings", int, False, source)
-        given["original_max_position_embeddings"] = (
-            original or given.get("original_max_position_embeddings") or max_positions
+            raise wrong(f"{source}: RoPE parameter {key}", value, "a number")
+    return given
+
+
+def _check_family(raw: Any, source: str) -> None:
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: expected a JSON object, found {type(raw).__name__}")
+    architectures = raw.get("architectures") or []
+    if raw.get("model_type") != "llama":
+        raise UserError(
+            f"{source}: model_type is {raw.get('model_type')!r} (architectures {architectures}); "
+            "minisft implements 'llama' (LlamaForCausalLM). Use a Llama checkpoint"
         )
-    theta = scaling.get("rope_theta", raw.get("rope_theta"))
-    theta = 10000.0 if theta is None else theta
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not (1 < theta < 1e30):
-        raise UserError(f"{source}: rope_theta is {theta!r}; expected a number above 1")
-    if not given.get("factor", 1.0) > 0:
-        raise UserError(f"{source}: RoPE factor is {given['factor']!r}; expected a positive number")
-    return RopeConfig(rope_type=rope_type, rope_theta=float(theta), **given)
+    if architectures and architectures not in (["LlamaForCausalLM"], ["LlamaModel"]):
+        raise wrong(f"{source}: architectures", architectures, "['LlamaForCausalLM']")
 
 
 def _check_quantization(raw: Any, source: str) -> None:
-    """Only bitsandbytes' 4-bit formats are read; which of them, the tensors tell."""
+    """Accept bitsandbytes' 4-bit formats only; the tensors themselves say which of them it is."""
     if not raw:
         return
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: quantization_config is {raw!r}; expected a JSON object")
+        raise wrong(f"{source}: quantization_config", raw, "a JSON object")
     method = raw.get("quant_method", "bitsandbytes")
     four_bit = raw.get("load_in_4bit") or raw.get("_load_in_4bit")
     if method != "bitsandbytes" or not four_bit:
@@ -154,23 +140,37 @@ def _check_quantization(raw: Any, source: str) -> None:
         )
 
 
-def _typed(raw: dict, key: str, kind: type, required: bool, source: str) -> Any:
+def _read_fields(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """The numbers and switches of ModelConfig; those that have a default there may be left out."""
+    kinds, values = typing.get_type_hints(ModelConfig), {}
+    for field in dataclasses.fields(ModelConfig):
+        name, kind = field.name, kinds[field.name]
+        if kind not in (bool, int, float):
+            continue
+        value = _typed(raw, name, kind, source)
+        if value is not None or name in ("num_key_value_heads", "head_dim"):
+            values[name] = value
+        elif field.default is dataclasses.MISSING:
+            raise UserError(f"{source}: {name} is missing; a Llama config.json must give it")
+    return values
+
+
+def _typed(raw: dict, key: str, kind: type, source: str) -> Any:
     value = raw.get(key)
     if value is None:
-        if required:
-            raise UserError(f"{source}: {key} is missing; a Llama config.json must give it")
         return None
     ok = isinstance(value, (int, float) if kind is float else kind)
     if not ok or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{source}: {key} is {value!r}; expected {kind.__name__}")
+        raise wrong(f"{source}: {key}", value, kind.__name__)
+    least = 1 if key in _POSITIVE else 0
     most = MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-    if kind is not bool and not 0 <= value <= most:  # nan is refused as well
-        raise UserError(f"{source}: {key} is {value}; expected 0 to {most}")
+    if kind is not bool and not least <= value <= most:  # nan fails both comparisons
+        raise wrong(f"{source}: {key}", value, f"{least} to {most}")
     return value
 
 
 def _dtype_name(value: Any, source: str) -> str | None:
     name = None if value is None else str(value).removeprefix("torch.")
     if name not in (None, "auto", "bfloat16", "float16", "float32"):
-        raise UserError(f"{source}: dtype is {value!r}; expected bfloat16, float16 or float32")
+        raise wrong(f"{source}: dtype", value, "bfloat16, float16 or float32")
     return None if name == "auto" else name

@@ -7,11 +7,10 @@ whole path must match the pattern), so an exported config means the same thing t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 
-from minisft.config.errors import UserError, flag
+from minisft.config.errors import UserError, closest, flag
 from minisft.config.lora import LoraConfig, matches
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES, ModelConfig
 
@@ -52,18 +51,19 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     """The module paths that LoRA adapts, in the order of `cfg.linear_paths()`.
 
     Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
-    or one "re:PATTERN" that must match a whole path. embed_tokens and lm_head are set aside first
-    (`split_targets`).
-    With layers_to_transform, those of its layers only; none of exclude_modules.
-    Raises UserError for an item that matches nothing, for a pattern that is malformed or reaches
-    a module that LoRA cannot adapt, for a layer that there is not or that is asked for beside a
-    pattern, and if nothing is left to adapt.
+    or one "re:PATTERN" that must match a whole path; embed_tokens and lm_head are no targets but
+    trained copies (`split_targets`). layers_to_transform and exclude_modules narrow the result.
+    Raises UserError for an item that matches nothing, a malformed pattern, a pattern that matches a
+    module that LoRA cannot adapt, a layer that does not exist, and if no module is left.
     """
     lora = split_targets(lora)
-    if lora.exclude_modules:
-        return _not_excluded(lora, cfg)
+    found = _named_targets(lora, cfg)
     if lora.layers_to_transform:
-        return _in_layers(lora, cfg)
+        found = _in_layers(found, lora, cfg)
+    return _not_excluded(found, lora.exclude_modules) if lora.exclude_modules else found
+
+
+def _named_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     items, paths = lora.target_modules, list(cfg.linear_paths())
     if not items:
         raise UserError(
@@ -76,62 +76,85 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
             f"target_modules mixes {special[0]!r} with other items ({', '.join(items)}); it must "
             "stand alone. Give either it or a list of names"
         )
-    if special and special[0].startswith(PATTERN_PREFIX):
-        return _match_pattern(special[0].removeprefix(PATTERN_PREFIX), lora, cfg)
     if special:
-        return paths
+        pattern = items[0].removeprefix(PATTERN_PREFIX)
+        return paths if pattern == items[0] else _match_pattern(pattern, lora, cfg)
     for item in items:
         if not any(is_target(path, [item]) for path in paths):
-            raise UserError(_unknown_target(item, paths))
+            known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
+            near = closest(item, known + paths)
+            guess = f" Perhaps you meant {near!r}." if near else ""
+            raise UserError(
+                f"target_modules item {item!r} matches no linear of this model.{guess} Known "
+                f"names: {', '.join(known)}, or a pattern as {PATTERN_PREFIX}PATTERN"
+            )
     return [path for path in paths if is_target(path, items)]
 
 
-def _not_excluded(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    found = match_targets(dataclasses.replace(lora, exclude_modules=()), cfg)
-    items = lora.exclude_modules
-    if items[0].startswith(PATTERN_PREFIX):
-        out = _fullmatches(lora.exclude_modules[0].removeprefix(PATTERN_PREFIX), found)
-    else:
-        out = {path for path in found if is_target(path, items)}
-    if not out or len(out) == len(found):
-        which = "all" if out else "none"
+def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    compiled, linears = _compiled(pattern, "target_modules"), cfg.linear_paths()
+    # PEFT leaves modules_to_save out of the matching.
+    copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}
+    matched = [p for p in module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
+    others = [path for path in matched if path not in linears]
+    if others:
         raise UserError(
-            f"--exclude-modules {', '.join(lora.exclude_modules)} matches {which} of the "
-            f"{len(found)} target modules; drop it or change it"
+            f"target_modules pattern {pattern!r} also matches {others[0]!r}, which LoRA cannot "
+            f"adapt; narrow it to the linears, as {PATTERN_EXAMPLE} does"
         )
-    return [path for path in found if path not in out]
-
-
-def _fullmatches(pattern: str, paths: list[str]) -> set[str]:
-    try:
-        return {path for path in paths if re.fullmatch(pattern, path)}
-    except re.error as e:
+    if not matched:
         raise UserError(
-            f"--exclude-modules {pattern!r} is no regular expression: {e.msg}"
+            f"target_modules pattern {pattern!r} matches no module; it must match a whole path, "
+            f"such as 'model.layers.0.self_attn.q_proj', as {PATTERN_EXAMPLE} does"
+        )
+    return matched
+
+
+def _compiled(pattern: str, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        where = "" if e.pos is None else f" at position {e.pos}"
+        raise UserError(
+            f"{name} pattern {pattern!r} is not a regular expression: {e.msg}{where}; "
+            f"an example is {PATTERN_EXAMPLE}"
         ) from None
 
 
-def _in_layers(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    layers = lora.layers_to_transform
-    if any(item.startswith(PATTERN_PREFIX) for item in lora.target_modules):
+def _in_layers(found: list[str], lora: LoraConfig, cfg: ModelConfig) -> list[str]:
+    layers, count = lora.layers_to_transform, cfg.num_hidden_layers
+    if lora.target_modules[0].startswith(PATTERN_PREFIX):
         raise UserError(
             "layers_to_transform does not go with a target_modules pattern, which can name the "
             "layers itself; drop one"
         )
-    if max(layers) >= cfg.num_hidden_layers:
+    if max(layers) >= count:
         raise UserError(
-            f"layers_to_transform names layer {max(layers)}, but the model has "
-            f"{cfg.num_hidden_layers} (0 to {cfg.num_hidden_layers - 1})"
+            f"layers_to_transform names layer {max(layers)}, but the model has {count} "
+            f"(0 to {count - 1})"
         )
-    found = match_targets(dataclasses.replace(lora, layers_to_transform=()), cfg)
     kept = [path for path in found if int(path.split(".")[2]) in layers]
     if not kept:
         raise UserError("layers_to_transform leaves none of the target_modules")
     return kept
 
 
+def _not_excluded(found: list[str], items: tuple[str, ...]) -> list[str]:
+    if items[0].startswith(PATTERN_PREFIX):
+        compiled = _compiled(items[0].removeprefix(PATTERN_PREFIX), "--exclude-modules")
+        kept = [path for path in found if not compiled.fullmatch(path)]
+    else:
+        kept = [path for path in found if not is_target(path, items)]
+    if len(kept) in (0, len(found)):
+        raise UserError(
+            f"--exclude-modules {', '.join(items)} matches {'none' if kept else 'all'} of the "
+            f"{len(found)} target modules; drop it or change it"
+        )
+    return kept
+
+
 def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
-    """UserError for a key of rank_pattern or alpha_pattern that names no adapted module."""
+    """Raise UserError for a key of rank_pattern or alpha_pattern that matches no adapted module."""
     paths = _adapted(lora, cfg)
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(lora, name):
@@ -203,19 +226,17 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
 
 
 def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
-    saved = split_targets(lora).modules_to_save
     rivals = {
-        "modules_to_save embed_tokens": _saves_embedding(saved, cfg),
+        "modules_to_save embed_tokens": _saves_embedding(lora, cfg),
         "trainable_token_indices": bool(lora.trainable_token_indices),
         "use_dora": lora.use_dora,
         f"init_lora_weights {lora.init_lora_weights}": lora.splits_weights,
-        "a target_modules pattern": lora.target_modules[:1] != ()
-        and lora.target_modules[0].startswith(PATTERN_PREFIX),
+        "a target_modules pattern": any(t.startswith(PATTERN_PREFIX) for t in lora.target_modules),
     }
     for name, given in rivals.items():
         if given:
             raise UserError(f"--lora-embeddings does not go with {name}; drop one")
-    return lora.rank_of("model.embed_tokens")
+    return lora.rank_of(EMBEDDING_PATHS["embed_tokens"])
 
 
 def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
@@ -225,17 +246,17 @@ def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
             f"trainable_token_indices names token {max(indices)}, but the embedding has "
             f"{cfg.vocab_size} rows"
         )
-    saved = split_targets(lora).modules_to_save
-    if _saves_embedding(saved, cfg):
+    if _saves_embedding(lora, cfg):
         raise UserError(
-            "trainable_token_indices has no meaning where the whole embedding is trained "
-            f"(modules_to_save {', '.join(saved)}); drop one"
+            "trainable_token_indices has no effect where the whole embedding is trained "
+            f"(modules_to_save {', '.join(split_targets(lora).modules_to_save)}); drop one"
         )
     return indices
 
 
-def _saves_embedding(saved: tuple[str, ...], cfg: ModelConfig) -> bool:
-    """Whether the trained copies hold the embedding's matrix, under its own name or the head's."""
+def _saves_embedding(lora: LoraConfig, cfg: ModelConfig) -> bool:
+    """Whether a trained copy replaces the embedding; with a tied base, a copy of the head does."""
+    saved = split_targets(lora).modules_to_save
     return "embed_tokens" in saved or (bool(saved) and cfg.tie_word_embeddings)
 
 
@@ -248,39 +269,3 @@ def module_paths(cfg: ModelConfig) -> list[str]:
     ]
     outside = ["model", "model.layers", "model.norm", "model.rotary_emb", *EMBEDDING_PATHS.values()]
     return [*outside, *layers, *cfg.linear_paths()]
-
-
-def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as e:
-        where = "" if e.pos is None else f" at position {e.pos}"
-        raise UserError(
-            f"target_modules pattern {pattern!r} is not a regular expression: {e.msg}{where}; "
-            f"an example is {PATTERN_EXAMPLE}"
-        ) from None
-    linears = cfg.linear_paths()
-    copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}
-    matched = [p for p in module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
-    others = [path for path in matched if path not in linears]
-    if others:
-        raise UserError(
-            f"target_modules pattern {pattern!r} also matches {others[0]!r}, which LoRA cannot "
-            f"adapt; narrow it to the linears, as {PATTERN_EXAMPLE} does"
-        )
-    if not matched:
-        raise UserError(
-            f"target_modules pattern {pattern!r} matches no module; it must match a whole path, "
-            f"such as 'model.layers.0.self_attn.q_proj', as {PATTERN_EXAMPLE} does"
-        )
-    return matched
-
-
-def _unknown_target(item: str, paths: list[str]) -> str:
-    known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
-    near = difflib.get_close_matches(item, known + paths, n=1, cutoff=0.72)
-    guess = f" Perhaps you meant {near[0]!r}." if near else ""
-    return (
-        f"target_modules item {item!r} matches no linear of this model.{guess} Known names: "
-        f"{', '.join(known)}, or a pattern as {PATTERN_PREFIX}PATTERN"
-    )

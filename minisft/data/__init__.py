@@ -1,1 +1,1 @@
-"""From rows to token arrays: readers, formats, tokenisation, packing, caches, previews."""
+"""From rows to token arrays: read, tokenise, label, pack, cache, preview (see README.md)."""

@@ -1,4 +1,4 @@
-"""What a dataset row means: which format its columns say, and the row in one common form.
+"""Detect the format of a dataset from its columns, and read a row of each format as an Example.
 
 Errors here name the column and the value; `minisft.data.tokenize` adds the file and the row.
 """
@@ -11,48 +11,22 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from minisft.config.errors import UserError
+from minisft.text.parts import part_text, part_type
 
-FORMATS = (  # in order of precedence
-    "input_ids",
-    "prompt-completion",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "text",
-)
+FORMATS = ("input_ids", "prompt-completion", "messages", "sharegpt", "alpaca", "text")  # precedence
 KNOWN_COLUMNS = (
-    "text",
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "tools",
-    "chat_template_kwargs",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "input_ids",
-    "labels",
-    "completion_mask",
-    "assistant_masks",
-    "attention_mask",
-)
+    "text", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs",
+    "instruction", "input", "output", "system", "input_ids", "labels", "completion_mask",
+    "assistant_masks", "attention_mask",
+)  # fmt: skip
 ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "model",
-    "tool",
-    "function",
-    "ipython",
+    "system", "developer", "user", "assistant", "model", "tool", "function", "ipython",
     "observation",
-)
+)  # fmt: skip
 MEDIA = ("image", "audio", "video")  # in the types and keys of a content's parts
-# The ShareGPT spelling (`from`/`value`) comes with role names that no chat template knows.
+# The ShareGPT spelling (`from`/`value`) comes with role names that chat templates do not know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-# Column names that often stand for ours, for the remedy in an error.
+# Other names of our columns in common datasets, for the suggestion in an error.
 _LIKELY = {
     "prompt": ("question", "instruction", "query", "input"),
     "completion": ("answer", "response", "output", "target", "chosen"),
@@ -61,18 +35,18 @@ _LIKELY = {
 
 
 class Example(NamedTuple):
-    """One row: text where the fields are strings, a chat where they are message lists."""
+    """One row of any format: text if the fields are strings, a chat if they are message lists."""
 
-    prompt: str | list[dict] | None  # context, not trained by default; None: there is none
-    completion: str | list[dict]  # what is trained: the whole text or chat if prompt is None
+    prompt: str | list[dict] | None  # context, not trained by default; None: no prompt
+    completion: str | list[dict]  # what is trained: all of the text or chat if prompt is None
     tools: list[dict] | None = None
-    variables: dict[str, Any] | None = None  # of the row's chat_template_kwargs
+    variables: dict[str, Any] | None = None  # the row's chat_template_kwargs
 
 
 def detect_format(columns: Iterable[str], *, text_field: str = "text", source: str = "") -> str:
-    """One of FORMATS for these column names; the first that has all its columns.
+    """Return the first of FORMATS whose columns are all there.
 
-    Raises UserError listing the columns found, the nearest guess, and the flag that mends it.
+    Raises UserError with the columns found, the nearest guess, and the flag that fixes it.
     """
     columns = list(columns)
     for format in FORMATS:
@@ -82,13 +56,12 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
     raise UserError(
         f"{where}no known format; found columns {', '.join(columns) or '(none)'}; expected "
         f"{text_field!r}, or 'prompt' and 'completion', or 'messages', or 'conversations', or "
-        f"'instruction' and 'output', or 'input_ids'; "
-        f"{_remedy(columns)}"
+        f"'instruction' and 'output', or 'input_ids'; {_remedy(columns)}"
     )
 
 
 def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
-    """The columns that a format needs and that are not there; UserError for an unknown format."""
+    """Return the columns that a format needs and that are missing; UserError if it is unknown."""
     if format not in FORMATS:
         raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
     columns = set(columns)
@@ -102,12 +75,14 @@ def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "t
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name that is spelt most like this one, or None if none is close."""
+    """Return the name spelt most like this one, or None if none is close."""
     found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.72)
     return found[0] if found else None
 
 
 def _remedy(columns: list[str]) -> str:
+    """The flag that most likely makes these columns a known format."""
+
     def guess(ours: str, taken: str | None = None) -> str | None:
         likely = [c for c in columns if c.lower() in (ours, *_LIKELY[ours])]
         found = likely[0] if likely else nearest(ours, columns)
@@ -125,16 +100,13 @@ def _remedy(columns: list[str]) -> str:
     return "name them with --dataset-text-field NAME or --columns prompt=NAME completion=NAME"
 
 
-# ----------------------------------------------------------------------------------------- a row
-
-
 def read_text(record: dict, *, text_field: str = "text") -> Example:
-    """A row of plain text: Example(None, str). Raises UserError if it is not a string."""
+    """Read a row of plain text: Example(None, str). Raises UserError if it is not a string."""
     return Example(None, _string(record, text_field))
 
 
 def read_prompt_completion(record: dict) -> Example:
-    """A row of prompt and completion, both strings or both message lists.
+    """Read a row of prompt and completion, both strings or both message lists.
 
     Raises UserError for a missing or null value, another type, or one of each kind.
     """
@@ -152,40 +124,35 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """A chat: `messages` (or `conversations`), in either spelling. Example(None, messages).
+    """Read a chat from `messages` (or `conversations`), role/content or from/value.
 
     Raises UserError for an empty chat, an unknown role, or content that is not text.
     """
     other = "messages" not in record and "conversations" in record
-    return _read_chat(record, "conversations" if other else "messages")
-
-
-def read_sharegpt(record: dict) -> Example:
-    """A chat: `conversations` of from/value, and a `system` text if there is one.
-
-    from/value become role/content, and the role names human and gpt become user and assistant.
-    Raises UserError as `read_messages`.
-    """
-    example = _read_chat(record, "conversations")
-    if record.get("system"):
-        system = {"role": "system", "content": _string(record, "system")}
-        chat = [m for m in example.completion if isinstance(m, dict)]
-        if chat[0]["role"] == "system":
-            raise UserError("the row has a system column and a system message; keep one of them")
-        return example._replace(completion=[system, *chat])
-    return example
-
-
-def _read_chat(record: dict, name: str) -> Example:
+    name = "conversations" if other else "messages"
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
 
 
-def read_alpaca(record: dict) -> Example:
-    """`instruction`, `input` (may be empty or absent) and `output`: one turn of a chat.
+def read_sharegpt(record: dict) -> Example:
+    """Read a chat from `conversations` of from/value, and an optional `system` text.
 
-    The user's message is the instruction, and after an empty line the input; a `system` text comes
-    first. Example(prompt messages, [the answer]): the answer is what is trained.
-    Raises UserError for a value that is not a string.
+    from/value become role/content, human and gpt become user and assistant. Raises UserError as
+    `read_messages`.
+    """
+    chat = _messages(_present(record, "conversations"), "conversations")
+    if record.get("system"):
+        system = {"role": "system", "content": _string(record, "system")}
+        if chat[0]["role"] == "system":
+            raise UserError("the row has a system column and a system message; keep one of them")
+        chat.insert(0, system)
+    return Example(None, chat, **_chat_extras(record))
+
+
+def read_alpaca(record: dict) -> Example:
+    """Read `instruction`, `input` (may be empty or missing) and `output` as one turn of a chat.
+
+    The user's message is the instruction and, after an empty line, the input; a `system` text comes
+    first. The output is the completion. Raises UserError for a value that is not a string.
     """
     asked = _string(record, "instruction")
     if record.get("input"):
@@ -198,7 +165,7 @@ def read_alpaca(record: dict) -> Example:
 
 
 def is_empty(example: Example) -> bool:
-    """Whether nothing is left to learn: a blank completion, text, or last assistant message."""
+    """Return True if the completion, text or last assistant message is blank."""
     if isinstance(example.completion, str):
         return not example.completion.strip()
     last = example.completion[-1]
@@ -266,35 +233,23 @@ def _message(value: Any, name: str) -> dict:
 
 
 def _check_part(part: dict, name: str) -> None:
-    """Refuse an image, a sound or a video among a content's parts, and a text part without text."""
+    """Raise UserError for an image, audio or video part, or a text part without text."""
     kind = part_type(part)
     if not isinstance(kind, str):
         raise UserError(f"{name}.type is {_kind(kind)}; expected a string, such as 'text'")
     if found := [word for word in MEDIA if word in kind or part.get(word) is not None]:
         raise UserError(
-            f"{name} is of type {kind!r} and holds {found[0]}; the models here read text only: "
+            f"{name} is of type {kind!r} and holds {found[0]}; models are trained on text only: "
             "leave such rows out, or give the text alone"
         )
     if kind == "text" and not isinstance(part.get("text"), str):
         raise UserError(f"{name}.text is {_kind(part.get('text'))}; expected a string")
 
 
-def part_type(part: dict) -> Any:
-    """What an object among a content's parts says it is; one that says nothing is text."""
-    return "text" if part.get("type") is None else part["type"]
-
-
-def part_text(part: str | dict) -> str | None:
-    """The text of a content's part, None where it is of another type."""
-    if isinstance(part, str):
-        return part
-    return part["text"] if part_type(part) == "text" else None
-
-
 def _may_be_silent(message: dict) -> bool:
-    """Whether a message needs no content: an answer or a tool's, with something else in it.
+    """Whether a message may lack content: an assistant's or tool's with another key, such as calls.
 
-    A key that was meant for `content`, by its spelling, is nothing else.
+    A misspelt `content` does not count as another key.
     """
     others = [key for key, value in message.items() if value is not None and key != "role"]
     meant = "content" not in message and nearest("content", others)
@@ -315,7 +270,7 @@ def _string(record: dict, name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, with a short look at it."""
+    """The kind of a JSON value and the start of its text, for messages."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}

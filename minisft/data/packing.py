@@ -1,4 +1,8 @@
-"""Packing: several documents in one row of at most max_length tokens, boundaries kept."""
+"""Packing: several documents in one row of at most max_length tokens, as TRL 1.16 packs them.
+
+Written here so that a run does not need TRL. Row for row equal to trl.pack_dataset
+(tests/parity/test_data_trl.py), which keeps losses comparable.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,21 @@ GROUP_ROWS = 1000  # documents that are packed together, as the datasets library
 
 
 def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> TokenizedDataset:
-    """Rows of at most max_length tokens made from many documents; as TRL 1.16's pack_dataset.
+    """Pack a dataset of one document per row; equal to TRL 1.16's pack_dataset.
 
     "bfd": best fit decreasing, documents cut to max_length; "bfd_split": the rest of a long
-    document becomes documents of its own; "wrapped": everything back to back, cut every max_length
-    tokens, one document per row. Each group of 1000 rows is packed by itself. Labels are kept.
+    document becomes documents of its own; "wrapped": all documents concatenated and cut every
+    max_length tokens, one document per row. Each group of 1000 documents is packed by itself.
     Raises UserError for an unknown strategy or max_length below 1.
     """
     check_packing(strategy, max_length)
     assert len(dataset) == len(dataset.document_offsets) - 1, "pack takes one document per row"
     offsets = dataset.document_offsets.tolist()
     ids, labels = dataset.input_ids.numpy(), dataset.labels.numpy()
+    documents = [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(offsets)]
     writer = TokenWriter()
-    for begin in range(0, len(dataset), GROUP_ROWS):
-        group = offsets[begin : begin + GROUP_ROWS + 1]
-        for row in pack_group(group, max_length=max_length, strategy=strategy):
-            writer.add([(ids[a:b], labels[a:b]) for a, b in row])
+    for begin in range(0, len(documents), GROUP_ROWS):
+        write_packed(writer, documents[begin : begin + GROUP_ROWS], max_length, strategy)
     stats = dataset.stats | {
         "rows_packed": writer.num_rows,
         "packing_efficiency": writer.num_tokens / max(writer.num_rows * max_length, 1),
@@ -43,25 +46,33 @@ def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> Tokeni
 
 
 def check_packing(strategy: str, max_length: int | None) -> None:
-    """UserError for an unknown strategy, or rows without a length."""
+    """Raise UserError for an unknown strategy or a max_length below 1."""
     if strategy not in PACKING:
         raise UserError(f"packing strategy is {strategy!r}; expected one of {', '.join(PACKING)}")
     if max_length is None or max_length < 1:
         raise UserError(f"max_length is {max_length}; packing needs at least 1")
 
 
-def pack_group(
-    offsets: list[int], *, max_length: int, strategy: str
-) -> list[list[tuple[int, int]]]:
-    """The rows of one group: (start, stop) of each fragment, in the units of `offsets`.
+def write_packed(
+    writer: TokenWriter,
+    documents: list[tuple[np.ndarray, np.ndarray]],
+    max_length: int,
+    strategy: str,
+) -> None:
+    """Write one group of documents, (ids, labels) each, as packed rows."""
+    ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
+    offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
+    for row in _pack_group(offsets, max_length, strategy):
+        writer.add([(ids[a:b], labels[a:b]) for a, b in row])
 
-    offsets: where each document starts, and the end of the last; n + 1 for n documents.
-    """
+
+def _pack_group(offsets: list[int], max_length: int, strategy: str) -> list[list[tuple[int, int]]]:
+    """The rows of one group: (start, stop) of each fragment; offsets: of n documents, n + 1."""
     if strategy == "wrapped":
         return [[piece] for piece in _cut(offsets[0], offsets[-1], max_length)]
     pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(offsets)]
-    kept = 1 if strategy == "bfd" else None
-    fragments = [piece for document in pieces for piece in document[:kept]]
+    count = 1 if strategy == "bfd" else None
+    fragments = [piece for document in pieces for piece in document[:count]]
     bins = _best_fit_decreasing([b - a for a, b in fragments], max_length)
     return [[fragments[i] for i in bin] for bin in bins]
 
@@ -71,13 +82,14 @@ def _cut(start: int, stop: int, length: int) -> list[tuple[int, int]]:
 
 
 def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Bins of indices: longest first, each into the open bin with the least space that suffices.
+    """Bins of indices: longest first, each into the open bin with the least sufficient space.
 
-    Among bins with equal space the one that came to it first is taken. n log n in the fragments.
+    n log n in the number of lengths.
     """
     bins: list[list[int]] = []
     spaces: list[int] = []  # distinct spaces of open bins, ascending
-    waiting: dict[int, deque[list[int]]] = {}  # space -> its bins, oldest first
+    # space -> its bins, oldest first: among bins with equal space TRL takes the first that had it.
+    waiting: dict[int, deque[list[int]]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(spaces, lengths[i])
         if at == len(spaces):

@@ -11,82 +11,77 @@ from typing import Any, NamedTuple
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.text.tokenizer import Tokenizer, decode
+from minisft.text.encoding import decode
+from minisft.text.tokenizer import Tokenizer
 
-_SHORT = 150  # characters of a stretch of text, in the short form
+_SHORT = 150  # characters of a stretch of text in the short form
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 class Style(NamedTuple):
-    """What goes around trained tokens, and a stretch of text as it may be printed."""
+    """What is printed before and after trained tokens."""
 
     on: str
     off: str
 
+    def mark(self, text: str, trained: bool) -> str:
+        """Return the text, marked if it is trained."""
+        return f"{self.on}{text}{self.off}" if trained else text
+
 
 def terminal_style() -> Style:
-    """Green on a terminal that takes colour, else brackets."""
+    """Return green on a terminal that shows colour, else brackets."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return Style(_GREEN, _PLAIN)
     return Style("[[", "]]")
 
 
-class _Stretch(NamedTuple):
-    ids: list[int]
-    trained: bool
-
-
-def _stretches(ids: list[int], labels: list[int]) -> Iterator[_Stretch]:
-    """Runs of tokens of one document that are all trained, or all not.
-
-    The first token of a document has nothing before it: it is not trained, whatever its label.
-    """
+def _stretches(
+    dataset: TokenizedDataset, span: tuple[int, int], tokenizer: Tokenizer
+) -> Iterator[tuple[str, list[int], bool]]:
+    """(text, ids, trained) of each run of tokens of a document that are all trained, or all not."""
+    ids, labels = (a[slice(*span)].tolist() for a in (dataset.input_ids, dataset.labels))
     start = 0
     for i in range(1, len(ids) + 1):
+        # The first token of a document has nothing before it: never a target, whatever its label.
         trained = start > 0 and labels[start] != IGNORED
         if i == len(ids) or (labels[i] != IGNORED) != trained:
-            yield _Stretch(ids[start:i], trained)
+            text = decode(tokenizer, ids[start:i], skip_special_tokens=False)
+            yield printable(text), ids[start:i], trained
             start = i
 
 
 def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style: Style) -> str:
-    """One row in full: a heading, the text, and the ids beside it, document by document."""
+    """Return one row in full: a heading, then the text and the ids of each document."""
     documents = dataset.row_documents(row)
-    text, total, trained = "", 0, 0
+    text, num_trained = "", 0
     for number, (a, b) in enumerate(documents):
-        ids, labels = dataset.input_ids[a:b].tolist(), dataset.labels[a:b].tolist()
         if len(documents) > 1:
-            text += f"--- document {number}: {len(ids)} tokens ---\n"
-        shown, listed = "", []
-        for stretch in _stretches(ids, labels):
-            piece = printable(decode(tokenizer, stretch.ids, skip_special_tokens=False))
-            numbers = " ".join(map(str, stretch.ids))
-            shown += f"{style.on}{piece}{style.off}" if stretch.trained else piece
-            listed.append(f"{style.on}{numbers}{style.off}" if stretch.trained else numbers)
-            trained += len(stretch.ids) * stretch.trained
-        text += f"{shown}\nids: {' '.join(listed)}\n"
-        total += len(ids)
-    return f"=== row {row}: {total} tokens, {trained} trained ===\n{text}"
+            text += f"--- document {number}: {b - a} tokens ---\n"
+        listed = []
+        for piece, ids, trained in _stretches(dataset, (a, b), tokenizer):
+            text += style.mark(piece, trained)
+            listed.append(style.mark(" ".join(map(str, ids)), trained))
+            num_trained += len(ids) * trained
+        text += f"\nids: {' '.join(listed)}\n"
+    total = documents[-1][1] - documents[0][0]
+    return f"=== row {row}: {total} tokens, {num_trained} trained ===\n{text}"
 
 
 def preview_short(dataset: TokenizedDataset, tokenizer: Tokenizer, style: Style) -> str:
-    """The first document on one line, long stretches shortened."""
-    a, b = dataset.row_documents(0)[0]
-    ids, labels = dataset.input_ids[a:b].tolist(), dataset.labels[a:b].tolist()
+    """Return the first document on one line, long stretches shortened."""
     line = ""
-    for stretch in _stretches(ids, labels):
-        piece = printable(decode(tokenizer, stretch.ids, skip_special_tokens=False))
+    for piece, _, trained in _stretches(dataset, dataset.row_documents(0)[0], tokenizer):
         if len(piece) > _SHORT:
             piece = f"{piece[: _SHORT // 2]} ... {piece[-_SHORT // 2 :]}"
-        piece = piece.replace("\n", "\\n")
-        line += f"{style.on}{piece}{style.off}" if stretch.trained else piece
+        line += style.mark(piece.replace("\n", "\\n"), trained)
         if len(line) > 4 * _SHORT:
             return line + " ..."
     return line
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what standard output cannot write, and for terminal controls."""
+    """Return the text with escapes for terminal controls and what stdout cannot encode."""
     text = "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
@@ -95,19 +90,17 @@ def printable(text: str) -> str:
 
 
 def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
-    """Lines on a dataset: its totals, what each source was taken for, and warnings."""
+    """Return lines on a dataset: its totals, the format of each source, and warnings."""
     sources = stats["sources"]
-    names = " + ".join(told["source"] for told in sources)
+    names = " + ".join(source["source"] for source in sources)
     lines = [f"{what}    {names}: {_totals(stats)}"]
-    for told in sources:
-        line = f"        format {told['format']}"
-        if len(sources) > 1:
-            rows = _counted(told["rows"], "row")
-            line = f"        {told['source']}: {rows}, format {told['format']}"
-        if told["columns"]:
-            line += f" ({', '.join(f'{o} = {t}' for o, t in told['columns'].items())})"
-        if told["end_of_turn"] is not None:
-            line += f"; a trained turn ends in {told['end_of_turn']!r}"
+    for source in sources:
+        rows = f"{source['source']}: {_counted(source['rows'], 'row')}, "
+        line = f"        {rows if len(sources) > 1 else ''}format {source['format']}"
+        if source["columns"]:
+            line += f" ({', '.join(f'{o} = {t}' for o, t in source['columns'].items())})"
+        if source["end_of_turn"] is not None:
+            line += f"; a trained turn ends in {source['end_of_turn']!r}"
         lines.append(line)
     return lines + [f"warning: {warning}" for warning in stats["warnings"]]
 
@@ -142,10 +135,11 @@ def _counted(number: int, noun: str) -> str:
 def write_preview(
     dataset: TokenizedDataset, tokenizer: Tokenizer, count: int | None, file: str
 ) -> None:
-    """The first `count` rows (None: all) as {"rows": [...]}, in dataset order.
+    """Write the first `count` rows (None: all) as {"rows": [...]}, in dataset order.
 
     A row has text, input_ids, labels (not shifted, -100 where not trained), position_ids (from 0
-    in each document) and document_ids (the number of each token's document in the row).
+    in each document) and document_ids (the number of each token's document in the row). Raises
+    UserError if the file cannot be written.
     """
     num_rows = len(dataset) if count is None else min(count, len(dataset))
     path = Path(file)
@@ -154,6 +148,7 @@ def write_preview(
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as out:
             out.write('{"rows": [')
+            # Row by row: the rows may be larger than memory.
             for row in range(num_rows):
                 out.write(",\n" if row else "\n")
                 json.dump(_json_row(dataset, row, tokenizer), out, ensure_ascii=False)
@@ -183,17 +178,18 @@ def show_preview(
     file: str,
     say: Callable[[str], None],
 ) -> None:
-    """--preview and --preview-json: `count` rows in full, else the first one on a line."""
-    style = terminal_style()
+    """Print `count` rows in full (--preview), or the first one on a line; --preview-json: a file.
+
+    count 0 writes all rows to the file. say: prints a line.
+    """
+    style, shown = terminal_style(), min(count, len(dataset))
     if count == 0:
         say(f"row 0   {preview_short(dataset, tokenizer, style)}")
-    for row in range(min(count, len(dataset))):
+    for row in range(shown):
         say(preview_row(dataset, row, tokenizer, style))
     if count:
         how = "in green" if style.on == _GREEN else f"between {style.on} and {style.off}"
-        say(
-            f"{min(count, len(dataset)):,} of {len(dataset):,} rows shown; trained tokens are {how}"
-        )
+        say(f"{shown:,} of {len(dataset):,} rows shown; trained tokens are {how}")
     if file:
         write_preview(dataset, tokenizer, count or None, file)
         say(f"rows written to {file}")

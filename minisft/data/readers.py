@@ -1,42 +1,51 @@
 """Files to rows: .jsonl, .json, .csv, .parquet and datasets of the Hugging Face hub.
 
-Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read again as they are
-asked for, so such a source may be larger than memory; .json and .csv files are read whole.
+Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read when a row is asked
+for, so such a source may be larger than memory; .json and .csv files are read into memory.
 """
 
 from __future__ import annotations
 
 import bisect
 import csv
-import hashlib
 import io
 import itertools
 import json
 import logging
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Protocol
 
 from minisft.config.errors import UserError
 from minisft.data import formats
+from minisft.files.disk import file_digest
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-_CHUNK = 1000  # parquet rows turned into dicts together
+_EXPECTED = ", ".join(EXTENSIONS)
+_CHUNK = 1000  # parquet rows that are converted to dicts together
+
+
+class Records(Protocol):
+    """What Rows holds: records[i] is the dict of row i, under the file's column names."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> dict: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A sequence of row dicts; `rows[i]` has its columns under our names."""
+    """The rows of one source as dicts; `rows[i]` has its columns under our names."""
 
     source: str  # file name or hub id, for messages
-    records: Sequence[dict]
+    records: Records
     columns: tuple[str, ...]  # under our names: the union over rows
     renames: dict[str, str] = field(default_factory=dict)  # our name -> the file's
-    lines: Sequence[int] | None = None  # line of each row, where the file has lines
-    skipped: int = 0  # malformed rows left out on request
+    lines: array | list[int] | None = None  # line number of each row, where the file has lines
+    skipped: int = 0  # malformed lines left out because of skip_bad
 
     def __len__(self) -> int:
         return len(self.records)
@@ -46,11 +55,11 @@ class Rows:
         if not self.renames:
             return record
         hidden = {*self.renames, *self.renames.values()}
-        kept = {name: value for name, value in record.items() if name not in hidden}
-        return kept | {ours: record[name] for ours, name in self.renames.items() if name in record}
+        rest = {name: value for name, value in record.items() if name not in hidden}
+        return rest | {ours: record[name] for ours, name in self.renames.items() if name in record}
 
     def where(self, i: int) -> str:
-        """Names row i (counted from 0) for a message: "data.jsonl:4 (row 3)"."""
+        """Return the place of row i (counted from 0) for a message: "data.jsonl:4 (row 3)"."""
         line = f":{self.lines[i]}" if self.lines is not None else ""
         return f"{self.source}{line} (row {i})"
 
@@ -65,45 +74,43 @@ def read_rows(
 ) -> Rows:
     """Read a .jsonl, .json, .csv or .parquet file, or a dataset of the Hugging Face hub by its id.
 
-    columns: our name -> the file's column, e.g. {"prompt": "question"}. columns_optional: a rename
-    of a column that is not there is left out. split is for the hub.
-    skip_bad: leave out and count malformed lines of a .jsonl file instead of stopping.
-    Raises UserError naming the file, and the line or byte where it is at fault; also for an empty
-    file, an unknown extension, or a column that is not there.
+    columns: our name -> the file's column, e.g. {"prompt": "question"}. columns_optional: ignore
+    the rename of a column that the source does not have. split: of a hub dataset. skip_bad: leave
+    out and count malformed lines of a .jsonl file instead of stopping. Raises UserError with the
+    file and the line or byte of the error; also for an empty file, an unknown extension, or a
+    missing column.
     """
     path = Path(source)
     if path.is_dir():
-        raise UserError(f"{source}: is a directory; expected a file ending in {_extensions()}")
-    if not path.exists() and not _looks_like_path(source):
-        return _renamed(_read_hub(source, split), columns, columns_optional)
+        raise UserError(f"{source}: is a directory; expected a file ending in {_EXPECTED}")
     if not path.exists():
-        raise UserError(f"{source}: no such file; check the path")
+        if path.suffix in EXTENSIONS or source.startswith((".", "/", "~")):
+            raise UserError(f"{source}: no such file; check the path")
+        return _renamed(_read_hub(source, split), columns, columns_optional)
     if path.suffix not in EXTENSIONS:
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_extensions()}")
+        raise UserError(f"{source}: unknown file type {path.suffix!r}; expected {_EXPECTED}")
     if split != "train":
         raise UserError(
-            f"{source}: split is {split!r}, but a file has no splits; name its own file"
+            f"{source}: split is {split!r}, but a file has no splits; give the split's own file"
         )
     readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    try:
-        if path.suffix == ".jsonl":
-            rows = _read_jsonl(path, skip_bad)
-        else:
-            rows = readers[path.suffix](path)
-    except OSError as e:
-        raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
+    with _reading(source):
+        rows = (
+            _read_jsonl(path, skip_bad) if path.suffix == ".jsonl" else readers[path.suffix](path)
+        )
     if not len(rows):
         skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
         raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
     return _renamed(rows, columns, columns_optional)
 
 
-def _extensions() -> str:
-    return ", ".join(EXTENSIONS)
-
-
-def _looks_like_path(source: str) -> bool:
-    return Path(source).suffix in EXTENSIONS or source.startswith((".", "/", "~"))
+@contextmanager
+def _reading(where: str | Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the place."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{where}: cannot be read ({e.strerror or e})") from None
 
 
 def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
@@ -122,14 +129,15 @@ def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
                 f"found columns {', '.join(rows.columns)}{hint}"
             )
     hidden = {*columns, *columns.values()}
-    kept = tuple(name for name in rows.columns if name not in hidden)
-    return Rows(
-        rows.source, rows.records, (*columns, *kept), dict(columns), rows.lines, rows.skipped
-    )
+    rest = tuple(name for name in rows.columns if name not in hidden)
+    return replace(rows, columns=(*columns, *rest), renames=dict(columns))
 
 
-class _Lines(Sequence[dict]):
-    """The objects of a .jsonl file, parsed when asked for; only their offsets are in memory."""
+class _Lines:
+    """The objects of a .jsonl file, parsed when asked for; only their offsets are in memory.
+
+    Not the datasets library: its errors do not name the line of a malformed row.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -139,26 +147,18 @@ class _Lines(Sequence[dict]):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    @overload
-    def __getitem__(self, i: int) -> dict: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[dict]: ...
-    def __getitem__(self, i: int | slice) -> dict | list[dict]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __getitem__(self, i: int) -> dict:
         where = f"{self.path}:{self.numbers[i]}"
-        try:
+        with _reading(where):
             self._file = self._file or self.path.open("rb")
             self._file.seek(self.offsets[i])
             record = _parse_line(self._file.readline(), where, self.path, self.offsets[i])
-        except OSError as e:
-            raise UserError(f"{where}: cannot be read ({e.strerror or e})") from None
         if record is None:
             raise UserError(f"{where}: the line is gone; the file was changed while it was read")
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # another process opens the file itself
+        return self.__dict__ | {"_file": None}  # a worker process opens the file itself
 
 
 def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
@@ -189,6 +189,7 @@ def _numbered_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]
 
 
 def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
+    """The object of a line, None if it is blank; offset: of the line in the file, for messages."""
     try:
         text = raw.decode("utf-8").strip()
         if not text:
@@ -251,7 +252,7 @@ def _read_utf8(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        # The codec counts from behind a byte order mark.
+        # The codec counts from the end of a byte order mark.
         start = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
         raise UserError(
             f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
@@ -263,18 +264,7 @@ def _read_csv(path: Path) -> Rows:
     reader = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
     records, lines = [], []
     try:
-        header = next((row for row in reader if row), [])
-        for separator in (";", "\t", "|"):
-            if len(header) == 1 and separator in header[0]:
-                names = ",".join(f"{name}" for name in header[0].split(separator))
-                raise UserError(
-                    f"{path}: the header is one field, {header[0]!r}; is the file separated by "
-                    f"{separator!r}? Save it with commas ({names})"
-                )
-        if len(header) > 1 and not header[0]:  # the index that pandas writes
-            header[0] = "Unnamed: 0"  # as pandas reads it
-        if len(set(header)) != len(header) or "" in header:
-            raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
+        header = _checked_header(next((row for row in reader if row), []), path)
         for row in reader:
             if len(row) == len(header):
                 records.append(dict(zip(header, row, strict=True)))
@@ -289,8 +279,23 @@ def _read_csv(path: Path) -> Rows:
     return Rows(str(path), records, tuple(header), {}, lines)
 
 
-class _ParquetRows(Sequence[dict]):
-    """Rows of a parquet file; one row group (compressed as Arrow) is in memory at a time."""
+def _checked_header(header: list[str], path: Path) -> list[str]:
+    for separator in (";", "\t", "|"):
+        if len(header) == 1 and separator in header[0]:
+            raise UserError(
+                f"{path}: the header is one field, {header[0]!r}; is the file separated by "
+                f"{separator!r}? Save it with commas ({header[0].replace(separator, ',')})"
+            )
+    # pandas writes its index under an empty name, and reads it back under this one.
+    if len(header) > 1 and not header[0]:
+        header[0] = "Unnamed: 0"
+    if len(set(header)) != len(header) or "" in header:
+        raise UserError(f"{path}: header is {header}; expected distinct, non-empty names")
+    return header
+
+
+class _ParquetRows:
+    """Rows of a parquet file; one row group (as an Arrow table) is in memory at a time."""
 
     def __init__(self, path: Path):
         import pyarrow.parquet
@@ -301,19 +306,13 @@ class _ParquetRows(Sequence[dict]):
         sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
         self.starts = list(itertools.accumulate(sizes, initial=0))  # of each row group, and the end
         self.names = tuple(self._file.schema_arrow.names)
-        self._group: tuple[int, Any] = (-1, None)  # row group in memory: (its number, its table)
-        self._chunk: tuple[int, list[dict]] = (-1, [])  # rows in memory: (number of the first)
+        self._group: tuple[int, Any] = (-1, None)  # (its number, its table)
+        self._chunk: tuple[int, list[dict]] = (-1, [])  # (number of its first row, its rows)
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, i: int) -> dict: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[dict]: ...
-    def __getitem__(self, i: int | slice) -> dict | list[dict]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(i)
         first, rows = self._chunk
@@ -336,7 +335,7 @@ class _ParquetRows(Sequence[dict]):
         except (pyarrow.ArrowException, ValueError, OSError) as e:
             raise _bad_parquet(self.path, e) from None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # a worker process opens the file itself
         return self.__dict__ | {"_file": None, "_group": (-1, None), "_chunk": (-1, [])}
 
 
@@ -358,32 +357,25 @@ def _bad_parquet(path: Path, error: Exception) -> UserError:
 def _read_hub(source: str, split: str) -> Rows:
     import datasets  # seconds to import, so only here
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries: one line does
+    # Without a network it logs a page of retries; the error below says it in one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset: Any = datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
             f"{source}: neither a file nor a dataset that can be loaded with split {split!r} "
-            f"({reason}); a local file ends in {_extensions()}"
+            f"({reason}); a local file ends in {_EXPECTED}"
         ) from None
     if not len(dataset):
         raise UserError(f"{source}: split {split!r} holds no rows")
-    records = cast(Sequence[dict], dataset)
-    return Rows(source, records, tuple(dataset.column_names))
+    return Rows(source, dataset, tuple(dataset.column_names))
 
 
 def source_digest(source: str, split: str = "train") -> str:
-    """SHA-256 of a file's bytes as hex, or the fingerprint of a hub dataset's split."""
-    path = Path(source)
-    if not path.is_file():
+    """Return the SHA-256 of a file's bytes as hex, or the fingerprint of a hub dataset's split."""
+    if not Path(source).is_file():
         records: Any = _read_hub(source, split).records
         return str(records._fingerprint)
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as e:
-        raise UserError(f"{source}: cannot be read ({e.strerror or e})") from None
-    return digest.hexdigest()
+    with _reading(source):
+        return file_digest(Path(source))

@@ -1,4 +1,4 @@
-"""The datasets of a run: read, tokenised once, kept on disk, and mixed."""
+"""The sources of a run to token arrays: read, checked against the model, tokenised or cached."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from minisft.batches import TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.readers import Rows, read_rows, source_digest
+from minisft.data.settings import Settings
 from minisft.data.token_files import TokenWriter, check_cache, load_tokens
-from minisft.data.tokenize import Settings, tokenize
+from minisft.data.tokenize import tokenize
 from minisft.text.tokenizer import Tokenizer
 
 
 def data_settings(config: TrainConfig, packing: bool) -> Settings:
-    """What shapes the token arrays, of all of a run's settings."""
+    """Return the part of a run's settings that shapes the token arrays."""
     return Settings(
         format=None if config.dataset_format == "auto" else config.dataset_format,
         text_field=config.dataset_text_field,
@@ -47,20 +48,21 @@ def load_train(
     limit: int | None = None,
     say: Callable[[str], None],
 ) -> TokenizedDataset:
-    """All sources of --dataset as one TokenizedDataset, each one's rows behind the other's.
+    """Return all sources of --dataset as one TokenizedDataset, concatenated.
 
-    scratch: a directory for tokens beyond what memory should hold. limit: read that many rows of a
-    source. With --dataset-cache-dir, arrays made earlier from the same are taken from there.
-    vocab_size: rows of the embedding. Raises UserError naming the source, and the row at fault.
+    scratch: a directory for tokens that do not fit in memory. limit: rows to read of each source.
+    With --dataset-cache-dir, arrays that an earlier run made from the same input are loaded.
+    vocab_size: rows of the embedding. say: prints a line. Raises UserError naming the source, and
+    the malformed row.
     """
     names = [name for name, _ in config.sources]
     _check_vocabulary(tokenizer, vocab_size, names)
     settings = data_settings(config, config.packing)
     dataset = _load(names, config, tokenizer, settings, scratch, limit, say)
-    for told in dataset.stats["sources"]:
-        if not told["rows"]:
+    for source in dataset.stats["sources"]:
+        if not source["rows"]:
             raise UserError(
-                f"{told['source']}: keeps none of its {told['rows_read']} rows; leave it out"
+                f"{source['source']}: keeps none of its {source['rows_read']} rows; leave it out"
             )
     return _checked(dataset, vocab_size)
 
@@ -74,7 +76,7 @@ def load_eval(
     limit: int | None = None,
     say: Callable[[str], None],
 ) -> TokenizedDataset | None:
-    """The rows of --eval-dataset, not packed; None without one."""
+    """Return the rows of --eval-dataset, not packed; None without one. Else as `load_train`."""
     if not config.eval_dataset:
         return None
     settings = data_settings(config, packing=False)
@@ -91,38 +93,34 @@ def _load(
     limit: int | None,
     say: Callable[[str], None],
 ) -> TokenizedDataset:
-    entry = None
+    entry, cache = None, Path(config.dataset_cache_dir)
     if config.dataset_cache_dir:
-        check_cache(Path(config.dataset_cache_dir))
+        check_cache(cache)
+    # A sample (limit) is never cached: its key would be that of all rows.
     if config.dataset_cache_dir and limit is None:
-        entry = Path(config.dataset_cache_dir) / cache_key(names, config, tokenizer, settings)
+        entry = cache / cache_key(names, config, tokenizer, settings)
         if (found := load_tokens(entry)) is not None:
             say(f"tokenised rows of {', '.join(names)}: from {entry}")
             return found
-    rows = [_read(name, config, len(names) > 1 or name == config.eval_dataset) for name in names]
+    rows = [
+        read_rows(
+            name,
+            split=config.dataset_split,
+            columns=config.column_map,
+            # Several sources, and eval rows, may have our column names already.
+            columns_optional=len(names) > 1 or name == config.eval_dataset,
+            skip_bad=config.skip_bad,
+        )
+        for name in names
+    ]
     _check_renames(rows, config)
-    return tokenize(
-        rows,
-        tokenizer,
-        settings,
-        writer=TokenWriter(scratch, entry),
-        num_proc=config.dataset_num_proc,
-        limit=limit,
-    )
-
-
-def _read(name: str, config: TrainConfig, columns_optional: bool) -> Rows:
-    return read_rows(
-        name,
-        split=config.dataset_split,
-        columns=config.column_map,
-        columns_optional=columns_optional,
-        skip_bad=config.skip_bad,
-    )
+    writer = TokenWriter(scratch, entry)
+    procs = config.dataset_num_proc
+    return tokenize(rows, tokenizer, settings, writer=writer, num_proc=procs, limit=limit)
 
 
 def _check_renames(sources: list[Rows], config: TrainConfig) -> None:
-    """Among several datasets, each rename must mean something to one at least."""
+    """Raise UserError if none of several sources has the column of a rename."""
     for ours, theirs in config.column_map.items():
         if len(sources) > 1 and not any(ours in rows.renames for rows in sources):
             raise UserError(
@@ -132,7 +130,7 @@ def _check_renames(sources: list[Rows], config: TrainConfig) -> None:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, names: list[str]) -> None:
-    """Refuse a tokenizer with ids beyond the embedding, used by these rows or not."""
+    """Raise UserError if the tokenizer has ids beyond the embedding, used by these rows or not."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     token, last = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
     if last >= vocab_size:
@@ -144,9 +142,10 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, names: list[str]) -
 
 
 def _checked(dataset: TokenizedDataset, vocab_size: int) -> TokenizedDataset:
-    highest = dataset.max_token_id
+    # Rows of token ids bypass the tokenizer. On a GPU such an id ends in a device assert.
+    highest = dataset.stats["max_token_id"]
     if highest >= vocab_size:
-        names = ", ".join(told["source"] for told in dataset.stats["sources"])
+        names = ", ".join(source["source"] for source in dataset.stats["sources"])
         raise UserError(
             f"{names}: token id {highest} does not exist in the model, whose embedding has "
             f"{vocab_size} rows; use the model's own tokenizer"
@@ -157,10 +156,11 @@ def _checked(dataset: TokenizedDataset, vocab_size: int) -> TokenizedDataset:
 def cache_key(
     names: list[str], config: TrainConfig, tokenizer: Tokenizer, settings: Settings
 ) -> str:
-    """SHA-256 as hex of everything that shapes the token arrays, this package's code included."""
+    """Return the SHA-256 (hex) of everything that shapes the token arrays, our code included."""
     code = hashlib.sha256()
     for room in ("text", "data"):
-        for file in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+        files = (Path(__file__).parents[1] / room).rglob("*")
+        for file in sorted(f for f in files if f.suffix in (".py", ".jinja")):
             code.update(file.read_bytes())
     templates = sorted(tokenizer.chat_templates.items())
     facts: dict[str, Any] = {
@@ -179,7 +179,7 @@ def cache_key(
 
 
 def num_shared(train: TokenizedDataset, other: TokenizedDataset) -> int:
-    """How many documents of `other` are among the training documents, token for token."""
+    """Return how many documents of `other` are among the training documents, token for token."""
     if train.digests is None or other.digests is None:
         return 0
     return int(np.isin(other.digests.numpy(), train.digests.numpy()).sum())

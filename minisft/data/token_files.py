@@ -1,4 +1,4 @@
-"""Token arrays of a dataset: in memory, or in files that are mapped and kept from run to run.
+"""Token arrays of a dataset: in memory, or in memory-mapped files that a cache keeps between runs.
 
 A cache entry is a directory named by the hash of everything that shapes its arrays. It appears
 under that name only when it is complete.
@@ -12,7 +12,8 @@ import mmap
 import os
 import shutil
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,86 +22,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisft.batches import TokenizedDataset
+from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.files.disk import check_writable
+from minisft.files.disk import check_writable, file_digest
 
-IGNORED = -100  # label of a token that is not trained
-
-
-_ARRAYS = {  # in the order of TokenizedDataset's fields
-    "input_ids": np.dtype("<i4"),
-    "labels": np.dtype("<i4"),
-    "document_offsets": np.dtype("<i8"),
-    "row_offsets": np.dtype("<i8"),
-}
-
-
-_DIGESTS, _TARGETS = "digests", "row_targets"
-
-
+# A file each, under the name of its field of TokenizedDataset.
+_TOKENS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4")}
+_HASHED = {**_TOKENS, "document_offsets": np.dtype("<i8"), "row_offsets": np.dtype("<i8")}
+_ARRAYS = {**_HASHED, "digests": np.dtype("<i8"), "row_targets": np.dtype("<i8")}
 _META = "meta.json"
-
 
 HELD_BYTES = 64 * 2**20  # of tokens and labels in memory, before they go to files
 
 
 def data_hash(dataset: TokenizedDataset) -> str:
-    """sha256 over the token arrays and their offsets as hex; equal if and only if the data is."""
+    """Return the sha256 (hex) of the token arrays and their offsets: equal iff the data is."""
     if dataset.hash is not None:
         return dataset.hash
-    digests = {}
-    for name in _ARRAYS:
-        values = getattr(dataset, name).numpy()
-        digests[name] = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-    return _combined(digests)
+    arrays = {name: np.ascontiguousarray(getattr(dataset, name).numpy()) for name in _HASHED}
+    return _combined({name: hashlib.sha256(a.data).hexdigest() for name, a in arrays.items()})
 
 
-def _combined(digests: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{n} {digests[n]}\n" for n in _ARRAYS).encode()).hexdigest()
+def _combined(sums: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{n} {sums[n]}\n" for n in _HASHED).encode()).hexdigest()
 
 
 class TokenWriter:
-    """Takes rows of documents in order; `finish` gives the TokenizedDataset.
+    """Takes rows of documents in order; `finish` returns the TokenizedDataset.
 
-    scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are mapped
-    afterwards, so that only 8 bytes a row and a document stay in memory; the files have no name by
-    then. entry: a path that does not exist yet, where the files are kept instead.
+    scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
+    memory-mapped at the end, so that 8 bytes a row and a document stay in memory; the files are
+    unlinked by then. entry: a path that does not exist yet, where the files stay instead.
+    Without both, everything stays in memory.
     """
 
     def __init__(self, scratch: Path | None = None, entry: Path | None = None):
         self._entry = entry
+        # The process id keeps two runs that share a cache or a scratch directory apart.
         self._partial: Path | None = None
         if entry is not None:
             self._partial = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
         elif scratch is not None:
             self._partial = scratch / f".rows.{os.getpid()}.{id(self)}.tmp"
+        # array: 8 bytes a number, where a list of Python integers takes 36.
         self._document_offsets, self._row_offsets = array("q", [0]), array("q", [0])
         self._digests, self._row_targets = array("q"), array("q")
-        self._blocks: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+        self._blocks: dict[str, list[np.ndarray]] = {name: [] for name in _TOKENS}
         self._held = 0  # bytes in blocks
         self._files: dict[str, IO[bytes]] = {}
-        self._sums = {name: hashlib.sha256() for name in _ARRAYS}
+        self._sums = {name: hashlib.sha256() for name in _HASHED}
         self.num_tokens = self.num_trained = 0
         self.max_token_id = -1
 
     @property
     def num_rows(self) -> int:
+        """Rows added so far."""
         return len(self._row_offsets) - 1
 
     def add(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """One row: (ids, labels) of its documents, int32 both."""
+        """Add one row: (ids, labels) of its documents, int32 both. May write to disk."""
         before = self.num_trained
         for ids, labels in documents:
-            trained = labels != IGNORED
             # The first token of a document has nothing before it, so it is never a target.
-            self.num_trained += int(trained[1:].sum())
+            self.num_trained += int((labels[1:] != IGNORED).sum())
             self.num_tokens += len(ids)
             if len(ids):
                 self.max_token_id = max(self.max_token_id, int(ids.max()))
             self._document_offsets.append(self.num_tokens)
-            for name, values in (("input_ids", ids), ("labels", labels)):
-                self._blocks[name].append(np.ascontiguousarray(values, dtype=_ARRAYS[name]))
+            for (name, dtype), values in zip(_TOKENS.items(), (ids, labels), strict=True):
+                self._blocks[name].append(np.ascontiguousarray(values, dtype=dtype))
                 self._held += values.nbytes
         self._row_offsets.append(len(self._document_offsets) - 1)
         self._row_targets.append(self.num_trained - before)
@@ -108,7 +98,7 @@ class TokenWriter:
             self._flush(self._partial)
 
     def _flush(self, partial: Path) -> None:
-        with _writing(partial):
+        with _writing(partial.parent):
             if not self._files:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -121,7 +111,7 @@ class TokenWriter:
         self._held = 0
 
     def seen(self, ids: np.ndarray) -> None:
-        """Count a document that was read: its hash tells duplicates, in this dataset and others."""
+        """Count a document that was read; its hash finds duplicates, here and in other datasets."""
         digest = hashlib.blake2b(ids.data, digest_size=8).digest()
         self._digests.append(int.from_bytes(digest, "little", signed=True))
 
@@ -130,47 +120,46 @@ class TokenWriter:
         return len(self._digests) - len(np.unique(np.frombuffer(self._digests, dtype=np.int64)))
 
     def finish(self, stats: dict[str, Any]) -> TokenizedDataset:
-        """The dataset; `stats` is kept with it."""
+        """Return the dataset. `stats` goes with it, completed by the numbers of tokens."""
         stats = stats | {
             "num_tokens": self.num_tokens,
             "num_trained_tokens": self.num_trained,
             "max_token_id": self.max_token_id,
         }
-        offsets = {
-            "document_offsets": np.array(self._document_offsets, dtype=_ARRAYS["document_offsets"]),
-            "row_offsets": np.array(self._row_offsets, dtype=_ARRAYS["row_offsets"]),
+        small = {
+            name: np.array(getattr(self, f"_{name}"), dtype=dtype)
+            for name, dtype in _ARRAYS.items()
+            if name not in _TOKENS
         }
-        digests = np.array(self._digests, dtype=np.int64)
-        row_targets = np.array(self._row_targets, dtype=np.int64)
         if self._entry is None and not self._files:
-            joined = {
+            arrays = {
                 name: np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int32)
                 for name, blocks in self._blocks.items()
             }
-            tensors = {n: torch.from_numpy(values) for n, values in (joined | offsets).items()}
-            return _dataset(tensors, stats, digests, row_targets)
+            tensors: dict[str, Any] = {n: torch.from_numpy(a) for n, a in (arrays | small).items()}
+            return TokenizedDataset(stats=stats, **tensors)
         assert self._partial is not None
         self._flush(self._partial)
-        with _writing(self._partial):
+        with _writing(self._partial.parent):
             for file in self._files.values():
                 file.close()
-            for name, values in offsets.items():
-                self._sums[name].update(values.data)
+            for name, values in small.items():
                 values.tofile(self._partial / name)
-            digests.tofile(self._partial / _DIGESTS)
-            row_targets.tofile(self._partial / _TARGETS)
+                if name in _HASHED:
+                    self._sums[name].update(values.data)
             sums = {name: s.hexdigest() for name, s in self._sums.items()}
             (self._partial / _META).write_text(json.dumps({"stats": stats, "sha256": sums}))
             if self._entry is None:
                 dataset = _map(self._partial)
-                shutil.rmtree(self._partial)  # the mapping holds on to the files
+                # The mappings keep the files' blocks until the process ends, however it ends.
+                shutil.rmtree(self._partial)
                 return replace(dataset, entry=None)
             shutil.rmtree(self._entry, ignore_errors=True)
             os.replace(self._partial, self._entry)
             return _map(self._entry)
 
     def abandon(self) -> None:
-        """Remove what was written; for rows that turned out to be at fault."""
+        """Remove what was written, after an error."""
         for file in self._files.values():
             file.close()
         if self._partial is not None:
@@ -178,39 +167,29 @@ class TokenWriter:
 
 
 def check_cache(directory: Path) -> None:
-    """UserError where --dataset-cache-dir cannot be written: before rows are tokenised for it."""
-    with _writing(directory / "rows"):
+    """Raise UserError if --dataset-cache-dir is not writable, before rows are tokenised for it."""
+    with _writing(directory):
         check_writable(directory)
 
 
-class _writing:
-    """Turns an OSError into one line that names the cache."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.path.parent}: the tokenised rows cannot be written there "
-                f"({error.strerror or error}); make room, or name another place with "
-                "--dataset-cache-dir"
-            ) from None
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the directory."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{directory}: the tokenised rows cannot be written there ({e.strerror or e}); free "
+            "some space, or choose another directory with --dataset-cache-dir"
+        ) from None
 
 
 def load_tokens(entry: Path) -> TokenizedDataset | None:
-    """A complete and undamaged cache entry, its tokens mapped; None if there is none."""
+    """Return a cache entry, its tokens mapped; None if it is missing, incomplete or damaged."""
     try:
         sums = json.loads((entry / _META).read_text(encoding="utf-8"))["sha256"]
-        for name in _ARRAYS:
-            digest = hashlib.sha256()
-            with open(entry / name, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != sums[name]:
-                return None
+        if any(file_digest(entry / name) != sums[name] for name in _HASHED):
+            return None
         return _map(entry)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -218,33 +197,18 @@ def load_tokens(entry: Path) -> TokenizedDataset | None:
 
 def _map(entry: Path) -> TokenizedDataset:
     meta = json.loads((entry / _META).read_text(encoding="utf-8"))
-    tensors = {name: _mapped(entry / name, dtype) for name, dtype in _ARRAYS.items()}
-    digests, row_targets = (np.fromfile(entry / n, dtype=np.int64) for n in (_DIGESTS, _TARGETS))
-    return replace(
-        _dataset(tensors, meta["stats"], digests, row_targets),
-        hash=_combined(meta["sha256"]),
-        entry=entry,
-    )
-
-
-def _dataset(
-    tensors: dict[str, Tensor], stats: dict[str, Any], digests: np.ndarray, row_targets: np.ndarray
-) -> TokenizedDataset:
+    tensors: dict[str, Any] = {
+        name: _mapped(entry / name, dtype) for name, dtype in _ARRAYS.items()
+    }
     return TokenizedDataset(
-        tensors["input_ids"],
-        tensors["labels"],
-        tensors["document_offsets"],
-        tensors["row_offsets"],
-        stats,
-        torch.from_numpy(digests),
-        torch.from_numpy(row_targets),
+        stats=meta["stats"], hash=_combined(meta["sha256"]), entry=entry, **tensors
     )
 
 
 def _mapped(path: Path, dtype: np.dtype) -> Tensor:
-    if not path.stat().st_size:
+    if not path.stat().st_size:  # mmap refuses empty files
         return torch.from_numpy(np.zeros(0, dtype=dtype))
     with open(path, "rb") as file:
-        # A private mapping: torch wants memory that it may write, and the file never changes.
+        # A private (copy-on-write) mapping: torch requires writable memory.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return torch.from_numpy(np.frombuffer(content, dtype=dtype))

@@ -28,9 +28,9 @@ from minisft.kernels.low_rank import (
 )
 from minisft.kernels.nf4 import (
     NF4Weight,
+    dequantize_concat_columns_B,
+    dequantize_concat_rows_A,
     dequantize_into,
-    dequantize_with_A_below,
-    dequantize_with_B_beside,
 )
 from minisft.kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from minisft.kernels.rope import rope_, rope_backward
@@ -110,7 +110,7 @@ def place_weight(weight: Tensor | NF4Weight, out_OI: Tensor, early: bool = False
     early: nothing under way writes it, as in a step (`dequantize_into`).
     """
     if isinstance(weight, NF4Weight):
-        dequantize_into(weight, out_OI, early=early)
+        dequantize_into(weight, out_OI, pdl=early)
     else:
         out_OI.copy_(weight)
 
@@ -121,7 +121,7 @@ def concat_columns_B(group: FusedLinear, scaling: float, scratch: Tensor) -> Ten
     stride = row_stride(I + group.rank)
     w = scratch[: O * stride].view(O, stride)[:, : I + group.rank]
     if isinstance(group.weight, NF4Weight) and group.rank:
-        dequantize_with_B_beside(group.weight, group.B, group.sizes, scaling, w, early=True)
+        dequantize_concat_columns_B(group.weight, group.B, group.sizes, scaling, w, pdl=True)
         return w
     place_weight(group.weight, w[:, :I], early=True)
     place_block_diagonal(group.B, group.sizes, scaling, w[:, I:])
@@ -133,7 +133,7 @@ def concat_rows_A(group: FusedLinear, scaling: float, scratch: Tensor) -> Tensor
     O, I = group.weight.shape
     w = scratch[: (O + group.rank) * I].view(O + group.rank, I)
     if isinstance(group.weight, NF4Weight) and group.A is not None:
-        dequantize_with_A_below(group.weight, group.A, scaling, w, early=True)
+        dequantize_concat_rows_A(group.weight, group.A, scaling, w, pdl=True)
         return w
     place_weight(group.weight, w[:O], early=True)
     if group.A is not None:

@@ -31,14 +31,14 @@ def _policy(gpu: str, host: str = "") -> Policy:
 # From "no matrix product is ever run again" to "residuals only"; then with host memory.
 POLICIES = {
     "none": _policy("x qkv attended mid gate_up"),
-    "gate_up": _policy("x qkv attended mid"),
-    "gate_up+qkv": _policy("x attended mid"),
+    "recompute_gate_up": _policy("x qkv attended mid"),
+    "recompute_gate_up+qkv": _policy("x attended mid"),
     "all_but_attention": _policy("x attended"),
     "full": _policy("x"),
     "none+offload": _policy("qkv gate_up", "x attended mid"),
     "offload": _policy("", "x qkv attended mid gate_up"),
-    "gate_up+offload": _policy("", "x qkv attended mid"),
-    "gate_up+qkv+offload": _policy("", "x attended mid"),
+    "recompute_gate_up+offload": _policy("", "x qkv attended mid"),
+    "recompute_gate_up+qkv+offload": _policy("", "x attended mid"),
     "full+offload": _policy("", "x"),
 }
 

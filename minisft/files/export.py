@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
+from minisft.config.train import TrainConfig
 from minisft.files.adapter import save_adapter
 from minisft.files.card import CARD_NAME, model_card
 from minisft.files.disk import load_json, write_json, write_text, writing
+from minisft.files.load import Base, base_4bit
 from minisft.files.safetensors import save_file
 from minisft.lora import Flat
-from minisft.session.modelfile import modelfile
-from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
 from minisft.variants.pissa import exported_lora, exported_tensors
 
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -30,26 +30,16 @@ def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
 
 
 def write_trained(
-    directory: Path,
-    trainable: Flat,
-    lora: LoraConfig | None,
-    cfg: ModelConfig,
-    base: str,
-    revision: str | None,
-    base_4bit: str,
-    start: Mapping[str, Tensor],
-    card: str | None = None,
+    directory: Path, trainable: Flat, base: Base, config: TrainConfig, card: str | None = None
 ) -> None:
-    """The trained tensors in float32: a PEFT adapter, or (lora None) one model.safetensors.
-
-    start: as `minisft.variants.pissa.exported_tensors` takes it.
-    """
-    if lora:
+    """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
+    if base.lora:
         if card is not None:
             write_text(directory / CARD_NAME, card)
         save_adapter(
-            directory, exported_tensors(trainable.views, start), exported_lora(lora), cfg, base,
-            revision=revision, base_4bit=base_4bit,
+            directory, exported_tensors(trainable.views, base.initial_lora),
+            exported_lora(base.lora), base.cfg, config.base_name, revision=config.revision,
+            base_4bit=base_4bit(config, base),
         )  # fmt: skip
         return
     tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
@@ -59,49 +49,40 @@ def write_trained(
 def export_adapter(
     directory: Path,
     trainable: Flat,
-    lora: LoraConfig,
-    cfg: ModelConfig,
-    tokenizer: Tokenizer,
-    base: str,
-    revision: str | None,
-    base_4bit: str,
-    start: Mapping[str, Tensor],
+    base: Base,
+    config: TrainConfig,
+    files: dict[str, bytes],
     facts: dict[str, Any],
 ) -> None:
-    """adapter_model.safetensors, adapter_config.json, tokenizer, chat template, model card."""
-    _write_files(directory, export_tokenizer_files(tokenizer))
-    source = f"FROM {Path(base).as_posix()}\nADAPTER ."
-    _write_files(directory, {"Modelfile": modelfile(source, tokenizer, cfg).encode()})
-    card = model_card({"base_model": base, **facts}, base_4bit)
-    write_trained(directory, trainable, lora, cfg, base, revision, base_4bit, start, card)
+    """Write adapter_model.safetensors, adapter_config.json, the model card, and `files`.
+
+    files: name -> content of the tokenizer, chat template and Modelfile. facts: what the card
+    says of the run.
+    """
+    write_files(directory, files)
+    card = model_card({"base_model": config.base_name, **facts}, base_4bit(config, base))
+    write_trained(directory, trainable, base, config, card)
 
 
-def export_model(
-    directory: Path,
-    trainable: Flat,
-    base_directory: Path,
-    cfg: ModelConfig,
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-) -> None:
-    """A complete transformers directory with every weight in `dtype`, sharded above 5 GB."""
+def export_model(directory: Path, trainable: Flat, base: Base, files: dict[str, bytes]) -> None:
+    """Write a transformers directory with every weight in the compute dtype, sharded above 5 GB."""
+    dtype = base.compute.dtype
     save_shards(directory, trainable.views.items(), dtype)
-    write_model_files(directory, base_directory, cfg, tokenizer, dtype)
+    write_model_files(directory, base.directory, base.cfg, dtype, files)
 
 
 def write_model_files(
     directory: Path,
     base_directory: Path,
     cfg: ModelConfig,
-    tokenizer: Tokenizer,
     dtype: torch.dtype,
+    files: dict[str, bytes],
 ) -> None:
-    """What a transformers directory holds beside its weights, config.json last; a Modelfile.
+    """Write what a transformers directory holds beside its weights: `files`, then config.json.
 
     base_directory: of the model whose config.json and generation_config.json these follow.
     """
-    _write_files(directory, export_tokenizer_files(tokenizer))
-    _write_files(directory, {"Modelfile": modelfile("FROM .", tokenizer, cfg).encode()})
+    write_files(directory, files)
     raw = load_json(base_directory / "config.json")
     raw |= {
         "dtype": str(dtype).removeprefix("torch."),
@@ -163,7 +144,8 @@ def _shards(
     yield shard
 
 
-def _write_files(directory: Path, files: dict[str, bytes]) -> None:
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Write files by name (name -> content) into a directory."""
     for name, data in files.items():
         path = directory / name
         with writing(path):

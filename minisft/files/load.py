@@ -1,4 +1,4 @@
-"""The base model of a run, loaded: frozen weights, trainable state, tokenizer, device and dtype."""
+"""The base model of a run: frozen weights on the device, and the state that training changes."""
 
 from __future__ import annotations
 
@@ -33,93 +33,80 @@ from minisft.llama import EMBEDDING, TOKEN_IDS, Compute
 from minisft.lora import Flat, allocate, init_lora_, param_groups, trainable_shapes
 from minisft.optim import check_optimizer, init_moments
 from minisft.step import INITIAL_LOSS_SCALE, State
-from minisft.text.tokenizer import Tokenizer, load_tokenizer
-from minisft.variants.pissa import initial_lora
+from minisft.variants import pissa
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a run: config, frozen weights, tokenizer, and how to compute with it."""
+    """The base model of a run: config, frozen weights, and how to compute with them."""
 
     directory: Path
     frozen: dict[str, Tensor | NF4Weight]
-    tokenizer: Tokenizer
     compute: Compute
     device: torch.device
     lora: LoraConfig | None
     load_seconds: float = 0.0
     load_peak_gib: float = 0.0  # on the device, or of the process on CPU
-    # A0 and B0 (`minisft.variants.pissa`) by the names of A and B, on CPU.
-    start: dict[str, Tensor] = field(default_factory=dict)
+    # A0 and B0 of PiSSA and OLoRA under the names of A and B, on CPU (`minisft.variants.pissa`).
+    initial_lora: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def cfg(self) -> ModelConfig:
+        """The shape of the model."""
         return self.compute.model
 
 
-def base_4bit(config: TrainConfig, model: Base) -> str:
+def base_4bit(config: TrainConfig, base: Base) -> str:
     """`quant_state.kinds` of the base that the adapter belongs on; "" if that is not in 4 bits."""
     if not config.serves_in_4bit:
         return ""
-    return kinds(w for w in model.frozen.values() if isinstance(w, NF4Weight))
+    return kinds(w for w in base.frozen.values() if isinstance(w, NF4Weight))
 
 
-def load_base(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[Base, State]:
-    """Weights to the device one tensor at a time; the trained ones as views of a flat buffer.
+def find_base(config: TrainConfig) -> Path:
+    """The directory of the base model, downloaded if it is a hub id.
 
-    With config.load_in_4bit each linear is quantised as it comes. A trained copy of a weight that
-    is stored in 4 bits starts from its decoded values. start: Base.start of the run that is
-    resumed; without it, what PiSSA and OLoRA start from is computed. With config.dry_run everything
-    is checked and nothing loaded: all tensors lie on torch's meta device, which keeps sizes alone.
-    UserError for a 4-bit checkpoint whose weights are to change, and as `check_patterns`,
-    `check_optimizer` and the readers have it.
+    Raises UserError for a device, dtype or optimizer that this machine does not have, before
+    anything is downloaded.
+    """
+    device = resolve_device(config.device)
+    resolve_dtype(config.dtype, device)
+    check_optimizer(config.optim, device)
+    return resolve_model(config.model, config.revision)
+
+
+def load_base(
+    config: TrainConfig, initial_lora: Mapping[str, Tensor] = {}, directory: Path | None = None
+) -> tuple[Base, State]:
+    """Load weights to the device one tensor at a time; trained ones are views of a flat buffer.
+
+    With config.load_in_4bit each linear is quantised as it is read. A trained copy of a weight that
+    is stored in 4 bits starts from its decoded values. initial_lora: Base.initial_lora of the run
+    that is resumed; without it, what PiSSA and OLoRA start from is computed. directory: the result
+    of `find_base`, if it was called already. With config.dry_run everything is checked and nothing
+    loaded: tensors lie on torch's meta device and have shapes only.
+    Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
+    `check_patterns` and the readers do.
     """
     started = time.perf_counter()
+    directory = directory or find_base(config)
+    checkpoint = open_base(directory, config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    check_optimizer(config.optim, device)
-    directory = resolve_model(config.model, config.revision)
-    checkpoint = open_base(directory, config)
-    tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
     lora = None if config.lora is None else split_targets(config.lora)
     if lora:
         check_patterns(lora, checkpoint.cfg)
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, torch.device("meta") if config.dry_run else device)
+    first = {n: t for n, t in initial_lora.items() if tuple(t.shape) == shapes.get(n)}
+    compute = make_compute(config, lora, checkpoint.cfg, dtype)
     four_bit = four_bit_names(checkpoint, config.load_in_4bit)
-    first = {n: t for n, t in start.items() if n in shapes and tuple(t.shape) == shapes[n]}
     if config.dry_run:
         weights = meta_weights(checkpoint, dtype, four_bit)
         frozen = {name: weight for name, weight in weights if name not in shapes}
     else:
         init_lora_(flat, config.seed, config.init_lora_weights)
-        frozen = {}
-        for name, weight in stream_weights(checkpoint):
-            if name in flat.views:
-                flat.views[name].copy_(dequantized(weight))
-                continue
-            path = name.removesuffix(".weight")
-            if lora and lora.splits_weights and f"{path}.lora_A.weight" in flat.views:
-                weight = take_part_(path, weight, lora, flat, first, config.seed)
-            frozen[name] = to_device(name, weight, device, dtype, name in four_bit)
-        if lora and lora.use_dora:
-            init_magnitudes_(flat, frozen, lora)
-        if lora and lora.trainable_token_indices:
-            ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
-            assert isinstance(embedding, Tensor)
-            flat.views[TOKEN_ROWS].copy_(embedding[ids])
-            frozen[TOKEN_IDS] = ids
-    compute = Compute(
-        model=checkpoint.cfg,
-        dtype=dtype,
-        lora_scaling=lora.scaling if lora else 1.0,
-        lora_ratios=scaling_ratios(lora, checkpoint.cfg) if lora else (),
-        lora_dropout=lora.lora_dropout if lora else 0.0,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        neftune_alpha=config.neftune_noise_alpha,
-        checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
-    )
+        frozen = load_weights_(checkpoint, flat, compute, lora, four_bit, first, config.seed)
     state = State(
         trainable=flat,
         moments=init_moments(flat, param_groups(shapes, config), config.optim),
@@ -129,7 +116,58 @@ def load_base(config: TrainConfig, start: Mapping[str, Tensor] = {}) -> tuple[Ba
         torch.cuda.synchronize(device)
     peak = peak_memory_gib(device)
     seconds = time.perf_counter() - started
-    return Base(directory, frozen, tokenizer, compute, device, lora, seconds, peak, first), state
+    return Base(directory, frozen, compute, device, lora, seconds, peak, first), state
+
+
+def make_compute(
+    config: TrainConfig, lora: LoraConfig | None, cfg: ModelConfig, dtype: torch.dtype
+) -> Compute:
+    """How the forward pass of this run is computed."""
+    return Compute(
+        model=cfg,
+        dtype=dtype,
+        lora_scaling=lora.scaling if lora else 1.0,
+        lora_ratios=scaling_ratios(lora, cfg) if lora else (),
+        lora_dropout=lora.lora_dropout if lora else 0.0,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        neftune_alpha=config.neftune_noise_alpha,
+        checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
+    )
+
+
+def load_weights_(
+    checkpoint: Checkpoint,
+    trainable: Flat,
+    compute: Compute,
+    lora: LoraConfig | None,
+    four_bit: set[str],
+    initial_lora: dict[str, Tensor],
+    seed: int,
+) -> dict[str, Tensor | NF4Weight]:
+    """Fill the trained tensors from the checkpoint; return the frozen weights on the same device.
+
+    four_bit: names of the weights to keep in 4 bits. initial_lora is filled where a part is
+    computed (`take_part_`).
+    """
+    device = trainable.buffer.device
+    frozen: dict[str, Tensor | NF4Weight] = {}
+    for name, weight in stream_weights(checkpoint):
+        if name in trainable.views:
+            trainable.views[name].copy_(dequantized(weight))
+            continue
+        path = name.removesuffix(".weight")
+        if lora and lora.splits_weights and f"{path}.lora_A.weight" in trainable.views:
+            weight = take_part_(path, weight, lora, trainable, initial_lora, seed)
+        frozen[name] = to_device(name, weight, device, compute.dtype, name in four_bit)
+    if lora and lora.use_dora:
+        init_magnitudes_(trainable, frozen, lora)
+    if lora and lora.trainable_token_indices:
+        ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
+        assert isinstance(embedding, Tensor)
+        trainable.views[TOKEN_ROWS].copy_(embedding[ids])
+        frozen[TOKEN_IDS] = ids
+    return frozen
 
 
 def take_part_(
@@ -137,26 +175,26 @@ def take_part_(
     weight: Tensor | NF4Weight,
     lora: LoraConfig,
     trainable: Flat,
-    start: dict[str, Tensor],
+    initial_lora: dict[str, Tensor],
     seed: int,
 ) -> Tensor:
-    """Start A and B of a linear as a part of its weight; the rest of it, float32 on their device.
+    """Start A and B of a linear as a part of its weight; return the rest of the weight, float32.
 
-    A part that `start` does not hold is computed and put there.
+    A part that `initial_lora` does not hold is computed and put there.
     """
     A_name, B_name = (f"{path}.lora_{x}.weight" for x in "AB")
     A_RI, B_OR = trainable.views[A_name], trainable.views[B_name]
     W_OI = dequantized(weight).to(A_RI.device, torch.float32)
-    if not {A_name, B_name} <= start.keys():
-        A0_RI, B0_OR = initial_lora(path, W_OI, lora, seed)
-        start |= {A_name: A0_RI.cpu().contiguous(), B_name: B0_OR.cpu().contiguous()}
-    A_RI.copy_(start[A_name])
-    B_OR.copy_(start[B_name])
+    if not {A_name, B_name} <= initial_lora.keys():
+        A0_RI, B0_OR = pissa.initial_lora(path, W_OI, lora, seed)
+        initial_lora |= {A_name: A0_RI.cpu().contiguous(), B_name: B0_OR.cpu().contiguous()}
+    A_RI.copy_(initial_lora[A_name])
+    B_OR.copy_(initial_lora[B_name])
     return W_OI - lora.scaling_of(path) * (B_OR @ A_RI)
 
 
 def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
-    """The checked headers of a run's base; UserError for a 4-bit one that is to change."""
+    """The checked headers of a run's base; UserError for a 4-bit one whose weights would change."""
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     if config.full_finetuning and checkpoint.four_bit:
         raise UserError(
@@ -180,7 +218,7 @@ def token_ids(lora: LoraConfig, device: torch.device) -> Tensor:
 def init_magnitudes_(
     trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight], lora: LoraConfig
 ) -> None:
-    """DoRA's magnitudes start as the lengths of the rows of the frozen weights and their update."""
+    """Set DoRA's magnitudes to the lengths of the rows of the frozen weight plus its update."""
     for name, view in trainable.views.items():
         path, found, _ = name.partition(".lora_magnitude_vector")
         if found:

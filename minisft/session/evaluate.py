@@ -13,7 +13,6 @@ import torch
 from minisft.batches import (
     IGNORED,
     MicroBatch,
-    RowSchedule,
     TokenizedDataset,
     cut_by_tokens,
     make_micro_batch,
@@ -25,16 +24,17 @@ from minisft.data.token_files import data_hash
 from minisft.files.disk import load_json, write_json
 from minisft.files.load import Base
 from minisft.loss import evaluation
+from minisft.session.context import Run
 from minisft.session.generate import Sampling, generate, stop_ids
-from minisft.session.report import Reporter
 from minisft.step import State
-from minisft.text.tokenizer import Tokenizer, decode
+from minisft.text.encoding import decode
+from minisft.text.tokenizer import Tokenizer
 
 STEP0 = "step0.json"  # eval loss and answers before training
 
 
 def evaluate(
-    model: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
+    base: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
 ) -> dict[str, float]:
     """Loss, mean token accuracy and entropy, each a mean over the trained tokens of a dataset.
 
@@ -42,8 +42,8 @@ def evaluate(
     alike, so the batch size does not change it.
     """
     started = time.perf_counter()
-    batches = eval_batches(dataset, eval_tokens(config), model.device)
-    found = evaluation(state.trainable.views, model.frozen, batches, model.compute)
+    batches = eval_batches(dataset, eval_tokens(config), base.device)
+    found = evaluation(state.trainable.views, base.frozen, batches, base.compute)
     seconds = time.perf_counter() - started
     return {
         "eval_loss": found.loss,
@@ -80,92 +80,80 @@ def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
     return cut_by_tokens(list(range(len(dataset))), dataset.row_lengths.tolist(), max_tokens)
 
 
-def evaluate_now(
-    config: TrainConfig,
-    model: Base,
-    dataset: TokenizedDataset,
-    state: State,
-    step: int,
-    epoch: float,
-    report: Reporter,
-) -> dict[str, Any]:
-    """Metrics of the trained tensors, those after `step`, and answers to --eval-generate prompts:
-    made now and reported.
+def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
+    """Evaluate the trained tensors, which are those after `step`; report and return the metrics.
+
+    With --eval-generate also `answers`, the greedy answers to the eval prompts.
     """
-    metrics: dict[str, Any] = dict(evaluate(model, state, dataset, config))
-    answers = []
-    if config.eval_generate:
-        answers = answer(model, state, dataset, config.eval_generate)
-    report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
+    assert run.data.eval is not None
+    metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
+    answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
+    run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
     return metrics | ({"answers": answers} if answers else {})
 
 
-def evaluate_before(
-    config: TrainConfig,
-    model: Base,
-    dataset: TokenizedDataset | None,
-    state: State,
-    out: Path,
-    report: Reporter,
-) -> dict[str, Any]:
-    """Metrics and answers of the untrained model; a resumed run reads what it then kept."""
-    if dataset is None:
+def evaluate_before(run: Run) -> dict[str, Any]:
+    """Metrics and answers of the untrained model; a resumed run reads those of its first start."""
+    if run.data.eval is None:
         return {}
-    rows = data_hash(dataset)
-    if state.step > 0:
-        before = _read_before(out / STEP0)
+    rows = data_hash(run.data.eval)
+    if run.state.step > 0:
+        before = _read_before(run.out / STEP0)
         if before.get("rows", rows) == rows:
             return before
-        report.say(
+        run.report.say(
             f"warning: {STEP0} is of other eval rows: no comparison with the untrained model"
         )
         return {}
-    before = evaluate_now(config, model, dataset, state, 0, 0.0, report)
-    write_json(out / STEP0, before | {"rows": rows})
+    before = evaluate_now(run, 0, 0.0)
+    write_json(run.out / STEP0, before | {"rows": rows})
     return before
 
 
-def _read_before(kept: Path) -> dict[str, Any]:
-    before = load_json(kept) if kept.exists() else {}
+def _read_before(file: Path) -> dict[str, Any]:
+    before = load_json(file) if file.exists() else {}
     if not isinstance(before, dict):
-        raise UserError(f"{kept}: expected a JSON object, found {type(before).__name__}; remove it")
+        raise UserError(f"{file}: expected a JSON object, found {type(before).__name__}; remove it")
     return before
 
 
-def check_evaluation(
-    config: TrainConfig, dataset: TokenizedDataset | None, state: State, out: Path
-) -> None:
-    """UserError for what would stop the first evaluation: before anything is written."""
-    if dataset is not None and config.eval_generate:
-        eval_prompts(dataset, config.eval_generate)
-    if dataset is not None and state.step > 0:
-        _read_before(out / STEP0)
+def check_evaluation(run: Run) -> None:
+    """Raises UserError for what would stop the first evaluation, before anything is written."""
+    dataset = run.data.eval
+    if dataset is not None and run.config.eval_generate:
+        eval_prompts(dataset, run.config.eval_generate)
+    if dataset is not None and run.state.step > 0:
+        _read_before(run.out / STEP0)
 
 
-def evaluate_during(
-    config: TrainConfig,
-    model: Base,
-    dataset: TokenizedDataset | None,
-    state: State,
-    schedule: RowSchedule,
-    total_steps: int,
-    report: Reporter,
-) -> bool:
-    """Evaluate where --eval-strategy asks for it after this step; True if it is the best so far.
+def evaluate_if_due(run: Run) -> bool:
+    """Evaluate if --eval-strategy asks for it after this step; True if it is the best so far.
 
-    The last step is evaluated after the loop, and here only where it may be the best. Called
-    again after resuming, for the evaluation that a signal or a kill broke off.
+    The last step is evaluated after the loop, and here only if it may be the best. Called again
+    after resuming, for an evaluation that a signal or a kill interrupted.
     """
-    if dataset is None or config.eval_strategy == "no" or state.step in report.evaluations:
+    config, state, schedule = run.config, run.state, run.schedule
+    done = state.step in run.report.evaluations
+    if run.data.eval is None or config.eval_strategy == "no" or done:
         return False
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = schedule.steps_per_epoch
-    if (state.step == total_steps and not config.keeps_best) or state.step % every:
+    if (state.step == run.total_steps and not config.keeps_best) or state.step % every:
         return False
-    epoch = schedule.epoch_after(state.step - 1)
-    metrics = evaluate_now(config, model, dataset, state, state.step, epoch, report)
+    metrics = evaluate_now(run, state.step, schedule.epoch_after(state.step - 1))
     return note_evaluation_(state, metrics, config)
+
+
+def evaluate_missed(run: Run) -> bool:
+    """After resuming, make the evaluation that was interrupted.
+
+    Returns whether it is the best so far and its checkpoint is still to be saved: the checkpoint
+    may lie in another directory, if it was resumed from there.
+    """
+    if not run.state.step or not evaluate_if_due(run):
+        return False
+    return not (run.out / f"checkpoint-{run.state.step}").exists()
 
 
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
@@ -189,54 +177,46 @@ def stops_early(state: State, config: TrainConfig) -> bool:
     return 0 < config.early_stopping_patience <= state.evaluations_since_best
 
 
-def evaluate_after(
-    config: TrainConfig,
-    model: Base,
-    dataset: TokenizedDataset | None,
-    state: State,
-    step: int,
-    schedule: RowSchedule,
-    report: Reporter,
-) -> dict[str, Any]:
+def evaluate_after(run: Run, step: int) -> dict[str, Any]:
     """Metrics and answers of what is exported, the weights as they were after `step`.
 
-    An evaluation of that step is not made twice, unless it was on other rows.
+    An evaluation of that step is not repeated, unless it was on other rows.
     """
+    dataset = run.data.eval
     if dataset is None:
         return {}
-    known = report.evaluations.get(step, {})
+    known = run.report.evaluations.get(step, {})
     numbers = (known.get(f"eval_{name}") for name in EVAL_METRICS)
-    answered = len(known.get("answers", [])) == min(config.eval_generate, len(dataset))
+    answered = len(known.get("answers", [])) == min(run.config.eval_generate, len(dataset))
     same_rows = known.get("eval_num_loss_tokens") == int(trained_per_row(dataset).sum())
     if same_rows and answered and all(isinstance(number, float) for number in numbers):
         return known
-    epoch = schedule.epoch_after(step - 1)
-    return evaluate_now(config, model, dataset, state, step, epoch, report)
+    return evaluate_now(run, step, run.schedule.epoch_after(step - 1))
 
 
-def answer(
-    model: Base, state: State, dataset: TokenizedDataset, count: int
-) -> list[dict[str, Any]]:
-    """Greedy answers to the first `count` eval prompts, beside what was expected."""
-    prompts, expected = eval_prompts(dataset, count)
-    stops = stop_ids(model.tokenizer, model.cfg)
+def answer(run: Run, count: int) -> list[dict[str, Any]]:
+    """Greedy answers to the first `count` eval prompts, beside the expected ones."""
+    assert run.data.eval is not None
+    base, tokenizer = run.base, run.tokenizer
+    prompts, expected = eval_prompts(run.data.eval, count)
+    stops = stop_ids(tokenizer, base.cfg)
     texts = generate(
-        state.trainable.views,
-        model.frozen,
+        run.state.trainable.views,
+        base.frozen,
         prompts,
-        model.compute,
+        base.compute,
         max_new_tokens=2 * max(map(len, expected)) + 2,
         stop_ids=stops,
         sampling=Sampling(),
-        device=model.device,
+        device=base.device,
     )
 
     def text(ids: list[int]) -> str:
-        return decode(model.tokenizer, ids, skip_special_tokens=True).strip()
+        return decode(tokenizer, ids, skip_special_tokens=True).strip()
 
     return [
         {
-            "prompt": question(p, model.tokenizer),
+            "prompt": question(p, tokenizer),
             "expected": text(e),
             "answer": text(a),
             "right": text(a) == text(e),

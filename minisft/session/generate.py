@@ -28,7 +28,8 @@ from minisft.llama import (
 from minisft.nn import Documents, LoraContext, packed_attention, rms_norm
 from minisft.rope import rope_table
 from minisft.text.chat import render
-from minisft.text.tokenizer import Tokenizer, encode
+from minisft.text.encoding import encode
+from minisft.text.tokenizer import Tokenizer
 
 
 class Sampling(NamedTuple):

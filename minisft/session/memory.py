@@ -12,13 +12,12 @@ from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
-from minisft.explicit import Choice
 from minisft.files.checkpoint import what_is_kept
 from minisft.files.load import Base, load_base
 from minisft.llama import Compute
 from minisft.lora import Flat
 from minisft.loss import rows_evaluated, rows_of_logits
-from minisft.step import State
+from minisft.step import ExecutionPlan, State
 
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # a plain RuntimeError there
 
@@ -82,32 +81,32 @@ def levers(config: TrainConfig, needs: Needs) -> list[str]:
     return found
 
 
-def resident_gib(model: Base, state: State) -> Needs:
+def resident_gib(base: Base, state: State) -> Needs:
     """GiB of the weights, and of the trained tensors with the optimizer's state; exact."""
-    frozen = sum(w.nbytes if isinstance(w, Tensor) else w.nbytes() for w in model.frozen.values())
+    frozen = sum(w.nbytes if isinstance(w, Tensor) else w.nbytes() for w in base.frozen.values())
     trained = state.trainable.buffer.nbytes + sum(m.nbytes for m in state.moments.values())
     return {"frozen weights": frozen / 2**30, "trained tensors and optimizer": trained / 2**30}
 
 
-def estimate(model: Base, state: State, choice: Choice, tokens: int, evaluated: int) -> Needs:
-    """GiB by what they are for. tokens, evaluated: of the largest micro-batch, of training and of
-    an evaluation (0: there is none).
+def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluated: int) -> Needs:
+    """Estimated memory of a run in GiB, by what it is for.
 
-    The hand-written pass on a GPU: what its choice was made by. Autograd: a gradient as long as the
-    trained tensors, what it keeps of each token, and two float32 blocks of logits. Where an
-    evaluation needs more, what it does.
+    tokens: of the largest micro-batch in training. evaluated: of the largest in evaluation (0:
+    there is none). The hand-written pass on a GPU: what it was planned with. Autograd: a gradient
+    as long as the trained tensors, what it keeps of each token, and two float32 blocks of logits.
+    Where an evaluation needs more than a training step, what the evaluation needs.
     """
-    needs = resident_gib(model, state)
-    V, cfg, size = model.cfg.vocab_size, model.cfg, model.compute.dtype.itemsize
+    needs = resident_gib(base, state)
+    V, cfg, size = base.cfg.vocab_size, base.cfg, base.compute.dtype.itemsize
     # One layer's: its input, norm and sum, the norm's float32; gate, up and their product.
     layer = (4 * size + 8) * cfg.hidden_size + 3 * size * cfg.intermediate_size
     logits = 2 * 4 * min(evaluated, rows_evaluated(V)) * V
     evaluation = (evaluated * layer + logits) / 2**30
-    if choice.peak_bytes:
-        rest = choice.peak_bytes / 2**30 - sum(needs.values())
+    if plan.choice and plan.choice.peak_bytes:
+        rest = plan.choice.peak_bytes / 2**30 - sum(needs.values())
         return needs | {_PLANNED: max(rest, evaluation)}
     logits = 2 * 4 * min(tokens, rows_of_logits(V)) * V
-    activations = (tokens * autograd_bytes(model.compute, state.trainable) + logits) / 2**30
+    activations = (tokens * autograd_bytes(base.compute, state.trainable) + logits) / 2**30
     what = f"activations of {tokens:,} tokens"
     if evaluation > activations:
         what, activations = f"activations of {evaluated:,} evaluated tokens", evaluation

@@ -44,6 +44,7 @@ from minisft.llama import (
     logits,
     make_tokens,
 )
+from minisft.session.modelfile import serving_files
 from minisft.text.tokenizer import load_tokenizer, tokenizer_of
 
 CPU = torch.device("cpu")
@@ -126,7 +127,8 @@ def merge(
         save_shards(temporary, merged, kind)
         tied = checkpoint.cfg.tie_word_embeddings and not lora.lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
-        write_model_files(temporary, directory, cfg, tokenizer, kind)
+        files = serving_files("FROM .", tokenizer, cfg)
+        write_model_files(temporary, directory, cfg, kind, files)
         ours = logits_of(open_checkpoint(temporary, load_model_config(temporary)), kind, where)
         live = logits_of(checkpoint, kind, where, lora, tensors, four_bit)
         relative, largest = difference(ours, live), (ours - live).abs().max().item()

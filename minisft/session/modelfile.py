@@ -6,10 +6,20 @@ from minisft.config.errors import UserError
 from minisft.config.model import ModelConfig
 from minisft.session.generate import stop_ids
 from minisft.text.chat import render
-from minisft.text.tokenizer import Tokenizer
+from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
 
 # Stand-ins for what a template is given; a template may trim them, but does not know them.
 _SYSTEM, _USER, _ANSWER = "\u27e8system\u27e9", "\u27e8user\u27e9", "\u27e8answer\u27e9"
+
+
+def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[str, bytes]:
+    """Name -> content of the files that serve a result: tokenizer, chat template, Modelfile.
+
+    source: as `modelfile` takes it.
+    """
+    return export_tokenizer_files(tokenizer) | {
+        "Modelfile": modelfile(source, tokenizer, cfg).encode()
+    }
 
 
 def modelfile(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> str:

@@ -7,38 +7,29 @@ import errno
 import fcntl
 import hashlib
 import os
-import platform
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from minisft.config.errors import UserError, flag
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import clean_temporaries, list_checkpoints
-from minisft.files.disk import atomically, check_writable, file_digest, write_json, writing
-from minisft.files.load import Base
+from minisft.files.disk import check_writable, file_digest
 
 RUN, OUTPUT = "run.json", "train_output.json"
+
+
 # Files with names that others use too: a directory that holds one and no run is left alone.
 _WRITTEN = (
     "README.md", "config.json", "generation_config.json", "metrics.jsonl", "step0.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "additional_chat_templates", "merged",
 )  # fmt: skip
-# What only one kind of run leaves: another would not overwrite it.
-_LEFT = (
-    "README.md", "config.json", "generation_config.json", "samples.jsonl", "Modelfile",
-    "runs", "wandb", "merged",
-)  # fmt: skip
+
+
 _PIECE = 1 << 16  # bytes
-_PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
 
 class TrainOutput(NamedTuple):
@@ -109,41 +100,25 @@ def _check_unlocked(out: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def start_over(out: Path, config: TrainConfig, record: dict[str, Any]) -> None:
-    """Write run.json; remove the mark of an earlier run's completion, for this one is to end yet,
-    and with --overwrite-output-dir all that it made.
-
-    The new record is on the disk before anything is removed, and gets its name after.
-    """
-    with atomically(out / RUN) as new:
-        write_json(new, record)
-        with writing(out):
-            (out / OUTPUT).unlink(missing_ok=True)
-            if config.overwrite_output_dir:
-                left = [out / name for name in _LEFT if (out / name).exists()]
-                for path in _products(out) + (left if (out / RUN).exists() else []):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _check_free(out: Path, config: TrainConfig) -> None:
     """Refuse a directory with files that are not a run's, or with a run that nobody mentioned."""
-    products = _products(out)
+    found = products(out)
     resuming = bool(config.resume_from_checkpoint)
     ours = (out / RUN).exists() or (resuming and list_checkpoints(out))
-    foreign = products or [out / name for name in _WRITTEN if (out / name).exists()]
+    foreign = found or [out / name for name in _WRITTEN if (out / name).exists()]
     if foreign and not ours:
         raise UserError(
             f"--output-dir {out} holds {foreign[-1].name} but no {RUN}, so it is no run's; choose "
             "another directory"
         )
-    if products and not config.overwrite_output_dir and not resuming:
+    if found and not config.overwrite_output_dir and not resuming:
         raise UserError(
-            f"--output-dir {out} holds a run already ({products[-1].name}); continue it with "
+            f"--output-dir {out} holds a run already ({found[-1].name}); continue it with "
             "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or take another"
         )
 
 
-def _products(out: Path) -> list[Path]:
+def products(out: Path) -> list[Path]:
     """What a run leaves that another one must not be mixed with; the mark of completion first."""
     names = [OUTPUT, "adapter_model.safetensors", "adapter_config.json"]
     names += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
@@ -166,35 +141,6 @@ def base_digests(directory: Path) -> dict[str, str]:
                 weights.update(file.read(min(_PIECE, size // 64 + 1)))
     config = file_digest(directory / "config.json")
     return {"base_digest": config, "weights_digest": weights.hexdigest()}
-
-
-def run_record(
-    config: TrainConfig, model: Base, facts: dict[str, Any], steps: int
-) -> dict[str, Any]:
-    """What run.json says: command, resolved settings, versions, and the hash of the data."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
-    return {
-        "command": sys.argv,
-        "config": plain_config(config),
-        "resolved": {
-            "model_directory": str(model.directory),
-            "device": str(model.device),
-            "dtype": str(model.compute.dtype).removeprefix("torch."),
-            "load_seconds": round(model.load_seconds, 3),
-            "load_peak_memory_gib": round(model.load_peak_gib, 3),
-            "total_steps": steps,
-            "world_size": 1,
-        },
-        "versions": {"python": platform.python_version(), **versions},
-        "gpu": gpu,
-        **facts,
-    }
 
 
 def plain(value: Any) -> Any:

@@ -93,9 +93,9 @@ class Reporter:
 def reporting(
     config: TrainConfig, directory: Path, total_steps: int, first_step: int, evaluated: bool = True
 ) -> Iterator[Reporter]:
-    """A Reporter on directory/metrics.jsonl; lines beyond first_step, from before a kill, go.
+    """A Reporter on directory/metrics.jsonl; lines after first_step, written before a kill, go.
 
-    evaluated: whether first_step's checkpoint knows of its evaluation; else that is made again.
+    evaluated: whether first_step's checkpoint holds its evaluation; if not, that is made again.
     """
     path = directory / METRICS
 

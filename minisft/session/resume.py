@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minisft.config.errors import UserError, flag
+from minisft.config.fields import fixed_on_resume, respelled
 from minisft.config.targets import adapter_shapes, split_targets
 from minisft.config.train import TrainConfig
 from minisft.files.adapter import read_initial_lora
@@ -23,22 +24,12 @@ from minisft.files.checkpoint import (
 from minisft.files.disk import load_json
 from minisft.files.export import trained_file
 from minisft.files.load import Base
+from minisft.session.context import Run
 from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain
 from minisft.session.report import say
-from minisft.step import State
-
-# A checkpoint made under other values of these is not a checkpoint of this run.
-_FIXED_ON_RESUME = (
-    "dtype", "load_in_4bit", "max_length", "lora_r", "lora_alpha", "lora_dropout", "use_rslora",
-    "target_modules", "modules_to_save", "full_finetuning", "optim", "packing", "packing_strategy",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
-    "loss_type", "label_smoothing", "neftune_noise_alpha", "use_dora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "exclude_modules", "init_lora_weights",
-    "trainable_token_indices", "lora_embeddings",
-)  # fmt: skip
 
 
-def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
+def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
     """The result of a complete run that is being resumed, or None.
 
     Settings that a checkpoint fixes are compared first: with others, resuming is refused later on.
@@ -52,9 +43,10 @@ def finished(out: Path, config: TrainConfig) -> TrainOutput | None:
         return None  # refused by name later on
     if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
-    names = (*_FIXED_ON_RESUME, "model", "dataset", "load_best_model_at_end")
+    names = (*fixed_on_resume(type(config)), "model", "dataset", "load_best_model_at_end")
     try:
-        raw, then = load_json(out / OUTPUT), load_json(out / RUN)["config"]
+        raw = load_json(out / OUTPUT)
+        then = respelled(type(config), load_json(out / RUN)["config"])
         output = TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
         steps, epoch = int(output.global_step), float(output.metrics["epoch"])
         patience = config.early_stopping_patience
@@ -107,94 +99,90 @@ def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
     return {}
 
 
-def resume_(
-    state: State,
-    out: Path,
-    config: TrainConfig,
-    model: Base,
-    facts: dict[str, Any],
-    total_steps: int,
-) -> bool:
-    """Continue from the checkpoint that was asked for, if there is one; refuse another run's.
+def resume_(run: Run) -> None:
+    """Continue from the checkpoint that was asked for, if there is one.
 
-    Whether it was saved with its step's evaluation in it, where there was one to make.
+    Raises UserError for a checkpoint of another run. Sets run.evaluated.
     """
+    config, state, out = run.config, run.state, run.out
     if not config.resume_from_checkpoint:
-        return True
+        return
     path = find_checkpoint(out, config.resume_from_checkpoint, say)
     if path is None:
         say(f"{out} holds no complete checkpoint: starting from step 0")
-        return True
-    file, prefix = trained_file(model.lora)
+        return
+    file, prefix = trained_file(run.base.lora)
     if not (path / file).exists():
         raise UserError(
-            f"{path}: no {file}; was it made with{'' if model.lora else 'out'} --full-finetuning?"
+            f"{path}: no {file}; was it made with{'' if run.base.lora else 'out'} "
+            "--full-finetuning?"
         )
     then = read_facts(path)
-    if problems := _resume_problems(then, config, model, facts):
+    then["config"] = respelled(type(config), then["config"])
+    if problems := _resume_problems(then, config, run.base, run.facts):
         raise UserError(
             f"{path} was made with other settings: {'; '.join(problems)}. "
             "Use the same, or a new --output-dir"
         )
-    load_checkpoint_(path, state, file, prefix, model.start)
-    _check_best_(state, out, config, then["config"], total_steps)
-    if state.step > total_steps:
+    load_checkpoint_(path, state, file, prefix, run.base.initial_lora)
+    _check_best_(run, then["config"])
+    if state.step > run.total_steps:
         raise UserError(
-            f"{path} is beyond the end of this run, which has {total_steps} steps; raise "
+            f"{path} is beyond the end of this run, which has {run.total_steps} steps; raise "
             "--max-steps or --num-train-epochs, or resume from an older checkpoint"
         )
     say(f"resuming from {path} at step {state.step}")
     if config.dry_run:
-        return True
+        return
     if names := set_aside_newer(out, state.step):
         say(f"{', '.join(names)}: beyond step {state.step}, renamed to abandoned-checkpoint-N")
-    # A kill may have come between a save and its rotation.
+    # A kill may have come between a save and the removal of older checkpoints.
     rotate(out, config.save_total_limit, state.best_step)
     for name, value in then["config"].items():
         now = plain(getattr(config, name, value))
         if now != value and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
             say(f"{flag(name)} is {now!r} now; the checkpoint was made with {value!r}")
-    return bool(then.get("evaluated", True))
+    run.evaluated = bool(then.get("evaluated", True))
 
 
-def _check_best_(
-    state: State, out: Path, config: TrainConfig, then: dict[str, Any], total_steps: int
-) -> None:
-    """The best evaluation so far is one of this run's kind, with a checkpoint if that is wanted.
+def _check_best_(run: Run, then: dict[str, Any]) -> None:
+    """Check that the best evaluation so far can be compared with those to come.
 
-    UserError where it was told by another number or on other rows. One that no checkpoint was kept
-    of, or only elsewhere, is forgotten: the best is sought from here on.
+    Raises UserError if it was measured by another metric or on other rows. One whose checkpoint is
+    missing here is forgotten: the best is sought from this step on. then: the settings of the
+    checkpoint's run.
     """
+    config, state = run.config, run.state
     if not state.best_step or not config.keeps_best:
         return
     names = ("metric_for_best_model", "greater_is_better", "eval_dataset")
     differ = [n for n in names if n in then and then[n] != plain(getattr(config, n))]
-    if differ and state.step < total_steps:
+    if differ and state.step < run.total_steps:
         found = "; ".join(f"{flag(n)} was {then[n]!r}, now {getattr(config, n)!r}" for n in differ)
         raise UserError(
             f"the best evaluation so far, step {state.best_step}'s, cannot be compared with those "
             f"to come: {found}. Use the same, or a new --output-dir"
         )
-    best = out / f"checkpoint-{state.best_step}"
+    best = run.out / f"checkpoint-{state.best_step}"
     if config.load_best_model_at_end and state.best_step != state.step and not best.exists():
         say(
-            f"the best evaluation so far, step {state.best_step}'s, has no checkpoint in {out}: "
-            "the best is sought from here on"
+            f"the best evaluation so far, step {state.best_step}'s, has no checkpoint in "
+            f"{run.out}: the best is sought from here on"
         )
         state.best_step, state.best_value, state.evaluations_since_best = 0, None, 0
 
 
 def _resume_problems(
-    then: dict[str, Any], config: TrainConfig, model: Base, facts: dict[str, Any]
+    then: dict[str, Any], config: TrainConfig, base: Base, facts: dict[str, Any]
 ) -> list[str]:
     """What tells a checkpoint from one of this run, a difference each."""
     settings = {"load_in_4bit": False} | then["config"]  # as before there was the flag
     found = []
-    for name in _FIXED_ON_RESUME:
+    for name in fixed_on_resume(type(config)):
         if name not in settings:
             continue
         was, now = settings[name], plain(getattr(config, name))
-        if was != now and not (name == "target_modules" and _same_targets(was, config, model)):
+        if was != now and not (name == "target_modules" and _same_targets(was, config, base)):
             found.append(f"{flag(name)} was {was!r}, now {now!r}")
     if facts["data_hash"] and then["data_hash"] != facts["data_hash"]:
         found.append("the training rows differ (their hash has changed)")
@@ -205,14 +193,14 @@ def _resume_problems(
     return found
 
 
-def _same_targets(was: Any, config: TrainConfig, model: Base) -> bool:
+def _same_targets(was: Any, config: TrainConfig, base: Base) -> bool:
     """Whether two spellings (`all-linear`, the seven names) mean the same modules."""
-    if model.lora is None or config.lora is None or not isinstance(was, list):
+    if base.lora is None or config.lora is None or not isinstance(was, list):
         return False
     try:
         before = dataclasses.replace(config.lora, target_modules=tuple(was))
-        return adapter_shapes(split_targets(before), model.cfg) == (
-            adapter_shapes(model.lora, model.cfg)
+        return adapter_shapes(split_targets(before), base.cfg) == (
+            adapter_shapes(base.lora, base.cfg)
         )
     except UserError:
         return False

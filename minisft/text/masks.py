@@ -1,7 +1,8 @@
-"""Which characters of a rendered chat the loss sees: the assistant's turns, found in three ways.
+"""Find the characters of a rendered chat that are trained: the assistant's turns.
 
-By the template's own `{% generation %}` blocks (`chat.assistant_spans`), by rendering the chat's
-prefixes where the template has none, or between two marker strings.
+There are three ways: the template's own `{% generation %}` blocks (`chat.assistant_spans`); for a
+template without them, renderings of the chat's prefixes (`prefix_spans`); or the text between two
+marker strings (`marker_spans`).
 """
 
 from __future__ import annotations
@@ -11,29 +12,31 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minisft.config.errors import UserError
-from minisft.text.tokenizer import TEXT_CLOSE, TEXT_OPEN
+from minisft.text.encoding import TEXT_CLOSE, TEXT_OPEN
 
 ASSISTANT = ("assistant", "model")
-Span = tuple[int, int]  # characters, end exclusive
-Render = Callable[[list[dict], bool], str]  # (messages, add_generation_prompt) -> text
-MAX_DERIVED_TURNS = 200  # each takes three renderings of the chat so far
+Span = tuple[int, int]  # (start, end) in characters, end exclusive
+Chat = list[dict]
+Render = Callable[[Chat, bool], str]  # (messages, add_generation_prompt) -> text
+Special = re.Pattern[str]  # matches the tokenizer's special tokens
+MAX_DERIVED_TURNS = 200  # each one needs three renderings of the chat so far
 _REMEDY = (
-    "mark the assistant's part with {% generation %} in a --chat-template of your own, or give "
+    "mark the assistant's part with {% generation %} in a --chat-template of your own, or use "
     "--instruction-part and --response-part"
 )
 
 
 class TurnShape(NamedTuple):
-    """What the template writes around an answer, learnt from a probe chat of one turn."""
+    """What the template writes around an answer, found by rendering a probe chat of one turn."""
 
-    header: str  # before it, from the end of the user's turn on
-    end: str  # after it, without trailing blanks: the end of the turn
+    header: str  # between the end of the user's turn and the answer
+    end: str  # the end-of-turn token or text after the answer, without trailing whitespace
 
 
-def turn_shape(render: Render, special: re.Pattern[str]) -> TurnShape:
-    """Render a probe and see. special matches the tokenizer's special tokens.
+def turn_shape(render: Render, special: Special) -> TurnShape:
+    """Infer what the template writes around an answer by rendering a probe chat.
 
-    Raises UserError where the answer is not there as it was given.
+    Raises UserError if the template does not write the answer unchanged.
     """
     ask, answer = {"role": "user", "content": "question"}, "answer"
     chat = [ask, {"role": "assistant", "content": answer}]
@@ -48,7 +51,8 @@ def turn_shape(render: Render, special: re.Pattern[str]) -> TurnShape:
         longer = render([*chat, ask], False)
     except UserError:
         longer = text
-    # What follows an answer whether or not more comes, up to the last whole special token.
+    # A template may write an EOS after the whole chat (Phi-3). It is not the end of the turn, so
+    # only what also precedes a next message counts, up to the last complete special token.
     shared = after[: _common(after, longer[start + len(answer) :])]
     tokens = list(special.finditer(shared))
     end = shared[: tokens[-1].end()] if tokens else shared
@@ -56,14 +60,14 @@ def turn_shape(render: Render, special: re.Pattern[str]) -> TurnShape:
 
 
 def prefix_spans(
-    render: Render, messages: list[dict], shape: TurnShape, special: re.Pattern[str]
+    render: Render, messages: Chat, shape: TurnShape, special: Special
 ) -> tuple[str, list[Span]]:
-    """(text, spans) of a chat: the assistant's turns, each with its end-of-turn token.
+    """Return (text, spans) of a chat: the assistant's turns with their end-of-turn tokens.
 
-    A turn starts where the chat before it, rendered for generation, stops being a prefix of the
-    whole, and ends where the chat up to it does; blanks behind the end of the turn are left out.
-    special matches the tokenizer's special tokens. Raises UserError where the template renders the
-    beginning of the chat in another way once more follows.
+    A turn starts where the preceding messages, rendered with the generation prompt, stop being a
+    prefix of the whole text. It ends where the rendering up to and including the turn does, without
+    whitespace after the end-of-turn token.
+    Raises UserError if the template renders the start of the chat differently once more follows.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
     if len(turns) > MAX_DERIVED_TURNS:
@@ -83,80 +87,74 @@ def prefix_spans(
 
 
 def _turn_start(
-    render: Render,
-    messages: list[dict],
-    i: int,
-    text: str,
-    shape: TurnShape,
-    special: re.Pattern[str],
+    render: Render, chat: Chat, i: int, text: str, shape: TurnShape, special: Special
 ) -> int:
+    """Return the first character of message i, an answer, in the text of the whole chat."""
     if i == 0:
         found = text.find(shape.header) if shape.header else -1
         if found < 0:
             raise UserError(f"the chat begins with an answer whose start is not found; {_REMEDY}")
         return found + len(shape.header)
-    before, asked = render(messages[:i], False), render(messages[:i], True)
-    shared = _common(before, asked)  # a template may write an EOS behind a chat that ends there
+    before, asked = render(chat[:i], False), render(chat[:i], True)
+    # Not `before` itself: a template may write an EOS where the chat ends.
+    shared = _common(before, asked)
     if not text.startswith(asked[:shared]):
         raise UserError(
-            f"the chat template renders what comes before message {i} in another way when it "
+            f"the chat template renders the messages before message {i} differently when it "
             f"follows, so the assistant's part is unknown; {_REMEDY}"
         )
-    if asked == before:  # no generation prompt: the header is told by the probe
+    # Without a generation prompt, the header is the one of the probe chat.
+    if asked == before:
         return shared + (len(shape.header) if text.startswith(shape.header, shared) else 0)
     start = _common(asked, text)
     for token in special.finditer(text, shared):
         if token.start() >= start:
             break
-        if start < token.end():  # the two differ inside a token
+        # asked and text differ inside this token: the turn starts with it.
+        if start < token.end():
             return token.start()
     return start
 
 
 def _turn_end(
-    render: Render,
-    messages: list[dict],
-    i: int,
-    text: str,
-    start: int,
-    shape: TurnShape,
-    special: re.Pattern[str],
+    render: Render, chat: Chat, i: int, text: str, start: int, shape: TurnShape, special: Special
 ) -> int:
-    upto = render(messages[: i + 1], False)
+    """Return the end of message i, an answer that starts at `start`, in the text of the chat."""
+    upto = render(chat[: i + 1], False)
     if text.startswith(upto) and len(upto) > start:
         turn = text[start : len(upto)]
         end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
         if _in_message(turn, 0, end):
             end = len(turn)
-        # Blanks, and an EOS that ends the whole chat, are no part of the turn.
+        # Whitespace after the turn, and an EOS that ends the whole chat, are not part of it.
         return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
-    # The last turn of a chat is rendered in another way: the end-of-turn token tells, unless what
-    # follows may be written into the same turn.
-    follows = messages[i + 1]["role"] if i + 1 < len(messages) else "user"
+    # The template renders the last turn of a chat differently. Then the next end-of-turn token is
+    # the end, unless the next message may be written into the same turn, as a tool's result is.
+    follows = chat[i + 1]["role"] if i + 1 < len(chat) else "user"
     known = special.search(shape.end) and follows in ("user", "system", "developer")
     found = _find(text, shape.end, start) if known else -1
     if found < 0:
         raise UserError(
-            f"the chat template renders message {i} in another way when more follows, so where it "
+            f"the chat template renders message {i} differently when more follows, so where it "
             f"ends is unknown; {_REMEDY}"
         )
     return found + len(shape.end)
 
 
-def answers(messages: list[dict]) -> list[dict]:
-    """The assistant's messages."""
+def answers(messages: Chat) -> Chat:
+    """Return the assistant's messages."""
     return [message for message in messages if message["role"] in ASSISTANT]
 
 
 def is_trained(message: dict) -> bool:
-    """False for a message that says it is to be left out: `weight` 0 (OpenAI's), `train` false."""
+    """Return False if the message opts out: `weight` 0 (OpenAI's format), or `train` false."""
     return message.get("weight") != 0 and message.get("train") is not False
 
 
-def without_marked(spans: list[Span], messages: list[dict]) -> list[Span]:
-    """The spans of those turns that are trained (`is_trained`), of the spans of all.
+def without_marked(spans: list[Span], messages: Chat) -> list[Span]:
+    """Return the spans of the answers that are trained (`is_trained`). spans: those of all.
 
-    Raises UserError where spans and turns are not as many, so that whose is whose is unknown.
+    Raises UserError if there are not as many spans as answers, so that they cannot be paired.
     """
     trained = [is_trained(message) for message in answers(messages)]
     if all(trained):
@@ -164,14 +162,14 @@ def without_marked(spans: list[Span], messages: list[dict]) -> list[Span]:
     if len(spans) != len(trained):
         raise UserError(
             f"a turn is marked with 'weight': 0 or 'train': false, but the chat template's "
-            f"{{% generation %}} marks {len(spans)} stretches in {len(trained)} assistant turns; "
-            "let it mark each turn once"
+            f"{{% generation %}} marks {len(spans)} spans in {len(trained)} assistant turns; "
+            "mark each turn once in the template"
         )
     return [span for span, keep in zip(spans, trained, strict=True) if keep]
 
 
 def marker_spans(text: str, instruction_part: str, response_part: str) -> list[Span]:
-    """Characters behind each response marker, up to the next instruction marker or the end."""
+    """Return the spans from each response marker to the next instruction marker or the end."""
     spans: list[Span] = []
     at = 0
     while (found := _find(text, response_part, at)) >= 0:
@@ -184,46 +182,41 @@ def marker_spans(text: str, instruction_part: str, response_part: str) -> list[S
     return spans
 
 
-def check_spans(find: Callable[[list[dict]], tuple[str, list[Span]]]) -> str:
-    """Find the spans of a probe chat, and hold them against what is known of it.
+def check_spans(find: Callable[[Chat], tuple[str, list[Span]]]) -> str:
+    """Check on a probe chat that the answers are trained and the questions are not.
 
-    find: messages -> (text, spans). Returns the end of a turn as it is trained. Raises UserError
-    if an answer is not trained, or a question is.
+    find: messages -> (text, spans). Returns what is trained after the last answer: the end of a
+    turn. Raises UserError if an answer is not trained or a question is.
     """
-    answers = ("alpha beta", "gamma delta")
-    messages = [
-        {"role": "user", "content": "first question"},
-        {"role": "assistant", "content": answers[0]},
-        {"role": "user", "content": "second question"},
-        {"role": "assistant", "content": answers[1]},
-    ]
+    questions, replies = ("first question", "second question"), ("alpha beta", "gamma delta")
+    messages = []
+    for question, reply in zip(questions, replies, strict=True):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": reply})
     text, spans = find(messages)
     trained = [text[a:b] for a, b in spans]
-    untrained = "".join(
-        text[a:b]
-        for a, b in zip(
-            [0, *(b for _, b in spans)], [*(a for a, _ in spans), len(text)], strict=True
-        )
-    )
-    for answer in answers:
-        if not any(answer in piece for piece in trained):
+    gaps = zip([0, *(b for _, b in spans)], [*(a for a, _ in spans), len(text)], strict=True)
+    untrained = "".join(text[a:b] for a, b in gaps)
+    for reply in replies:
+        if not any(reply in piece for piece in trained):
             raise UserError(
-                f"in a probe chat the chat template leaves the answer {answer!r} out of the "
+                f"in a probe chat the chat template leaves the answer {reply!r} out of the "
                 f"assistant's part; {_REMEDY}"
             )
-    for question in ("first question", "second question"):
+    for question in questions:
         if question not in untrained:
             raise UserError(
                 f"in a probe chat the chat template counts {question!r} of the user as the "
                 f"assistant's; {_REMEDY}"
             )
-    return trained[-1].rpartition(answers[1])[2]
+    return trained[-1].rpartition(replies[1])[2]
 
 
 def _find(text: str, part: str, start: int) -> int:
-    """Where the template itself writes `part`, from `start` (outside a message) on; -1: nowhere.
+    """Return where the template itself writes `part` at or after `start`, or -1.
 
-    A special token's string in a message is text.
+    Occurrences inside a message's special-token strings do not count: they are ordinary text.
+    `start` must be outside such a string.
     """
     found = text.find(part, start)
     while found >= 0 and _in_message(text, start, found):
@@ -232,15 +225,15 @@ def _find(text: str, part: str, start: int) -> int:
 
 
 def _in_message(text: str, start: int, position: int) -> bool:
-    """Whether a special token's string that a message holds is open at `position`."""
+    """Return whether position is inside a special token's string that came from a message."""
     return text.rfind(TEXT_OPEN, start, position) > text.rfind(TEXT_CLOSE, start, position)
 
 
 def _common(a: str, b: str) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix, by binary search over slices."""
     if b.startswith(a):
         return len(a)
-    low, high = 0, min(len(a), len(b))  # the prefix is at least low, and at most high, long
+    low, high = 0, min(len(a), len(b))  # low <= length <= high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)

@@ -1,8 +1,9 @@
-"""Contents in parts, `[{"type": "text", "text": "..."}]`: for a template that reads them they stay
-as they are, and render as in transformers; elsewhere their texts are joined to one string.
+"""Message contents that are lists of parts: `[{"type": "text", "text": "..."}]`.
 
-A template that was written for strings prints such a list as Python or JSON, leaves it out, or
-fails. Which of these it does is seen by rendering the chat with a marker for the text of each part.
+A template that reads such a list gets it unchanged, and renders it as in transformers. A template
+written for strings prints the list as Python or JSON, omits it, or fails; for it, the texts are
+joined to one string. Which kind a template is, is found by rendering the chat with a marker in
+place of each part's text.
 """
 
 from __future__ import annotations
@@ -12,24 +13,37 @@ from collections.abc import Callable
 from typing import Any
 
 from minisft.config.errors import UserError
-from minisft.data.formats import part_text, part_type
+
+
+def part_type(part: dict) -> Any:
+    """Return the type of a part that is an object; "text" if it names none."""
+    return "text" if part.get("type") is None else part["type"]
+
+
+def part_text(part: str | dict) -> str | None:
+    """Return the text of a part, or None if it is of another type."""
+    if isinstance(part, str):
+        return part
+    return part["text"] if part_type(part) == "text" else None
 
 
 def join_unread(messages: list[dict], render: Callable[[list[dict]], str]) -> list[dict]:
-    """The messages; one whose parts do not come through `render` has a string for its content.
+    """Return the messages, with the parts that `render` does not write joined to a string.
 
-    Raises UserError naming the part where such a content holds more than text.
+    Raises UserError, naming the part, if a content that must be joined has a part without text.
     """
-    if not any(isinstance(message.get("content"), list) for message in messages):
+    listed = {i for i, message in enumerate(messages) if isinstance(message.get("content"), list)}
+    if not listed:
         return messages
-    probe = [_marked(message, i) for i, message in enumerate(messages)]
+    probe = [_marked(m, i) if i in listed else m for i, m in enumerate(messages)]
     try:
         text = render(probe)
-    except UserError:  # of the lists, or of the chat: then it fails again with strings
+    # If the chat fails for another reason than its lists, the caller's rendering reports it.
+    except UserError:
         text = ""
     return [
-        message if _is_read(marked, i, text) else _joined(message, i)
-        for i, (message, marked) in enumerate(zip(messages, probe, strict=True))
+        _joined(m, i) if i in listed and not _is_read(probe[i]["content"], i, text) else m
+        for i, m in enumerate(messages)
     ]
 
 
@@ -38,9 +52,10 @@ def _marker(message: int, part: int) -> str:
 
 
 def _marked(message: dict, i: int) -> dict:
-    """The message with the text of each part, or the string under its type's name, replaced."""
-    if not isinstance(message.get("content"), list):
-        return message
+    """Return message i with a marker in place of each part's text.
+
+    In a part of another type, the string under the type's own name is replaced.
+    """
     parts = []
     for j, part in enumerate(message["content"]):
         if isinstance(part, str):
@@ -51,11 +66,8 @@ def _marked(message: dict, i: int) -> dict:
     return {**message, "content": parts}
 
 
-def _is_read(marked: dict, i: int, text: str) -> bool:
-    """Whether every marker of a message is in the text, and none of its objects is printed."""
-    parts = marked.get("content")  # a call of a tool may have none
-    if not isinstance(parts, list):
-        return True
+def _is_read(parts: list, i: int, text: str) -> bool:
+    """Return whether the text has every marker of message i, and no printed list or object."""
     printed = [parts, *(part for part in parts if isinstance(part, dict))]
     forms = [f(x) for x in printed for f in (str, _json)]
     markers = [m for j in range(len(parts)) if (m := _marker(i, j)) in _json(parts)]
@@ -67,8 +79,7 @@ def _json(value: Any) -> str:
 
 
 def _joined(message: dict, i: int) -> dict:
-    if not isinstance(message.get("content"), list):
-        return message
+    """Return message i with the texts of its parts joined to one string."""
     texts = []
     for j, part in enumerate(message["content"]):
         text = part_text(part)

@@ -6,8 +6,9 @@ import pytest
 from transformers import LlamaConfig
 
 from minisft.config.errors import UserError
+from minisft.config.fields import split_list
 from minisft.config.hf import parse_model_config
-from minisft.config.train import TrainConfig, split_list
+from minisft.config.train import TrainConfig
 
 BASE = {
     "model_type": "llama",
@@ -96,8 +97,11 @@ def test_what_is_not_implemented_is_named(change, culprit):
         ({"modules_to_save": ("norm",)}, "--modules-to-save"),
         ({"modules_to_save": ("lm_head",), "full_finetuning": True}, "--modules-to-save"),
         ({"columns": ("prompt",)}, "--columns"),
-        ({"columns": ("text=a", "text=b")}, "--columns is text=a text=b; expected each NAME once"),
-        ({"report_to": None}, "--report-to is None; expected a list of tensorboard, wandb, tra"),
+        (
+            {"columns": ("text=a", "text=b")},
+            "--columns is 'text=a text=b'; expected each NAME once",
+        ),
+        ({"report_to": None}, "--report-to is None; expected a list of none, tensorboard, wan"),
         ({"target_modules": [1]}, "--target-modules holds 1; expected a list of strings"),
         ({"trainable_token_indices": 5}, "--trainable-token-indices is 5; expected a list of tok"),
         ({"eval_generate": 3}, "--eval-generate"),

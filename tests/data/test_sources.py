@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import call, flags, pairs, read, step_lines, train, write_model, write_rows
 from tiny_tokenizer import TEMPLATE, write_byte_level
+from tokenised import named_rows
 
 from minisft.batches import IGNORED, RowSchedule, TokenizedDataset, mixed_order, source_shares
 from minisft.config.errors import UserError
@@ -21,9 +22,10 @@ from minisft.config.train import TrainConfig
 from minisft.data import preview
 from minisft.data import token_files as tokens
 from minisft.data.readers import read_rows
+from minisft.data.settings import Settings
 from minisft.data.sources import cache_key, data_settings, load_eval, load_train, num_shared
 from minisft.data.token_files import TokenWriter, data_hash
-from minisft.data.tokenize import Settings, named_rows, tokenize
+from minisft.data.tokenize import tokenize
 from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = [
@@ -314,7 +316,10 @@ def test_a_process_that_ends_unasked_is_told(
         raise BrokenProcessPool("a child process terminated abruptly")
 
     monkeypatch.setattr("minisft.data.tokenize.ProcessPoolExecutor.submit", broken)
-    with pytest.raises(UserError, match=r"--dataset-num-proc 2: a process .* ended unasked"):
+    with pytest.raises(
+        UserError,
+        match=r"--dataset-num-proc 2: a tokenising worker died .* try --dataset-num-proc 1",
+    ):
         tokenize([named_rows(pairs(1001), "mem")], tokenizer, Settings(), num_proc=2)
 
 

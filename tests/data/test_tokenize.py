@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_tokenizer import TEMPLATE, write_byte_level
+from tokenised import tokenize_rows
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.data.packing import pack
 from minisft.data.readers import Rows, read_rows
 from minisft.data.token_files import data_hash
-from minisft.data.tokenize import tokenize_rows
-from minisft.text.tokenizer import Tokenizer, decode, encode_batch, encode_spans, load_tokenizer
+from minisft.text.encoding import decode, encode_batch, encode_spans
+from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 BOS, EOT = 0, 1
@@ -35,8 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def _tokenize(rows: list[dict], tokenizer: Tokenizer, **options: Any) -> TokenizedDataset:
-    settings = {"format": None, "max_length": None, "source": "mem"} | options
-    return tokenize_rows(rows, tokenizer, **settings)
+    return tokenize_rows(rows, tokenizer, source="mem", **options)
 
 
 def _texts(dataset: TokenizedDataset, tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -221,9 +221,7 @@ def test_skip_bad_counts_malformed_lines(tmp_path: Path, tokenizer: Tokenizer) -
     content = b'{"text": "a"}\noops\n{"text": "\xff"}\n{"text": null}\n{"text": "b"}\n'
     rows = _read(tmp_path / "x.jsonl", content, skip_bad=True)
     assert rows.skipped == 2 and len(rows) == 3
-    dataset = tokenize_rows(
-        rows, tokenizer, format=None, max_length=None, skip_bad=True, source=rows.source
-    )
+    dataset = tokenize_rows(rows, tokenizer, skip_bad=True)
     assert dataset.stats["dropped"] == {"malformed": 3}
     assert dataset.stats["rows_read"] == 5 and dataset.stats["rows_kept"] == len(dataset) == 2
 
@@ -265,7 +263,7 @@ def test_text_gets_bos_and_one_eos(tokenizer: Tokenizer) -> None:
     assert dataset.stats["num_trained_tokens"] == len(dataset.input_ids) - 2  # BOS is no target
     assert dataset.input_ids.dtype == dataset.labels.dtype == torch.int32
     assert dataset.row_offsets.dtype == dataset.document_offsets.dtype == torch.int64
-    assert dataset.max_token_id == int(dataset.input_ids.max())
+    assert dataset.stats["max_token_id"] == int(dataset.input_ids.max())
 
 
 def test_prompt_is_masked_and_eos_is_trained(tokenizer: Tokenizer) -> None:
@@ -450,14 +448,14 @@ def test_a_template_that_marks_other_than_turns_cannot_leave_one_out(tmp_path: P
             ]
         }
     ]
-    with pytest.raises(UserError, match=r"mem \(row 0\).*marks 2 stretches in 1 assistant turns"):
+    with pytest.raises(UserError, match=r"mem \(row 0\).*marks 2 spans in 1 assistant turns"):
         _tokenize(rows, tokenizer, assistant_only_loss=True)
 
 
 def test_rows_beyond_all_measure_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minisft.text.chat.MAX_CHARS", 1000)
+    monkeypatch.setattr("minisft.text.sandbox.MAX_CHARS", 1000)
     with pytest.raises(
         UserError, match=r"mem \(row 1\): the text has 1,2\d\d characters; at most 1"
     ):
@@ -471,7 +469,7 @@ def test_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.Mo
     spans = [(t, [(0, len(t) // 2)]) for t in texts]
     at_once = encode_batch(tokenizer, texts, add_special_tokens=True)
     covered = encode_spans(tokenizer, spans, add_special_tokens=True)
-    monkeypatch.setattr("minisft.text.tokenizer.PART_CHARS", 30)
+    monkeypatch.setattr("minisft.text.encoding.PART_CHARS", 30)
     assert encode_batch(tokenizer, texts, add_special_tokens=True) == at_once
     assert encode_spans(tokenizer, spans, add_special_tokens=True) == covered
 
@@ -499,8 +497,8 @@ def test_truncation_comes_after_labels_and_drops_are_counted(tokenizer: Tokenize
     assert stats["dropped"] == {"nothing to train within max_length": 1, "empty": 1}
     assert (stats["rows_read"], stats["rows_kept"], stats["truncated"]) == (4, 2, 1)
     assert stats["longest"] == 30 and stats["num_tokens"] == 10
-    kept = _tokenize(rows, tokenizer, max_length=6, keep_untrained=True)
-    assert len(kept) == 3 and kept.stats["truncated"] == 0
+    kept = _tokenize(rows, tokenizer, max_length=6, packing="bfd").stats
+    assert kept["rows_kept"] == 3 and kept["truncated"] == 2 and kept["dropped"] == {"empty": 1}
     with pytest.raises(UserError, match=r"mem: nothing is left to train.*30 tokens.*is 6"):
         _tokenize(rows[:1], tokenizer, max_length=6)
 
@@ -634,7 +632,7 @@ def _documents(dataset: TokenizedDataset) -> list[tuple[tuple[int, ...], tuple[i
 
 def test_best_fit_takes_the_tightest_bin(tokenizer: Tokenizer) -> None:
     rows = [{"input_ids": [n] * n} for n in (6, 3, 5, 4, 2)]
-    dataset = _tokenize(rows, tokenizer, keep_untrained=True)
+    dataset = _tokenize(rows, tokenizer)
     packed = pack(dataset, max_length=10, strategy="bfd")
     rows_of = [[b - a for a, b in packed.row_documents(i)] for i in range(len(packed))]
     assert rows_of == [[6, 4], [5, 3, 2]]

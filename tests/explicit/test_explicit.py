@@ -25,7 +25,7 @@ from minisft.explicit.offload import Host
 from minisft.explicit.plan import buffer_bytes, group_ranks
 from minisft.explicit.policy import POLICIES, part_bytes
 from minisft.llama import Compute
-from minisft.step import Plan, loss_and_grads
+from minisft.step import ExecutionPlan, loss_and_grads
 
 ROWS = [[5, 9], [14], [3, 3, 8], [12, 2]]
 # Multiples of 64 * 256 weights in every matrix: these lie side by side.
@@ -60,7 +60,9 @@ def run(cfg, lora, weights, policies, *, tokens=64, targets=None, documents=12, 
 def truth(cfg, lora, weights):
     trainable = random_adapter(cfg, lora)
     step = all_rows(random_dataset(ROWS, vocab=cfg.vocab_size))
-    return loss_and_grads(trainable, weights, step, Plan(Compute(cfg, lora_scaling=lora.scaling)))
+    return loss_and_grads(
+        trainable, weights, step, ExecutionPlan(Compute(cfg, lora_scaling=lora.scaling))
+    )
 
 
 def everything(cfg, name="none"):

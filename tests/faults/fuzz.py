@@ -89,16 +89,17 @@ def read_adapter(data: bytes) -> None:
 
 
 def read_template(data: bytes) -> None:
-    from minisft.text import chat
+    from minisft.text import chat, sandbox
 
     text = data.decode("utf-8", errors="replace")
-    chat.MAX_SECONDS = 2.0
+    sandbox.MAX_SECONDS = 2.0
     chat.render(text, CHAT, special_tokens={"bos_token": "<s>"}, tools=[{"name": "f"}])
 
 
 def read_jsonl(data: bytes) -> None:
+    from tokenised import tokenize_rows
+
     from minisft.data.readers import read_rows
-    from minisft.data.tokenize import tokenize_rows
 
     path = scratch() / "rows.jsonl"
     path.write_bytes(data)

@@ -130,7 +130,7 @@ def in_phase(phase: str, draw: random.Random) -> Callable[[], None]:
         from minisft.session import evaluate
 
         module, name, call = {
-            "load": (run, "load_model", 1),
+            "load": (run, "load_base", 1),
             "tokenise": (run, "load_data", 1),
             "step": (step, "loss_and_grads", entry),
             "eval": (evaluate, "evaluation", entry - 1),  # before step 1, in between, at the end

@@ -111,12 +111,12 @@ def test_f03_sigterm_in_every_phase_saves_and_exits_75(long_form):
 def test_f03_before_the_first_step_there_is_nothing_to_save(inputs, tmp_path, monkeypatch, name):
     from minisft import run
 
-    def load_model(config, start):
+    def load_base(*args):
         os.kill(os.getpid(), getattr(signal, name))
         raise AssertionError("the signal was not raised")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "load_model", load_model)
+        patch.setattr(run, "load_base", load_base)
         outcome = call("train", flags(**inputs, output_dir=tmp_path))
     assert outcome.code == 75
     assert f"{name}: stopped before its first step" in outcome.err
@@ -154,7 +154,7 @@ def test_f03_an_evaluation_is_broken_off_and_made_up_for(inputs, tmp_path, monke
 def test_f03_an_evaluation_that_no_checkpoint_knows_of_is_made_again(inputs, tmp_path, monkeypatch):
     """Stopped in the evaluation after step 2, made up for on resuming, then killed before step 3's
     checkpoint: the next resume makes it once more, and its line stands once."""
-    from minisft import loop
+    from minisft import run as loop
     from minisft.session import evaluate
 
     given = inputs | {
@@ -198,7 +198,7 @@ def test_f04_a_second_signal_acts_at_once_and_breaks_no_checkpoint(inputs, tmp_p
         "import os, signal, sys, torch; torch.set_num_threads(1)\n"
         "from runs import script\n"
         "main = script('train').main\n"
-        "from minisft import checkpoint\n"
+        "from minisft.files import checkpoint\n"
         "real, calls = checkpoint.sync, []\n"
         "def sync(path):\n"
         "    real(path)\n"
@@ -266,7 +266,7 @@ def test_f07_an_output_directory_that_cannot_be_written_is_refused_at_the_start(
 
 
 def test_f07_an_output_directory_that_vanishes_ends_the_run(inputs, tmp_path, monkeypatch):
-    from minisft import loop
+    from minisft import run as loop
 
     real, out = loop.train_step_, tmp_path / "out"
 
@@ -460,7 +460,7 @@ def test_f16_when_one_rank_fails_the_others_leave():
 
 @pytest.mark.parametrize("kind", ["gpu", "host"])
 def test_f17_out_of_memory_names_the_levers_and_the_estimate(inputs, tmp_path, monkeypatch, kind):
-    from minisft import loop
+    from minisft import run as loop
 
     real = loop.train_step_
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")

@@ -87,7 +87,7 @@ def test_f19_a_nan_stops_before_the_update_and_is_in_the_log(model, tmp_path):
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_f20_a_spike_warns_and_stops_where_asked(run, tmp_path, monkeypatch, stops):
-    from minisft import loop
+    from minisft import run as loop
 
     real = loop.train_step_
 
@@ -109,7 +109,7 @@ def test_f20_a_spike_warns_and_stops_where_asked(run, tmp_path, monkeypatch, sto
 
 
 def test_f20_the_spike_guard_resumes_with_what_it_knew(run, tmp_path, monkeypatch):
-    from minisft import loop
+    from minisft import run as loop
 
     real = loop.train_step_
 
@@ -151,7 +151,7 @@ def test_f22_two_fresh_processes_give_the_same_bits(model, tmp_path):
 def test_f22_deterministic_is_told_to_torch_and_taken_back(run, monkeypatch):
     import torch
 
-    from minisft import loop
+    from minisft import run as loop
 
     real, seen = loop.train_step_, []
 

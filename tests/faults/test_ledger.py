@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from runs import call, flags, pairs, read, train, write_model, write_rows
 
-from minisft import loop
+from minisft import run as loop
 from minisft.config.train import TrainConfig
 from minisft.data.sources import load_train
 from minisft.session.signals import Preempted

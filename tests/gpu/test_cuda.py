@@ -14,7 +14,7 @@ from minisft.config.model import ModelConfig
 from minisft.llama import Compute
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.nn import Documents, dropout, packed_attention
-from minisft.step import Plan, loss_and_grads
+from minisft.step import ExecutionPlan, loss_and_grads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +112,7 @@ def make_problem(device, dtype, lora_dropout=0.0, checkpoint_blocks=False):
         dataset, RowSchedule(8, 2, 4, seed=0), 200, torch.device(device), dropout=lora_dropout > 0
     )
     compute = Compute(CFG, dtype, lora.scaling, lora_dropout, checkpoint_blocks)
-    return moved, frozen, batches.batch(0), Plan(compute)
+    return moved, frozen, batches.batch(0), ExecutionPlan(compute)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])

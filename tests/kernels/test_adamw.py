@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fused import DEVICE, rand
-from minisft.kernels.adamw import adamw_, global_norm
+from minisft.kernels.adamw import AdamWStep, adamw_, global_norm
 
 IMPLS = ("triton", "reference")
 SIZES = (1, 1023, 5000, 3 * 1024 * 1024 + 7)
@@ -42,7 +42,8 @@ def test_adamw_is_torch_s(betas, weight_decay, n, impl):
     settings = {"beta1": betas[0], "beta2": betas[1], "eps": 1e-6, "weight_decay": weight_decay}
 
     def ours(p, g, m, v, step):
-        adamw_(p, g, m, v, step=step, learning_rate=1e-2 / step, impl=impl, **settings)
+        numbers = AdamWStep(step=step, learning_rate=1e-2 / step, **settings)
+        adamw_(p, g, m, v, numbers, impl=impl)
 
     theirs = rand(n).double().requires_grad_()
     optimizer = torch.optim.AdamW([theirs], betas=betas, eps=1e-6, weight_decay=weight_decay)
@@ -66,26 +67,21 @@ def test_clipping_is_torch_s_and_leaves_the_gradient(max_norm, impl):
     torch.nn.utils.clip_grad_norm_([leaf], max_norm)
     norm = global_norm(g, impl=impl)
     found = []
-    for grad, clip in ((g, {"norm": norm, "max_norm": max_norm}), (leaf.grad, {})):
+    settings = AdamWStep(1, 1e-2, 0.9, 0.99, 1e-3, 0.0, max_norm)
+    for grad, clip in ((g, norm), (leaf.grad, None)):
         p, m, v = rand(n), torch.zeros(n, device=DEVICE), torch.zeros(n, device=DEVICE)
-        adamw_(
-            p, grad, m, v, step=1, learning_rate=1e-2, beta1=0.9, beta2=0.99, eps=1e-3,
-            weight_decay=0.0, impl=impl, **clip,
-        )  # fmt: skip
+        adamw_(p, grad, m, v, settings, norm=clip, impl=impl)
         found.append((p, m, v))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-12)
     assert torch.equal(g, before)
 
 
-def test_nothing_beside_the_slice_is_touched():
+def test_nothing_outside_the_slice_is_written():
     whole = torch.zeros(4, 3000, device=DEVICE)
     p, g, m, v = (row[1000:2500] for row in whole)
     g.fill_(1.0)
-    adamw_(
-        p, g, m, v, step=1, learning_rate=0.1, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0,
-        impl="triton",
-    )  # fmt: skip
+    adamw_(p, g, m, v, AdamWStep(1, 0.1, 0.9, 0.9, 0.0, 0.0), impl="triton")
     assert torch.allclose(p, torch.full_like(p, -0.1))
     whole[:, 1000:2500] = 0
     assert not whole.any()
@@ -95,7 +91,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="global_norm: the gradient is"):
         global_norm(rand(8, 2)[:, 0], impl="reference")
     a, b = rand(4), rand(5)
-    settings = {"beta1": 0.9, "beta2": 0.9, "eps": 0.0, "weight_decay": 0.0}
+    settings = AdamWStep(1, 0.1, 0.9, 0.9, 0.0, 0.0)
     for bad in (b, a.half(), rand(4, 2)[:, 0]):
         with pytest.raises(ValueError, match="adamw_: a tensor is"):
-            adamw_(a, a, a, bad, step=1, learning_rate=0.1, **settings)
+            adamw_(a, a, a, bad, settings)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from fused import DEVICE, DTYPES, close, poisoned, rand, wide
-from minisft.kernels.low_rank import kernel, narrow_products, outer_sum, reduce_partials
+from minisft.kernels import _triton
+from minisft.kernels.low_rank import narrow_products, outer_sum, reduce_partials
 from minisft.kernels.low_rank.op import as_one_stack
 
 
@@ -84,7 +85,7 @@ def test_narrow_products_of_a_matrix_that_is_missing_or_elsewhere():
         assert torch.allclose(out.double(), torch.cat(expected, 1), atol=1e-4)
 
 
-def test_neighbours_lie_in_one_storage():
+def test_one_stack_lies_in_one_storage():
     """Next to each other in memory is not enough: a view of both would leave its storage."""
     both = np.zeros((64, 4), dtype=np.float32)
     x, y = torch.from_numpy(both[:32]), torch.from_numpy(both[32:])
@@ -120,7 +121,7 @@ def test_what_does_not_fit_is_refused():
     "kib, rank, expected",
     [(227, 256, 3), (163, 256, 3), (99, 16, 2), (99, 64, 2), (99, 128, 1), (64, 16, 1)],
 )
-def test_fewer_tiles_are_under_way_where_shared_memory_is_little(kib, rank, expected, monkeypatch):
+def test_fewer_pipeline_stages_with_little_shared_memory(kib, rank, expected, monkeypatch):
     """What fits was read from the kernels as compiled for 8.0, 8.9, 9.0 and 12.0."""
-    monkeypatch.setattr(kernel, "shared_memory", lambda device: kib << 10)
-    assert kernel.stages(torch.device(DEVICE), rank) == expected
+    monkeypatch.setattr(_triton, "shared_memory", lambda device: kib << 10)
+    assert _triton.stages(torch.device(DEVICE), rank) == expected

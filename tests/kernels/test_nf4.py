@@ -17,9 +17,9 @@ import numpy as np  # noqa: E402
 from minisft.kernels.nf4 import (  # noqa: E402
     NF4Weight,
     dequantize,
+    dequantize_concat_columns_B,
+    dequantize_concat_rows_A,
     dequantize_into,
-    dequantize_with_A_below,
-    dequantize_with_B_beside,
     quantize,
     reference,
     side_by_side,
@@ -187,11 +187,11 @@ def test_lora_is_written_beside_and_below_the_matrix(sizes, impl, dtype):
     B = torch.randn(O, R, device=DEVICE).to(dtype)
     A = torch.randn(len(sizes) * R, I, device=DEVICE).to(dtype)
     out = torch.full((O, I + len(sizes) * R), float("nan"), dtype=dtype, device=DEVICE)
-    dequantize_with_B_beside(weight, B.split(sizes), sizes, 0.5, out, impl=impl)
+    dequantize_concat_columns_B(weight, B.split(sizes), sizes, 0.5, out, impl=impl)
     beside = torch.block_diag(*B.split(sizes)) * 0.5
     assert torch.equal(out, torch.cat((plain, beside), 1))
     out = torch.full((O + A.shape[0], I), float("nan"), dtype=dtype, device=DEVICE)
-    dequantize_with_A_below(weight, A, 0.5, out, impl=impl)
+    dequantize_concat_rows_A(weight, A, 0.5, out, impl=impl)
     assert torch.equal(out, torch.cat((plain, A * 0.5)))
 
 
@@ -200,7 +200,7 @@ def test_b_that_is_missing_or_elsewhere_is_written_too():
     for Bs in ((B, None), (None, B), (B, B.clone())):
         rank = sum(b.shape[1] for b in Bs if b is not None)
         out = torch.full((128, 64 + rank), float("nan"), device=DEVICE)
-        dequantize_with_B_beside(weight, Bs, (64, 64), 1.0, out, impl="triton")
+        dequantize_concat_columns_B(weight, Bs, (64, 64), 1.0, out, impl="triton")
         parts = [b if b is not None else torch.zeros(64, 0, device=DEVICE) for b in Bs]
         assert torch.equal(out[:, 64:], torch.block_diag(*parts))
 
@@ -227,18 +227,18 @@ def test_an_early_decode_waits_for_what_it_overwrites_and_for_a():
     for turn in range(turns):
         other, weight = weights[1 - turn % 2], weights[turn % 2]
         out = below[:O] if turn % 3 < 2 else beside[:, :I]
-        dequantize_into(other, out, impl="triton", early=True)  # overwritten at once
+        dequantize_into(other, out, impl="triton", pdl=True)  # overwritten at once
         if turn % 3 == 0:
-            dequantize_into(weight, out, impl="triton", early=True)
+            dequantize_into(weight, out, impl="triton", pdl=True)
             found.append((turn, out.sum(1), None))
         elif turn % 3 == 1:
             A.mul_(-1.01)
-            dequantize_with_A_below(weight, A, 1.0, below, impl="triton", early=True)
+            dequantize_concat_rows_A(weight, A, 1.0, below, impl="triton", pdl=True)
             found.append((turn, out.sum(1), (A.clone(), below[O:].clone())))
         else:
             B.mul_(-1.01)
-            dequantize_with_B_beside(
-                weight, B.split(O // 2), (O // 2, O // 2), 1.0, beside, impl="triton", early=True
+            dequantize_concat_columns_B(
+                weight, B.split(O // 2), (O // 2, O // 2), 1.0, beside, impl="triton", pdl=True
             )
             blocks = torch.block_diag(*B.split(O // 2))
             found.append((turn, out.sum(1), (blocks, beside[:, I:].clone())))

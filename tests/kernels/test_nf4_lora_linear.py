@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from fused import DEVICE, DTYPES, GPU, close, rand, wide
-from minisft.kernels.low_rank.kernel import num_sms
+from minisft.kernels._triton import num_sms
 from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
 from minisft.kernels.nf4_lora_linear import backward, forward, many_rows, nf4_lora_linear
 from minisft.kernels.nf4_lora_linear.cases import DECODED_ONLY, JOINED, RAGGED_RANK, SMALL

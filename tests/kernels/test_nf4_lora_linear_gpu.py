@@ -30,11 +30,11 @@ def passes(request):
     dy = torch.empty((M, O), device="cuda", dtype=torch.bfloat16)
     u = torch.empty((M, 16), device="cuda", dtype=torch.bfloat16)
 
-    def run(early=True):
+    def run(pdl=True):
         dy.fill_(float("nan"))
         u.fill_(float("nan"))
         torch.mm(x, A.T, out=u)
-        dequantize_into(as_dy, dy, early=early)
+        dequantize_into(as_dy, dy, pdl=pdl)
         return tuple(g.clone() for g in many_rows.backward(dy, x, u, weight, A, B, 0.5))
 
     return run
@@ -45,8 +45,8 @@ def expected(passes, monkeypatch):
     """The same, each launch after the one before."""
     with monkeypatch.context() as patch:
         for module in (many_rows, nf4_kernel):
-            patch.setattr(module, "overlapping", lambda device: {})
-        out = passes(early=False)
+            patch.setattr(module, "pdl_option", lambda device: {})
+        out = passes(pdl=False)
         torch.cuda.synchronize()
     assert all(g.isfinite().all() for g in out)
     return out

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 trl = pytest.importorskip("trl")
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_tokenizer import write_byte_level, write_llama2  # noqa: E402
+from tokenised import named_rows, tokenize_rows  # noqa: E402
 
 from minisft.batches import (  # noqa: E402
     RowSchedule,
@@ -25,7 +27,8 @@ from minisft.batches import (  # noqa: E402
 )
 from minisft.data.packing import pack  # noqa: E402
 from minisft.data.readers import read_rows  # noqa: E402
-from minisft.data.tokenize import Settings, named_rows, tokenize, tokenize_rows  # noqa: E402
+from minisft.data.settings import Settings  # noqa: E402
+from minisft.data.tokenize import tokenize  # noqa: E402
 from minisft.text.tokenizer import load_tokenizer  # noqa: E402
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -212,21 +215,15 @@ def _ours(rows: list[dict], settings: dict, directory: Path) -> TokenizedDataset
     settings = {"max_length": 24, "dataset_text_field": "text"} | settings
     packing = settings.get("packing", False)
     template = str(directory.parent / "run.jinja") if "chat_template" in settings else ""
-    dataset = tokenize_rows(
+    return tokenize_rows(
         rows,
         load_tokenizer(directory, chat_template=template),
-        format=None,
         text_field=settings["dataset_text_field"],
         max_length=settings["max_length"],
         completion_only_loss=settings.get("completion_only_loss"),
         assistant_only_loss=settings.get("assistant_only_loss", False),
-        keep_untrained=packing,
-        source="rows",
+        packing=settings.get("packing_strategy", "bfd") if packing else None,
     )
-    if not packing:
-        return dataset
-    strategy = settings.get("packing_strategy", "bfd")
-    return pack(dataset, max_length=settings["max_length"], strategy=strategy)
 
 
 def _rows(dataset: TokenizedDataset) -> list[dict[str, list[int]]]:
@@ -331,16 +328,16 @@ def test_pack_equals_pack_dataset(strategy: str, tmp_path: Path) -> None:
         n = rng.choice([0, 1, rng.randrange(2, 40), rng.randrange(2, 40), rng.randrange(90, 400)])
         ids = [rng.randrange(1000) for _ in range(n)]
         rows.append({"input_ids": ids, "labels": [i if i % 3 else -100 for i in ids]})
-    dataset = tokenize_rows(
-        rows,
-        load_tokenizer(write_byte_level(tmp_path)),
-        format="input_ids",
-        max_length=None,
-        keep_untrained=True,
-        source="rows",
+    ids, labels = (
+        torch.tensor([i for row in rows for i in row[n]]) for n in ("input_ids", "labels")
     )
+    offsets = torch.tensor([0, *(len(row["input_ids"]) for row in rows)]).cumsum(0)
+    dataset = TokenizedDataset(ids.int(), labels.int(), offsets, torch.arange(len(rows) + 1), {})
+    tokenizer = load_tokenizer(write_byte_level(tmp_path))
     for max_length in (64, 100):
         expected = trl.pack_dataset(datasets.Dataset.from_list(rows), max_length, strategy)
         packed = pack(dataset, max_length=max_length, strategy=strategy)
         _assert_equal(packed, expected)
+        settings = {"packing": strategy, "max_length": max_length}
+        _assert_equal(tokenize_rows(rows, tokenizer, **settings), expected)
         assert 0.5 < packed.stats["packing_efficiency"] <= 1

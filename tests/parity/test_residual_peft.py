@@ -114,13 +114,13 @@ def test_the_start_is_peft_s_and_computes_what_the_base_does(place, kind, settin
 @pytest.fixture
 def live(monkeypatch):
     """(model, state) of each run as it is exported."""
-    seen, export = [], minisft.run.export
+    seen, export = [], minisft.session.finish.export
 
-    def watched(out, config, model, data, state, metrics):
-        seen.append((model, state))
-        export(out, config, model, data, state, metrics)
+    def watched(run, metrics):
+        seen.append((run.base, run.state))
+        export(run, metrics)
 
-    monkeypatch.setattr(minisft.run, "export", watched)
+    monkeypatch.setattr(minisft.session.finish, "export", watched)
     return seen
 
 
@@ -175,7 +175,7 @@ def test_resuming_takes_the_start_from_the_checkpoint(place, tmp_path, monkeypat
     assert call("train", flags(**resumed, dry_run=True)).code == 0
     refused = call("train", flags(**resumed | {"lora_r": 2}))
     assert refused.code == 2 and "--lora-r was 4, now 2" in refused.err
-    monkeypatch.setattr("minisft.files.load.split", None)
+    monkeypatch.setattr("minisft.variants.pissa.initial_lora", None)
     train(**resumed)
     names = ("adapter_model.safetensors", "optimizer.safetensors")
     ends = [

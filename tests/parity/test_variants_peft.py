@@ -26,7 +26,7 @@ from minisft.files.weights import load_model_config  # noqa: E402
 from minisft.llama import TOKEN_IDS, TOKEN_ROWS, Compute, logits, make_tokens  # noqa: E402
 from minisft.lora import allocate, init_lora_, trainable_shapes  # noqa: E402
 from minisft.session.serving import vllm_problems  # noqa: E402
-from minisft.step import Plan, loss_and_grads  # noqa: E402
+from minisft.step import ExecutionPlan, loss_and_grads  # noqa: E402
 
 IDS = [[0, 9, 77, 300, 4, 60, 21, 8], [0, 5, 6, 200]]
 VARIANTS = {  # our flags -> PEFT's settings
@@ -263,7 +263,7 @@ def test_gradients_of_token_rows_are_those_of_the_whole_embedding(tied):
                 view.copy_(weights["model.embed_tokens.weight"][list(ids)])
             elif key == "model.embed_tokens.weight":
                 view.copy_(weights[key])
-        _, grad = loss_and_grads(flat, frozen, batch, Plan(Compute(cfg, lora_scaling=1.0)))
+        _, grad = loss_and_grads(flat, frozen, batch, ExecutionPlan(Compute(cfg, lora_scaling=1.0)))
         sizes = [v.numel() for v in flat.views.values()]
         parts = dict(zip(flat.views, grad.split(sizes), strict=True))
         grads[name] = parts[TOKEN_ROWS if name == "rows" else "model.embed_tokens.weight"]
@@ -363,7 +363,7 @@ def test_malformed_settings_are_told(settings, message):
             "--exclude-modules k_porj matches none of the 14 target modules",
         ),
         ({"exclude_modules": ("re:.*",)}, "matches all of the 14 target modules"),
-        ({"exclude_modules": ("re:(",)}, "is no regular expression"),
+        ({"exclude_modules": ("re:(",)}, "is not a regular expression"),
         (
             {"rank_pattern": (("q_porj", 2),)},
             "--rank-pattern names 'q_porj', which matches no adapted module",

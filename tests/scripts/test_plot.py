@@ -76,3 +76,16 @@ def test_a_run_that_begins_with_an_underscore_has_a_name_too():
     """matplotlib leaves labels out that begin with one."""
     shown = script("plot").shown
     assert shown("_a").strip() == "_a" and not shown("_a").startswith("_") and shown("a_") == "a_"
+
+
+def test_single_panels_are_drawn_as_svg(tmp_path):
+    """One panel asked for is one title in the picture; an unknown one is named."""
+    run = write_run(tmp_path / "a")
+    out = tmp_path / "loss.svg"
+    assert call("plot", [run, "--panels", "loss", "grad_norm", "--output", str(out)]).code == 0
+    titles = [
+        title for title in script("plot").PANELS.values() if f"<!-- {title} -->" in out.read_text()
+    ]
+    assert titles == ["loss (nats per token)", "gradient norm, before clipping"]
+    outcome = call("plot", [run, "--panels", "losses"])
+    assert outcome.code == 2 and "--panels is 'losses'; expected some of loss, " in outcome.err

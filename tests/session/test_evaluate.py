@@ -18,6 +18,7 @@ from minisft.files.checkpoint import list_checkpoints
 from minisft.llama import Compute, logits, make_tokens
 from minisft.loss import evaluation
 from minisft.session import evaluate as evaluate_module
+from minisft.session import finish
 from minisft.session.evaluate import eval_batches, eval_prompts, note_evaluation_, stops_early
 
 LENGTHS = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8], *[[30]] * 20]
@@ -307,9 +308,9 @@ def test_the_expected_answer_ends_where_its_turn_ends():
 
 def test_a_threshold_is_named_where_it_stopped_the_run():
     plain = {"eval_strategy": "steps", "eval_dataset": "e", "early_stopping_patience": 2}
-    assert run_module._by(TrainConfig(**plain)) == ""
+    assert finish._by_threshold(TrainConfig(**plain)) == ""
     config = TrainConfig(**plain, early_stopping_threshold=0.5)
-    assert run_module._by(config) == ", or by no more than 0.5"
+    assert finish._by_threshold(config) == ", or by no more than 0.5"
 
 
 def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):
@@ -334,9 +335,9 @@ def test_a_best_checkpoint_that_is_damaged_is_told(inputs, scripted, tmp_path, m
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     take = run_module.take_best_
 
-    def damaged(state, out, *rest):
-        (out / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"x")
-        take(state, out, *rest)
+    def damaged(run):
+        (run.out / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"x")
+        take(run)
 
     monkeypatch.setattr(run_module, "take_best_", damaged)
     outcome = call("train", flags(**settings))

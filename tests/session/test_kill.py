@@ -248,7 +248,7 @@ def slow_steps(seconds: float, only: int | None = None) -> Callable[[], None]:
     """For a child: each step (or the one that follows `only` done ones) takes so much longer."""
 
     def prepare() -> None:
-        from minisft import loop
+        from minisft import run as loop
 
         real = loop.train_step_
 
@@ -306,7 +306,7 @@ def asked_in_the_last_step(yard: Yard) -> dict:
     """There is nothing left to interrupt: the run completes."""
 
     def prepare() -> None:
-        from minisft import loop
+        from minisft import run as loop
 
         real = loop.train_step_
 
@@ -328,7 +328,7 @@ def asked_while_a_line_is_printed(yard: Yard) -> dict:
     reader, writer = os.pipe()
 
     def prepare() -> None:
-        from minisft import loop
+        from minisft import run as loop
 
         os.dup2(writer, 1)
         os.close(reader)

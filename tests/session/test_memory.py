@@ -12,16 +12,17 @@ import torch
 from runs import ROOT, flags, pairs, train, write_model, write_rows
 from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_weights, whole_model
 
-from minisft import run as run_module
 from minisft.config.lora import LoraConfig
 from minisft.config.train import TrainConfig
 from minisft.explicit.plan import Choice
-from minisft.files import load as model_module
+from minisft.files import load as load_module
 from minisft.files.load import load_base
 from minisft.llama import Compute
 from minisft.loss import loss_sum
+from minisft.session import context
 from minisft.session.evaluate import eval_tokens
 from minisft.session.memory import autograd_bytes, estimate, levers, resident_gib
+from minisft.step import ExecutionPlan
 
 LLAMA_16M = Path(__file__).parents[3] / "shared/models/llama-16m"
 
@@ -79,7 +80,7 @@ def test_sizes_are_known_before_anything_is_loaded(llama_directory):
 def test_the_parts_of_what_the_hand_written_pass_takes_sum_to_its_peak(llama_directory):
     model, state = load_base(TrainConfig(model=str(llama_directory), device="cpu"))
     choice = Choice(True, (), 4096, 1024, 8192, 5 << 30, "")
-    needs = estimate(model, state, choice, 10**9, 0)
+    needs = estimate(model, state, ExecutionPlan(model.compute, choice), 10**9, 0)
     assert sum(needs.values()) == pytest.approx(5)
     config = TrainConfig(model=str(llama_directory))
     planned, free = levers(config, needs), levers(config, resident_gib(model, state))
@@ -94,8 +95,8 @@ def test_an_evaluation_that_needs_more_is_what_the_estimate_tells(llama_director
     )  # fmt: skip
     assert eval_tokens(config) == 8192  # 64 rows of 2,048 are cut: the value does not depend on it
     model, state = load_base(dataclasses.replace(config, dry_run=True))
-    choice = Choice(False, (), 0, 0, 0, 0, "")
-    small, large = (estimate(model, state, choice, 10, n) for n in (0, 8192))
+    plan = ExecutionPlan(model.compute)
+    small, large = (estimate(model, state, plan, 10, n) for n in (0, 8192))
     assert "activations of 10 tokens" in small
     assert "activations of 8,192 evaluated tokens" in large
     assert sum(large.values()) > 5 * sum(small.values())
@@ -104,7 +105,7 @@ def test_an_evaluation_that_needs_more_is_what_the_estimate_tells(llama_director
 def test_a_dry_run_for_a_gpu_tells_the_plan_of_the_hand_written_pass(tmp_path, monkeypatch):
     """The device is asked how much is free, and for nothing else."""
     gpu = torch.device("cuda")
-    for module in (model_module, run_module):
+    for module in (load_module, context):
         monkeypatch.setattr(module, "resolve_device", lambda name: gpu)
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)

@@ -35,7 +35,7 @@ def test_the_default_adapter_obeys_every_rule(inputs, tmp_path):
 
 def test_what_vllm_would_refuse_is_told_when_training_starts(inputs, tmp_path):
     outcome = train(**inputs, output_dir=tmp_path, modules_to_save=["lm_head"])
-    warning = outcome.out.index("warning: vLLM will not take this adapter as it is (trained copies")
+    warning = outcome.out.index("warning: vLLM cannot load this adapter as it is (trained copies")
     assert warning < outcome.out.index("step 1/1")
     assert "vLLM:         merge first, then vllm serve" in outcome.out
     problems = vllm_problems(read(tmp_path / "adapter_config.json"), keys(tmp_path))
@@ -107,6 +107,6 @@ def test_a_merged_model_of_an_earlier_state_is_said(inputs, tmp_path):
     settings = {**inputs, "output_dir": tmp_path, "save_steps": 1, "lora_r": 2, "max_steps": 1}
     train(**settings, save_merged=True)
     settings |= {"max_steps": 2, "resume_from_checkpoint": "auto"}
-    assert "merged is of an earlier state; --save-merged makes it anew" in train(**settings).out
+    assert "merged is from an earlier state; --save-merged writes it again" in train(**settings).out
     settings |= {"max_steps": 3, "save_merged": True}
     assert "earlier state" not in train(**settings).out

@@ -13,8 +13,10 @@ import pytest
 from tiny_tokenizer import TEMPLATE, write_byte_level
 
 from minisft.config.errors import UserError
-from minisft.text.chat import MAX_CHARS, assistant_spans, has_generation_block, render
-from minisft.text.tokenizer import encode_chat_spans, load_tokenizer
+from minisft.text.chat import assistant_spans, has_generation_block, render
+from minisft.text.encoding import encode_spans
+from minisft.text.sandbox import MAX_CHARS
+from minisft.text.tokenizer import load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eot|>", "pad_token": "<|pad|>"}
@@ -162,7 +164,7 @@ def test_masks_equal_transformers(name: str, reference: Any, directory: Path) ->
             given = {"special_tokens": SPECIAL, "tools": tools}
             text, spans = assistant_spans(template, CHATS[name], **given)
             assert text == render(template, CHATS[name], **given)
-            ids, mask = encode_chat_spans(tokenizer, text, spans)
+            ((ids, mask),) = encode_spans(tokenizer, [(text, spans)], add_special_tokens=False)
             assert ids == expected["input_ids"], path.name
             assert mask == expected["assistant_masks"], path.name
             compared += 0 < sum(mask) < len(mask)
@@ -300,7 +302,7 @@ def test_hostile_templates_are_refused_in_bounded_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "slow steps":
-        monkeypatch.setattr("minisft.text.chat.MAX_SECONDS", 0.5)
+        monkeypatch.setattr("minisft.text.sandbox.MAX_SECONDS", 0.5)
     messages = [{"role": "user", "content": "hi"}]
     started = time.perf_counter()
     try:
@@ -314,7 +316,7 @@ def test_hostile_templates_are_refused_in_bounded_time(
 
 
 def test_steps_count_for_one_rendering_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisft.text.chat.MAX_STEPS", 50)
+    monkeypatch.setattr("minisft.text.sandbox.MAX_STEPS", 50)
     template = "{% for i in range(40) %}{{ i }}{% endfor %}"
     assert len({render(template, USER, special_tokens={}) for _ in range(3)}) == 1
     with pytest.raises(UserError, match="more than 50 steps"):

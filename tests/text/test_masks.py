@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from test_chat import CHATS, SPECIAL, TEMPLATES, TOOLS
 from tiny_tokenizer import TEMPLATE, write_byte_level
+from tokenised import named_rows
 
 from minisft.batches import IGNORED
 from minisft.config.errors import UserError
-from minisft.data.tokenize import Settings, named_rows, tokenize
+from minisft.data.settings import Settings
+from minisft.data.tokenize import tokenize
 from minisft.text import chat, masks
-from minisft.text.templates import BUILT_IN
-from minisft.text.tokenizer import Tokenizer, decode, encode, load_tokenizer
+from minisft.text.built_in import BUILT_IN
+from minisft.text.encoding import decode, encode
+from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 # Special tokens of the shipped templates, by their looks.
 LOOKS_SPECIAL = re.compile(r"<\|?[a-z_\|｜▁/]+\|?>|<｜[^｜]*｜>|</s>|\[/?INST\]")
@@ -120,7 +123,10 @@ def test_a_last_turn_of_its_own_shape_is_told_by_the_end_of_turn(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("m['role'] + '<|end|>\n'", "m['role'] + (messages | length) | string"), "another way"),
+        (
+            ("m['role'] + '<|end|>\n'", "m['role'] + (messages | length) | string"),
+            "renders the messages before message 1 differently",
+        ),
         (("m['content'] | trim", "m['role'] | trim"), "does not write the assistant's words"),
     ],
 )
@@ -240,11 +246,13 @@ def test_markers_equal_a_search_among_token_ids(tmp_path: Path) -> None:
     ]
     parts = ["<|start|>user<|end|>\n", "<|start|>assistant<|end|>\n"]
     ask, answer = (encode(tokenizer, part, add_special_tokens=False) for part in parts)
-    settings = Settings(instruction_part=parts[0], response_part=parts[1], keep_untrained=True)
+    # Packing keeps the rows without a trained label too.
+    packing = {"packing": "bfd", "max_length": 10**6}
+    settings = Settings(instruction_part=parts[0], response_part=parts[1], **packing)
     dataset = tokenize([named_rows(rows, "mem")], tokenizer, settings)
-    trained = 0
-    for i in range(len(dataset)):
-        ((a, b),) = dataset.row_documents(i)
+    trained, documents = 0, [d for i in range(len(dataset)) for d in dataset.row_documents(i)]
+    assert len(documents) == len(rows)
+    for a, b in documents:
         expected = _by_token_ids(dataset.input_ids[a:b].tolist(), ask, answer)
         assert dataset.labels[a:b].tolist() == expected
         trained += sum(label != IGNORED for label in expected)
@@ -272,7 +280,7 @@ def test_marker_spans(text: str, expected: list[str]) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_templates(name: str, tmp_path: Path) -> None:
     directory = write_byte_level(tmp_path, chat_template=None)
-    writes = BUILT_IN[name][1]
+    writes = BUILT_IN[name]
     if writes:
         with pytest.raises(UserError, match=rf"--chat-template {name} writes .*alpaca or plain"):
             load_tokenizer(directory, chat_template=name)

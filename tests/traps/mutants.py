@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(4, "minisft/batches.py", "    labels[cu[:-1]] = IGNORED\n", "    labels[0] = IGNORED\n"),
     Mutant(
-        5, "minisft/data/tokenize.py",
+        5, "minisft/data/render.py",
         'completion += "" if completion.endswith(eos) else eos',
         'completion += ""',
     ),
@@ -62,9 +62,9 @@ MUTANTS = [
         "        if piece == _OPEN:\n            start = 0",
     ),
     Mutant(
-        8, "minisft/text/tokenizer.py",
-        "        return encode(tokenizer, rendered, add_special_tokens=False)\n    return [i for",
-        "        return encode(tokenizer, rendered, add_special_tokens=True)\n    return [i for",
+        8, "minisft/text/encoding.py",
+        "encoding = backend.encode(lead + text, add_special_tokens=False)",
+        "encoding = backend.encode(lead + text, add_special_tokens=True)",
     ),
     Mutant(
         9, "minisft/text/tokenizer.py",
@@ -117,9 +117,9 @@ MUTANTS = [
         "    pass",
     ),
     Mutant(
-        19, "minisft/loop.py",
-        "        factor = lr_factor(state.step, total_steps, config)",
-        "        factor = lr_factor(state.step + 1, total_steps, config)",
+        19, "minisft/run.py",
+        "        factor = lr_factor(state.step, last, config)",
+        "        factor = lr_factor(state.step + 1, last, config)",
     ),
     Mutant(
         20, "minisft/session/merge.py",
@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         22,
         "minisft/data/sources.py",
-        "    highest = dataset.max_token_id\n    if highest >= vocab_size:",
-        "    highest = dataset.max_token_id\n    if highest < 0:",
+        '    highest = dataset.stats["max_token_id"]\n    if highest >= vocab_size:',
+        '    highest = dataset.stats["max_token_id"]\n    if highest < 0:',
     ),
     Mutant(
         23, "minisft/rope.py",
@@ -148,7 +148,7 @@ MUTANTS = [
         "    alpha = 16\n",
     ),
     Mutant(
-        25, "minisft/text/tokenizer.py",
+        25, "minisft/text/encoding.py",
         r'return tokenizer.special_text.sub(rf"{TEXT_OPEN}\g<0>{TEXT_CLOSE}", value)',
         "return value",
     ),
@@ -158,7 +158,7 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        27, "minisft/loop.py",
+        27, "minisft/session/guards.py",
         "    if not skipped and trace(state)[1] == before[1]:",
         "    if False:",
     ),

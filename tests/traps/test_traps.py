@@ -26,11 +26,11 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import SPECIALS, TEMPLATE, write_byte_level
+from tokenised import tokenize_rows
 
-from minisft.batches import IGNORED, RowSchedule, StepBatch, make_micro_batch
+from minisft.batches import IGNORED, RowSchedule, StepBatch, TokenizedDataset, make_micro_batch
 from minisft.config.hf import parse_model_config, parse_rope
 from minisft.config.train import TrainConfig
-from minisft.data.tokenize import TokenizedDataset, tokenize_rows
 from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute, hidden_states, logits, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
@@ -38,8 +38,9 @@ from minisft.loss import evaluation, loss_sum
 from minisft.nn import rms_norm
 from minisft.rope import rope_inverse_frequencies
 from minisft.session.generate import stop_ids
-from minisft.step import Plan, loss_and_grads
-from minisft.text.tokenizer import encode, load_tokenizer
+from minisft.step import ExecutionPlan, loss_and_grads
+from minisft.text.encoding import encode
+from minisft.text.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 FULL = {"load_in_4bit": False, "lora_r": 4, "max_length": 64, "learning_rate": 1e-2}
@@ -131,7 +132,7 @@ def test_t01_the_loss_is_the_mean_over_tokens_however_a_step_is_cut(model, weigh
     for cut in ([list(range(8))], [[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)]):
         micro = [make_micro_batch(data, rows, CPU) for rows in cut]
         batch = StepBatch(micro, 72, 80, list(range(8)), 1.0)
-        found.append(loss_and_grads(flat, weights, batch, Plan(compute)))
+        found.append(loss_and_grads(flat, weights, batch, ExecutionPlan(compute)))
     for loss, grads in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert (grads - found[0][1]).norm() / found[0][1].norm() < 1e-5
@@ -294,7 +295,7 @@ def test_t11_a_micro_batch_without_labels_contributes_nothing(model, weights):
     documents = [ids(8, 1), ids(8, 2)]
     data = dataset(documents, [documents[0], [IGNORED] * 8])
     micro = [make_micro_batch(data, [i], CPU) for i in (0, 1)]
-    plan = Plan(compute)
+    plan = ExecutionPlan(compute)
     alone = loss_and_grads(flat, weights, StepBatch(micro[:1], 7, 8, [0], 1.0), plan)
     both = loss_and_grads(flat, weights, StepBatch(micro[::-1], 7, 16, [1, 0], 1.0), plan)
     assert torch.equal(alone[0], both[0]) and torch.equal(alone[1], both[1])

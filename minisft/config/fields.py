@@ -1,0 +1,230 @@
+"""How a setting is declared: notes in the `Annotated` type of a field, and the checks they imply.
+
+    lora_r: Annotated[int, Fixed, at_least(1)] = 16
+
+The type gives what a value is (bool, int, float, str or tuple[str, ...]) and, as a `Literal`, its
+choices. The notes below give the rest. A field without notes is checked for its type alone, so a
+subclass may add fields of any type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from minisft.config.errors import UserError, flag, wrong
+
+Note = TypeVar("Note")
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Whether a run that resumes from a checkpoint may change the setting."""
+
+    may_change: bool
+
+
+Fixed, Free = OnResume(False), OnResume(True)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on the value; an error message ends in `expected`."""
+
+    holds: Callable[[Any], Any]
+    expected: str
+
+
+def at_least(limit: float) -> Check:
+    """The number must be `limit` or more."""
+    return Check(lambda value: value >= limit, f"at least {limit}")
+
+
+def above(limit: float) -> Check:
+    """The number must be greater than `limit`."""
+    return Check(lambda value: value > limit, f"above {limit}")
+
+
+@dataclass(frozen=True, eq=False)  # a dict has no hash, but tyro and typing hash the notes
+class Also:
+    """Other spellings of some values, replaced before any check; words in any case."""
+
+    spellings: dict[bool | str, str]
+
+
+@dataclass(frozen=True)
+class Items:
+    """What the items of a list are.
+
+    what: for messages. choices: the allowed items, () for any. also: a type other than str that
+    Python callers may give. commas: whether an item is split at commas.
+    """
+
+    what: str = "names"
+    choices: tuple[str, ...] = ()
+    also: type = str
+    commas: bool = True
+
+
+@dataclass(frozen=True)
+class Idle:
+    """The setting has no effect while `other` has one of the values; with `unless`, none of them.
+
+    Giving it is an error that suggests the remedy; without a remedy it is a warning, for pairs
+    that Trainer accepts. why: the cause, by default the other setting as a flag; {name} in it
+    stands for the value of that setting.
+    """
+
+    other: str
+    values: tuple[Any, ...]
+    remedy: str = ""
+    why: str = ""
+    unless: bool = False
+
+
+class Setting(NamedTuple):
+    """One field as declared. kind: bool, int, float, str, tuple, or object (not checked)."""
+
+    name: str
+    kind: type
+    optional: bool  # None is allowed
+    choices: tuple[Any, ...]
+    notes: tuple[Any, ...]
+
+    def all(self, kind: type[Note]) -> list[Note]:
+        """The notes of one kind."""
+        return [note for note in self.notes if isinstance(note, kind)]
+
+    @property
+    def items(self) -> Items:
+        """What the items of the list are."""
+        return next(iter(self.all(Items)), Items())
+
+    @property
+    def expected(self) -> str:
+        """The type in words: "int", "str or None", "a list of token ids"."""
+        kind = f"a list of {self.items.what}" if self.kind is tuple else self.kind.__name__
+        return kind + " or None" * self.optional
+
+    def respelled(self, value: Any) -> Any:
+        """The value under its current spelling (`Also`)."""
+        key = value.lower() if isinstance(value, str) else value
+        if not isinstance(key, (bool, str)):  # 0 and 1 would find the entries of False and True
+            return value
+        return next((a.spellings[key] for a in self.all(Also) if key in a.spellings), value)
+
+    def normalized(self, value: Any) -> Any:
+        """The value as it is stored: respelled, paths as str, lists as tuples of str.
+
+        Raises UserError for a value of another type.
+        """
+        value = self.respelled(value)
+        if isinstance(value, Path) and self.kind in (str, tuple):
+            value = str(value)
+        if isinstance(value, dict) and "=" in self.items.what:
+            value = tuple(f"{k}={v}" for k, v in value.items())
+        if not self._has_type(value):
+            raise wrong(flag(self.name), value, self.expected)
+        return self._list(value) if self.kind is tuple else value
+
+    def _has_type(self, value: Any) -> bool:
+        if value is None or self.kind is object:
+            return self.optional or self.kind is object
+        if isinstance(value, bool) and self.kind is not bool:  # True is an int to Python
+            return False
+        wider = {float: (int, float), tuple: (str, tuple, list)}
+        return isinstance(value, wider.get(self.kind, self.kind))
+
+    def _list(self, value: str | tuple | list) -> tuple[str, ...]:
+        items = [value] if isinstance(value, str) else list(value)
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
+                raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")
+        items = [str(item) for item in items]
+        return split_list(items) if self.items.commas else tuple(filter(None, items))
+
+    def check(self, value: Any) -> None:
+        """Raise UserError for a value that is not among the choices or fails a `Check`."""
+        if value is None:
+            return
+        name, items = flag(self.name), self.items
+        if self.choices and value not in self.choices:
+            raise wrong(name, value, f"one of {', '.join(map(str, self.choices))}")
+        for check in self.all(Check):
+            if not check.holds(value) or (isinstance(value, float) and math.isinf(value)):
+                raise wrong(name, value, check.expected + ", or none" * self.optional)
+        for item in value if items.choices else ():
+            if item not in items.choices:
+                raise wrong(name, item, f"some of {items.what}")
+
+
+@lru_cache
+def settings(cls: type) -> dict[str, Setting]:
+    """The settings that a dataclass declares, by name, in the order of its fields."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: _setting(f.name, hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def _setting(name: str, hint: Any) -> Setting:
+    notes = getattr(hint, "__metadata__", ())
+    hint = hint.__origin__ if notes else hint
+    union = typing.get_origin(hint) in (typing.Union, UnionType)
+    members = typing.get_args(hint) if union else (hint,)
+    kinds = [member for member in members if member is not NoneType]
+    kind, choices = kinds[0] if len(kinds) == 1 else object, ()
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        kind = type(choices[0])
+    elif kind == tuple[str, ...]:
+        kind = tuple
+    elif kind not in (bool, int, float, str):
+        kind = object
+    return Setting(name, kind, NoneType in members, choices, notes)
+
+
+def fixed_on_resume(cls: type) -> tuple[str, ...]:
+    """Names of the settings that a run may not change when it resumes from a checkpoint."""
+    return tuple(name for name, setting in settings(cls).items() if Fixed in setting.notes)
+
+
+def respelled(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file recorded them, old spellings of values replaced by the current ones."""
+    known = settings(cls)
+    return {n: known[n].respelled(v) if n in known else v for n, v in values.items()}
+
+
+def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, why, remedy) of each setting that was given although the others leave it unused.
+
+    Given means different from the default. The remedy is "" where a warning is enough.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, setting in settings(type(config)).items():
+        for note in setting.all(Idle):
+            value = getattr(config, note.other)
+            if getattr(config, name) != defaults[name] and (value in note.values) != note.unless:
+                why = note.why.format_map(vars(config)) or as_flag(note.other, value)
+                yield name, why, note.remedy
+
+
+def as_flag(name: str, value: Any) -> str:
+    """A setting as on the command line: --packing, --no-packing, --lora-r 8, --report-to none."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    shown = " ".join(value) or "none" if isinstance(value, tuple) else value
+    return f"{flag(name)} {shown}" if shown != "" else f"{flag(name)} ''"
+
+
+def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a list with a `re:` pattern keeps its commas."""
+    items = [value] if isinstance(value, str) else value
+    if any(item.startswith("re:") for item in items):
+        return tuple(items)
+    return tuple(part for item in items for part in item.split(",") if part)

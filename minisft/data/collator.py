@@ -1,0 +1,107 @@
+"""A user's `batch_fn` (data collator) applied to rows of a TokenizedDataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisft.batches import IGNORED, TokenizedDataset
+from minisft.config.errors import UserError
+
+# A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
+# same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: no padding),
+# as transformers' DataCollatorForSeq2Seq and DataCollatorForLanguageModeling(mlm=False) return
+# them. It must be a function of its input alone, or resuming changes the run.
+BatchFn = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A batch_fn as a function of (dataset, rows of each batch), for `Batches.collate`."""
+
+    batch_fn: BatchFn
+    vocab_size: int  # the ids and labels that batch_fn returns must be below it
+
+    def __call__(self, dataset: TokenizedDataset, batches: list[list[int]]) -> TokenizedDataset:
+        """Return the rows of all batches after batch_fn, in order and without its padding.
+
+        Raises UserError, naming what is wrong, if batch_fn fails or its result is not a batch of
+        this model's ids.
+        """
+        rows: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            examples = [_example(dataset, row) for row in batch]
+            ids, labels, mask = _tensors(_call(self.batch_fn, examples))
+            _check_ids(ids[mask], labels[mask], self.vocab_size)
+            # Micro-batches hold no padding: rows are concatenated, so it is removed again here.
+            rows += [(i[m], t[m]) for i, t, m in zip(ids, labels, mask, strict=True) if m.any()]
+        if not rows:
+            raise UserError("batch_fn left no row in a batch; expected at least one token")
+        lengths = torch.tensor([0, *(len(ids) for ids, _ in rows)])
+        return TokenizedDataset(
+            input_ids=torch.cat([ids for ids, _ in rows]).int(),
+            labels=torch.cat([labels for _, labels in rows]).int(),
+            document_offsets=lengths.cumsum(0),
+            row_offsets=torch.arange(len(rows) + 1),
+            stats=dataset.stats,
+        )
+
+
+def _example(dataset: TokenizedDataset, row: int) -> dict[str, list[int]]:
+    start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+    return {
+        "input_ids": dataset.input_ids[start:stop].tolist(),
+        "labels": dataset.labels[start:stop].tolist(),
+        "attention_mask": [1] * (stop - start),
+    }
+
+
+def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[str, Any]:
+    try:
+        try:
+            return batch_fn(examples)
+        except ValueError:
+            # A collator that makes its own labels (DataCollatorForLanguageModeling) cannot pad
+            # given ones. Where every token is trained, the labels say nothing: try without them.
+            if any(row["labels"] != row["input_ids"] for row in examples):
+                raise
+            return batch_fn([{k: v for k, v in row.items() if k != "labels"} for row in examples])
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise UserError(
+            f"batch_fn failed ({type(e).__name__}: {reason}); it takes a list of rows, dicts of "
+            "the lists input_ids, labels and attention_mask, and returns the three as [rows, "
+            "length], padded where the mask is 0. One that makes its own labels takes only rows "
+            "whose every token is trained (DataCollatorForSeq2Seq keeps those of the rows)"
+        ) from e
+
+
+def _tensors(made: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, labels, bool attention_mask), each [rows, length], of batch_fn's result."""
+    try:
+        ids = torch.as_tensor(made["input_ids"])
+        labels = torch.as_tensor(made["labels"])
+        mask = torch.as_tensor(made.get("attention_mask", torch.ones_like(ids))).bool()
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(
+            f"batch_fn returned no batch of input_ids and labels [rows, length] ({e!r})"
+        ) from None
+    if not ids.shape == labels.shape == mask.shape or ids.dim() != 2:
+        raise UserError(
+            f"batch_fn returned input_ids {tuple(ids.shape)}, labels {tuple(labels.shape)} and "
+            f"attention_mask {tuple(mask.shape)}; expected three of one shape [rows, length]"
+        )
+    return ids, labels, mask
+
+
+def _check_ids(ids: Tensor, labels: Tensor, vocab_size: int) -> None:
+    values = [*ids.tolist(), *(label for label in labels.tolist() if label != IGNORED)]
+    if wrong := [value for value in values if not 0 <= value < vocab_size]:
+        raise UserError(
+            f"batch_fn returned the id or label {wrong[0]}; expected 0 to {vocab_size - 1}, or "
+            f"{IGNORED} for a label that is not trained"
+        )

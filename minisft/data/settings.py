@@ -1,0 +1,84 @@
+"""Settings that shape the token arrays, and their values for one source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from minisft.config.errors import UserError
+from minisft.data import formats
+from minisft.data.packing import check_packing
+from minisft.data.readers import Rows
+from minisft.text.tokenizer import Tokenizer
+
+OVERLONG = ("truncate", "drop", "split", "error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes the token arrays besides the rows and the tokenizer; part of the cache key.
+
+    Raises UserError for an unknown value or a contradiction.
+    """
+
+    format: str | None = None  # one of formats.FORMATS; None detects it
+    text_field: str = "text"
+    max_length: int | None = None  # tokens
+    overlong: str | None = None  # one of OVERLONG; None: truncate, or what the packing does
+    packing: str | None = None  # one of packing.PACKING
+    completion_only_loss: bool | None = None  # None: if rows have a prompt and a completion
+    assistant_only_loss: bool = False
+    instruction_part: str = ""  # with response_part: train what follows a response_part,
+    response_part: str = ""  # up to the next instruction_part
+    skip_bad: bool = False  # drop and count malformed rows instead of stopping
+
+    def __post_init__(self):
+        if self.overlong is not None and self.overlong not in OVERLONG:
+            raise UserError(f"overlong is {self.overlong!r}; expected one of {', '.join(OVERLONG)}")
+        if bool(self.instruction_part) != bool(self.response_part):
+            raise UserError(
+                "--instruction-part and --response-part belong together: training starts after "
+                "a response part and ends at the next instruction part; give both"
+            )
+        if self.response_part and self.assistant_only_loss:
+            raise UserError(
+                "--assistant-only-loss and --response-part both say what is trained; give one"
+            )
+        if self.packing is not None:
+            check_packing(self.packing, self.max_length)
+
+
+def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> Settings:
+    """Return the settings with the source's format and completion_only_loss filled in.
+
+    Raises UserError if the source's columns do not fit the settings.
+    """
+    format = settings.format
+    if format is None:
+        format = formats.detect_format(
+            rows.columns, text_field=settings.text_field, source=rows.source
+        )
+    elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
+        close = formats.nearest(missing[0], rows.columns)
+        hint = f"did you mean {close!r}? " if close else ""
+        raise UserError(
+            f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
+            f"{', '.join(rows.columns)}; {hint}name yours with --columns or --dataset-text-field"
+        )
+    completion_only = settings.completion_only_loss
+    if completion_only is None:
+        completion_only = format == "alpaca" or not formats.missing_columns(
+            "prompt-completion", rows.columns
+        )
+    if format != "input_ids" and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token; set it in tokenizer_config.json")
+    if settings.assistant_only_loss and format == "text":
+        raise UserError(
+            f"{rows.source}: assistant_only_loss needs chat rows, but the format is 'text'; "
+            "leave it out, or give a 'messages' column"
+        )
+    if settings.response_part and format == "input_ids":
+        raise UserError(
+            f"{rows.source}: --response-part searches text, but the rows are token ids; give "
+            "them labels or masks"
+        )
+    return replace(settings, format=format, completion_only_loss=completion_only)

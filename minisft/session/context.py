@@ -1,0 +1,90 @@
+"""What one run carries from its first line to its last: `Run`, and the context it runs in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minisft.batches import Batches, RowSchedule
+from minisft.config.train import TrainConfig
+from minisft.data.load import Data
+from minisft.files.device import resolve_device
+from minisft.files.load import Base
+from minisft.session.memory import Needs, out_of_memory
+from minisft.session.outputs import output_directory
+from minisft.session.report import Reporter
+from minisft.session.signals import Stop, stop_signals
+from minisft.session.torch_switches import deterministic, flash_attention
+from minisft.step import ExecutionPlan, State
+from minisft.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Place:
+    """Where a run works: its output directory, its signals, its memory estimate."""
+
+    out: Path
+    stop: Stop
+    needs: Needs  # filled once known; an out-of-memory message quotes it
+
+
+@dataclass
+class Run:
+    """One run, ready to train: settings, model, data, plan, and where it writes."""
+
+    config: TrainConfig
+    place: Place
+    tokenizer: Tokenizer
+    base: Base
+    state: State
+    data: Data
+    plan: ExecutionPlan
+    batches: Batches
+    facts: dict[str, Any]  # hashes of the data and of the base, kept with every checkpoint
+    evaluated: bool = True  # whether the checkpoint resumed from holds its step's evaluation
+    # Opened by `reporting` right before the first step.
+    report: Reporter = field(init=False, repr=False)
+
+    @property
+    def out(self) -> Path:
+        """The output directory."""
+        return self.place.out
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        epochs = math.ceil(self.config.num_train_epochs * self.schedule.steps_per_epoch)
+        return self.config.max_steps if self.config.max_steps > 0 else epochs
+
+    @property
+    def schedule(self) -> RowSchedule:
+        """The rows of every step."""
+        return self.batches.schedule
+
+
+class Numbers(NamedTuple):
+    """What the training loop measured, of the steps of this process."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    epoch: float  # epochs completed, over all processes
+    memory_before_gib: float
+
+
+@contextmanager
+def session(config: TrainConfig) -> Iterator[Place]:
+    """The output directory, locked; signals, out-of-memory errors and torch's switches handled."""
+    where = "before its first step: the same command starts again"
+    with (
+        stop_signals(where) as stop,
+        output_directory(config) as out,
+        out_of_memory(config) as needs,
+        deterministic(config.deterministic),
+        flash_attention(config.attn_implementation, resolve_device(config.device)),
+    ):
+        yield Place(out, stop, needs)

@@ -1,0 +1,214 @@
+"""Encode text and rendered chats to token ids, map character spans to tokens, and decode.
+
+A user may write "<|eot_id|>" in a message, and the template must not turn that into a control
+token. So `mark_special_text` wraps such strings before rendering, and the text around a wrapped
+one, up to the next real special token, is encoded with special tokens switched off. A chat without
+such strings is encoded in one call, with the same ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tokenizers import Encoding
+
+from minisft.config.errors import UserError
+from minisft.text.tokenizer import Tokenizer
+
+# Around a special token's string that came from a message. Plane-16 private use, never assigned.
+TEXT_OPEN, TEXT_CLOSE = "\U0010fdd0", "\U0010fdd1"
+# Characters encoded in one call: an encoding takes about 100 bytes of memory per character.
+PART_CHARS = 2_000_000
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of one string.
+
+    add_special_tokens: add what the post-processor of tokenizer.json adds, such as a BOS.
+    """
+    return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def encode_batch(
+    tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Return the token ids of many strings, in order, using all cores; no padding, no cutting."""
+    ids: list[list[int]] = []
+    for part in _parts(texts):
+        batch = tokenizer.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+        ids += [encoding.ids for encoding in batch]
+    return ids
+
+
+def decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
+    """Return the text of token ids; special tokens appear as their strings unless skipped."""
+    return tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    """Yield consecutive texts with at most PART_CHARS characters in total, or one longer text."""
+    part: list[str] = []
+    room = PART_CHARS
+    for text in texts:
+        if part and len(text) > room:
+            yield part
+            part, room = [], PART_CHARS
+        part.append(text)
+        room -= len(text)
+    if part:
+        yield part
+
+
+def mark_special_text(tokenizer: Tokenizer, value: Any) -> Any:
+    """Return a JSON value with TEXT_OPEN and TEXT_CLOSE around special tokens in its strings.
+
+    Dict keys are not searched. Raises UserError if a string contains one of the two characters.
+    """
+    if isinstance(value, str):
+        if TEXT_OPEN in value or TEXT_CLOSE in value:
+            raise UserError(
+                "a message contains U+10FDD0 or U+10FDD1; these private-use characters are "
+                "reserved, remove them from the row"
+            )
+        return tokenizer.special_text.sub(rf"{TEXT_OPEN}\g<0>{TEXT_CLOSE}", value)
+    if isinstance(value, dict):
+        return {k: mark_special_text(tokenizer, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [mark_special_text(tokenizer, v) for v in value]
+    return value
+
+
+def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Return the token ids of a rendered chat. No BOS is added: the template writes its own.
+
+    Text between TEXT_OPEN and TEXT_CLOSE never becomes a special token.
+    """
+    return [i for piece in _encode_pieces(tokenizer, rendered) for i in piece.ids]
+
+
+def encode_spans(
+    tokenizer: Tokenizer,
+    texts: list[tuple[str, list[tuple[int, int]]]],
+    *,
+    add_special_tokens: bool,
+) -> list[tuple[list[int], list[int]]]:
+    """Return (ids, mask) of each (text, spans), in order; mask is 1 on tokens inside the spans.
+
+    spans: (start, end) in characters of the text, end exclusive. As in transformers, the first span
+    that starts at no token ends the marking, and a span that ends at none reaches to the end.
+    add_special_tokens: the texts are not rendered chats; add what the post-processor adds.
+    """
+    plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
+    batch = (
+        encoding
+        for part in _parts(plain)
+        for encoding in tokenizer.backend.encode_batch(part, add_special_tokens=add_special_tokens)
+    )
+    out = []
+    for text, spans in texts:
+        if not add_special_tokens and TEXT_OPEN in text:
+            pieces = _encode_pieces(tokenizer, text)
+        else:
+            pieces = [_Piece(0, len(text), next(batch), 0)]
+        out.append(_with_mask(pieces, text, spans))
+    return out
+
+
+class _Piece(NamedTuple):
+    """A part of a chat that is encoded in one call."""
+
+    start: int  # its first character in the chat without TEXT_OPEN and TEXT_CLOSE
+    stop: int
+    encoding: Encoding
+    skip: int  # tokens at the start of `encoding` that are not part of the chat
+
+    @property
+    def ids(self) -> list[int]:
+        """The piece's token ids."""
+        return self.encoding.ids[self.skip :]
+
+
+def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:
+    backend, pieces, start = tokenizer.backend, [], 0
+    for text, as_text in _split_marked(tokenizer, rendered):
+        # With prepend_scheme "first", the backend adds a word boundary to the start of its input.
+        # A piece from the middle of the chat has none, so it is encoded after a newline, whose
+        # tokens are then skipped.
+        anchored = start > 0 and getattr(backend.pre_tokenizer, "prepend_scheme", "") == "first"
+        lead = "\n" if anchored and as_text else ""
+        backend.encode_special_tokens = as_text  # True: encode their strings as ordinary text
+        try:
+            skip = len(backend.encode(lead, add_special_tokens=False).ids) if lead else 0
+            encoding = backend.encode(lead + text, add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+        pieces.append(_Piece(start, start + len(text), encoding, skip))
+        start += len(text)
+    return pieces
+
+
+def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]:
+    """Split a chat into [(text without marks, as_text)]; as_text: it contained a mark.
+
+    The text between two real special tokens is not split further.
+    """
+    marked = re.compile(
+        f"(?P<text>{TEXT_OPEN}.*?{TEXT_CLOSE})|(?P<special>{tokenizer.special_text.pattern})",
+        flags=re.DOTALL,
+    )
+    pieces: list[tuple[str, bool]] = []
+    begin = 0  # of the text since the last real special token
+    for match in [*marked.finditer(rendered), None]:
+        if match is not None and match["special"] is None:
+            continue
+        text = rendered[begin : match.start() if match else len(rendered)]
+        # A template that slices a message may leave one mark without the other: still text.
+        as_text = TEXT_OPEN in text or TEXT_CLOSE in text
+        pieces.append((text.replace(TEXT_OPEN, "").replace(TEXT_CLOSE, ""), as_text))
+        if match is not None:
+            pieces.append((match["special"], False))
+            begin = match.end()
+    joined: list[tuple[str, bool]] = []
+    for text, as_text in pieces:
+        if joined and not as_text and not joined[-1][1]:
+            joined[-1] = (joined[-1][0] + text, False)
+        elif text:
+            joined.append((text, as_text))
+    return joined
+
+
+def _with_mask(
+    pieces: list[_Piece], rendered: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Return (ids, mask) of an encoded text; see `encode_spans`."""
+    ids = [i for piece in pieces for i in piece.ids]
+    mask = [0] * len(ids)
+    for start, end in spans:
+        first = _token_at(pieces, _unmarked(rendered, start))
+        last = _token_at(pieces, _unmarked(rendered, end) - 1)
+        if first is None:
+            break
+        # transformers treats an end at token 0 like an end at no token.
+        stop = last + 1 if last else len(ids)
+        mask[first:stop] = [1] * (stop - first)
+    return ids, mask
+
+
+def _unmarked(rendered: str, position: int) -> int:
+    """Return the position in the chat without TEXT_OPEN and TEXT_CLOSE."""
+    before = rendered[:position]
+    return position - before.count(TEXT_OPEN) - before.count(TEXT_CLOSE)
+
+
+def _token_at(pieces: list[_Piece], char: int) -> int | None:
+    """Return the index, among all tokens, of the one that covers this character, or None."""
+    offset = 0
+    for piece in pieces:
+        if piece.start <= char < piece.stop:
+            # A skipped newline shifts the characters of the encoding by one.
+            token = piece.encoding.char_to_token(char - piece.start + (1 if piece.skip else 0))
+            return None if token is None else offset + token - piece.skip
+        offset += len(piece.encoding.ids) - piece.skip
+    return None

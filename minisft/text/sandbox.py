@@ -1,0 +1,269 @@
+"""A jinja2 environment that limits the length, steps and time of a rendering.
+
+A chat template comes from a model repository and is not trusted. jinja2's sandbox already hides
+Python's internals and refuses to change its inputs. It does not limit work: nested loops run to
+their end, and `'a' * 10**8` is built. The environment here refuses both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+import jinja2.sandbox
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.visitor import NodeTransformer
+
+from minisft.config.errors import UserError
+
+MAX_CHARS = 10_000_000  # in one rendered chat, and in any string that a template builds
+MAX_STEPS = 2_000_000  # loop iterations and calls in one rendering: a few seconds
+MAX_SECONDS = 10.0  # for one rendering: a single step may search, copy or compare long strings
+MAX_BITS = 1_000_000  # in an integer
+# What Python raises when a template meets data that it was not written for.
+_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+# A width of six digits, or one that an argument supplies: "%100000d", "%*d", "{:100000}", "{:{}}".
+_WIDE_FORMAT = re.compile(r"%[-+# 0-9.]*(\d{6}|\*)")
+_WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(\d{6}|\{)")
+
+
+class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandboxed environment that counts steps and checks sizes before a result is built.
+
+    Use one environment per template and render it in one thread at a time: `steps` and `deadline`
+    belong to the rendering in progress.
+    """
+
+    # jinja2 sends only these operators through `call_binop`.
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    steps = 0
+    deadline = math.inf
+
+    def __init__(self, extensions: list, filters: dict[str, Callable[..., Any]]) -> None:
+        """extensions: as for jinja2. filters: name -> function, in addition to jinja2's own."""
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self.filters = {
+            name: _bounded(name, filter) for name, filter in (self.filters | filters).items()
+        }
+        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
+
+    def tick(self) -> None:
+        """Do nothing: `call` counts the call that `_parse` adds to every loop iteration."""
+
+    def check_time(self) -> None:
+        """Raise SecurityError if the rendering is past its deadline."""
+        if time.monotonic() > self.deadline:
+            raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
+
+    def join_values(self, *values: Any) -> str:
+        """Return the values as one string: the `~` operator, with its length checked."""
+        return self.concat([str(value) for value in values])
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Join strings; jinja2 calls this for the output of macros and `{% set %}` blocks."""
+        pieces = list(pieces)
+        _check_length(sum(map(len, pieces)))
+        return "".join(pieces)
+
+    # Positional-only, because a template may pass a keyword argument called "self" or "context".
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function, method or macro for the template; count it and check its sizes."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise SecurityError(f"it runs for more than {MAX_STEPS:,} steps")
+        # Reading the clock at every step would cost more than most steps.
+        if self.steps % 64 == 0:
+            self.check_time()
+        if getattr(obj, "__func__", None) is BoundedEnvironment.tick:
+            return None
+        # jinja2 wraps str.format and str.format_map; the string is behind __wrapped__.
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        if isinstance(owner, str):
+            _check_growth(getattr(obj, "__name__", ""), (owner, *args, *kwargs.values()))
+        return _checked(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right` after checking the size of the result."""
+        sequences = (str, list, tuple)
+        if operator == "+" and isinstance(left, sequences) and isinstance(right, type(left)):
+            _check_length(len(left) + len(right))
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, sequences) and isinstance(other, int):
+                    _check_length(len(one) * max(other, 0))
+        if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+            raise SecurityError("it formats a value with % to an excessive or variable width")
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
+            if bits > MAX_BITS:
+                raise SecurityError(f"it computes a number of more than {MAX_BITS:,} bits")
+        return _checked(super().call_binop(context, operator, left, right))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        """Parse a template, add a call of `tick` to every loop body, and replace `~`."""
+        tree = super()._parse(source, name, filename)
+        # jinja2 limits range() but not nested loops, and an iteration need not call anything.
+        for loop in tree.find_all(jinja2.nodes.For):
+            tick = _environment_call("tick", [], loop.lineno)
+            loop.body.insert(0, jinja2.nodes.ExprStmt(tick, lineno=loop.lineno))
+        tree = _BoundConcat().visit(tree)
+        tree.set_environment(self)
+        return tree
+
+
+class _BoundConcat(NodeTransformer):
+    """Replaces `a ~ b`, which jinja2 joins without asking the environment, by `join_values`."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+        """Return the call that replaces one `~` expression."""
+        self.generic_visit(node)
+        return _environment_call("join_values", node.nodes, node.lineno)
+
+
+def _environment_call(name: str, arguments: list, line: int) -> jinja2.nodes.Call:
+    """Return the syntax node of a call of one of the environment's methods."""
+    function = jinja2.nodes.EnvironmentAttribute(name, lineno=line)
+    return jinja2.nodes.Call(function, arguments, [], None, None, lineno=line)
+
+
+def compile_template(environment: BoundedEnvironment, source: str) -> jinja2.Template:
+    """Compile a template; raises UserError with the line and reason if it is malformed."""
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as e:
+        raise UserError(f"chat template line {e.lineno}: {_one_line(e)}") from None
+    # jinja2 accepts some templates whose generated Python does not compile, for example a macro
+    # with two parameters of one name. It names the template's variable x "l_1_x" there.
+    except SyntaxError as e:
+        what = re.sub(r"\bl_\d+_", "", e.msg)
+        raise UserError(f"chat template: {what}; correct the template") from None
+    except RecursionError:
+        raise UserError("chat template is nested too deeply") from None
+
+
+def render_bounded(compiled: jinja2.Template, variables: dict[str, Any]) -> str:
+    """Render a template that was compiled in a BoundedEnvironment, with fresh limits.
+
+    Raises UserError, in one line, if the template raises an error, does something unsafe, or
+    exceeds MAX_CHARS, MAX_STEPS, MAX_SECONDS or MAX_BITS.
+    """
+    environment = compiled.environment
+    assert isinstance(environment, BoundedEnvironment)
+    environment.steps, environment.deadline = 0, time.monotonic() + MAX_SECONDS
+    pieces, length = [], 0
+    try:
+        # Piece by piece, so that an endless output is stopped before it fills the memory.
+        for piece in compiled.generate(variables):
+            pieces.append(piece)
+            length += len(piece)
+            _check_length(length)
+            environment.check_time()
+    except SecurityError as e:
+        reason = f"chat template refused: {_one_line(e)}"
+        raise UserError(f"{reason}; is it from a source you trust?") from None
+    except TemplateError as e:
+        raise UserError(f"chat template: {_one_line(e)}") from None
+    except _FAULTS as e:
+        raise UserError(f"chat template failed: {type(e).__name__}: {_one_line(e)}") from None
+    return "".join(pieces)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_CHARS:
+        raise SecurityError(f"it produces more than {MAX_CHARS:,} characters")
+
+
+def _checked(result: Any) -> Any:
+    """Return the result; raises SecurityError if it is a string of more than MAX_CHARS."""
+    if isinstance(result, str):
+        _check_length(len(result))
+    return result
+
+
+def _check_growth(name: str, values: tuple[Any, ...]) -> None:
+    """Raise SecurityError if a string method or filter would build too long a result.
+
+    name: of the method or filter. values: the value it applies to, then its arguments. The bound
+    on the result's length is computed from these, before anything is built.
+    """
+    numbers = [v for v in values[1:] if isinstance(v, int)]
+    texts = [v for v in values if isinstance(v, str)]
+    # Any integer argument may be a width or a count: center, ljust, batch and so on.
+    _check_length(max(map(abs, numbers), default=0))
+    value = values[0]
+    if name == "replace" and len(texts) >= 3:
+        _check_length(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
+    elif name == "join" and texts:
+        items = next((v for v in values if isinstance(v, (list, tuple))), ())
+        # The method is called on the separator, the filter gets it as an argument.
+        separator = texts[0] if value is texts[0] else texts[-1]
+        size = sum(len(item) for item in items if isinstance(item, str))
+        _check_length(size + len(separator) * len(items))
+    elif name in ("indent", "expandtabs", "wordwrap", "tojson") and numbers:
+        lines = texts[0].count("\n") + texts[0].count("\t") + 1 if texts else 1000
+        _check_length(lines * max(numbers))
+    # `translate` and `wordwrap` were seen to build 11 GB before they were checked.
+    elif name == "translate":
+        raise SecurityError("it calls translate() with its own table")
+    if name in ("indent", "wordwrap") and len(texts) > 1:
+        _check_length(len(texts[0]) * max(len(text) for text in texts[1:]))
+    if (
+        name in ("format", "format_map")
+        and isinstance(value, str)
+        and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value))
+    ):
+        raise SecurityError("it calls format() with an excessive or variable width")
+
+
+def _bounded(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter that checks the size of its result, where possible before building it."""
+
+    # wraps() also copies the mark with which jinja2 requests a context as the first argument.
+    @functools.wraps(filter)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        given = args[1:] if getattr(filter, "jinja_pass_arg", None) else args
+        _check_growth(name, (*given, *kwargs.values()))
+        return _checked(filter(*args, **kwargs))
+
+    return bounded
+
+
+class _Dict:
+    """`dict(...)` and `dict.fromkeys(...)` for templates, without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict:
+        """Return a dict that maps each key to the value."""
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` for templates; refuses names that begin with an underscore."""
+
+    # Positional-only, because a template may store a name called "self".
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        super().__init__(values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"it stores the underscore name {name!r} on a namespace")

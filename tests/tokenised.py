@@ -1,0 +1,25 @@
+"""Rows in memory to a TokenizedDataset, for tests of what rows become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minisft.batches import TokenizedDataset
+from minisft.data.readers import Rows
+from minisft.data.settings import Settings
+from minisft.data.tokenize import tokenize
+from minisft.text.tokenizer import Tokenizer
+
+
+def named_rows(records: Sequence[dict], source: str) -> Rows:
+    """Dicts in memory as Rows; their columns are the union over all of them."""
+    return Rows(source, records, tuple(dict.fromkeys(name for r in records for name in r)))
+
+
+def tokenize_rows(
+    rows: Rows | Sequence[dict], tokenizer: Tokenizer, *, source: str = "rows", **settings: Any
+) -> TokenizedDataset:
+    """`tokenize` for one source; a list of dicts is named by `source` in messages."""
+    rows = rows if isinstance(rows, Rows) else named_rows(rows, source)
+    return tokenize([rows], tokenizer, Settings(**settings))
