@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Set
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from minisft.config.targets import (
     PATTERN_PREFIX,
     adapter_shapes,
     is_special,
-    match_targets,
 )
 from minisft.files.adapter_config import (
     CONFIG_NAME,
@@ -146,10 +145,9 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
         )
     header = read_header(path)
     keys = _keys_by_name(header, path)
-    adapted = _adapted_modules(keys, path, cfg)
-    lora = _without_dead_targets(lora, adapted, source)
-    _check_targets(lora, cfg, adapted, source)
-    expected = adapter_shapes(lora, cfg)
+    lora = _without_dead_targets(lora, keys, source)
+    with naming(source):
+        expected = adapter_shapes(lora, cfg)
     has_tied_copy = cfg.tie_word_embeddings and bool(lora.modules_to_save)
     if has_tied_copy:
         _check_tying(raw, keys, source)
@@ -199,45 +197,22 @@ def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
         if name in names:
             raise UserError(f"{path}: tensors {names[name]!r} and {key!r} are the same one")
         names[name] = key
+    if not any(".lora_A" in name or ".lora_B" in name for name in names):
+        raise UserError(
+            f"{path}: holds no adapter tensors ({len(names)} others); expected keys such as "
+            f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight. Export the adapter again"
+        )
     return names
 
 
-def _adapted_modules(keys: dict[str, str], path: Path, cfg: ModelConfig) -> list[str]:
-    """Paths of the modules with LoRA tensors in the file. Refuses unknown kinds and modules."""
-    linears, adapted = cfg.linear_paths(), {}
-    for name, key in keys.items():
-        if ".lora_" not in name:
-            continue
-        module, _, kind = name.partition(".lora_")
-        if name in (EMBEDDING_A, EMBEDDING_B):
-            continue  # `_check_names` compares them with the config
-        if kind not in ("A.weight", "B.weight", "magnitude_vector"):
-            raise UserError(
-                f"{path}: tensor {key!r} belongs to a LoRA variant that is not implemented; "
-                "expected lora_A.weight and lora_B.weight of linear modules"
-            )
-        if module not in linears:
-            raise UserError(
-                f"{path}: tensor {key!r} adapts {module!r}, which is no linear of this model "
-                f"({cfg.num_hidden_layers} layers). Was the adapter trained on another base?"
-            )
-        adapted[module] = None
-    if not adapted:
-        raise UserError(
-            f"{path}: holds no adapter tensors ({len(keys)} others); expected keys such as "
-            f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight. Export the adapter again"
-        )
-    return list(adapted)
-
-
-def _without_dead_targets(lora: LoraConfig, adapted: list[str], source: Path) -> LoraConfig:
+def _without_dead_targets(lora: LoraConfig, keys: Iterable[str], source: Path) -> LoraConfig:
     """Drop target names that have no tensor in any layer: PEFT leaves their modules unadapted.
 
     An exclusion that explains the missing tensors is dropped too, without a warning.
     """
     if not lora.target_modules or is_special(lora.target_modules[0]):
         return lora
-    trained = set(map(_last, adapted))
+    trained = {_last(name.partition(".lora_")[0]) for name in keys if ".lora_" in name}
     live = tuple(item for item in lora.target_modules if _last(item) in trained)
     dead = [item for item in lora.target_modules if item not in live]
     excluded = lora.exclude_modules
@@ -260,17 +235,6 @@ def _last(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
-def _check_targets(lora: LoraConfig, cfg: ModelConfig, adapted: list[str], source: Path) -> None:
-    with naming(source):
-        targeted = set(match_targets(lora, cfg)) if lora.target_modules else set()
-    for module in adapted:
-        if module not in targeted:
-            raise UserError(
-                f"{source}: target_modules does not cover {module!r}, but {WEIGHTS_NAME} holds its "
-                f"LoRA tensors and PEFT would drop them. Add {_last(module)!r} to target_modules"
-            )
-
-
 def _check_tying(raw: dict[str, Any], keys: dict[str, str], source: Path) -> None:
     """Refuse a file in which embedding and head differ: a tied base has one trained copy."""
     if not raw.get("ensure_weight_tying") and not {EMBED_KEY, HEAD_KEY} <= keys.keys():
@@ -285,6 +249,13 @@ def _check_names(
     keys: dict[str, str], expected: dict[str, tuple[int, ...]], cfg: ModelConfig, path: Path
 ) -> None:
     """Refuse a missing tensor, and a surplus one whose loss would change the result."""
+    surplus = [name for name in keys if name not in expected]
+    base = cfg.weight_shapes().keys() | {HEAD_KEY}
+    copied = "model.embed_tokens.base_layer.weight" if EMBEDDING_A in expected else ""
+    for name in surplus:
+        lora_problem = _lora_problem(name, expected, cfg) if ".lora_" in name else ""
+        if name != copied and (problem := lora_problem or _copy_problem(name, base)):
+            raise UserError(f"{path}: tensor {keys[name]!r} {problem}")
     missing = [name for name in expected if name not in keys]
     if missing:
         raise UserError(
@@ -292,35 +263,47 @@ def _check_names(
             f"{CONFIG_NAME} asks for it. The adapter is incomplete (export it again) or "
             "was trained on another base"
         )
-    base = cfg.weight_shapes().keys() | {HEAD_KEY}
-    for name, key in keys.items():
-        if name in expected:
-            continue
-        meaning = "has no known meaning"
-        if name == "model.embed_tokens.base_layer.weight" and EMBEDDING_A in expected:
-            meaning = "is PEFT's copy of the base's embedding"
-        elif problem := _surplus_problem(name, base):
-            raise UserError(f"{path}: tensor {key!r} {problem}")
-        warnings.warn(f"{path}: tensor {key!r} {meaning}; ignored", stacklevel=3)
+    for name in surplus:
+        what = (
+            "is PEFT's copy of the base's embedding" if name == copied else "has no known meaning"
+        )
+        warnings.warn(f"{path}: tensor {keys[name]!r} {what}; ignored", stacklevel=3)
 
 
-def _surplus_problem(name: str, base: Set[str]) -> str:
-    """Why a tensor that the config does not declare cannot be ignored; "" if it can be.
-
-    base: the names of the base model's weights.
-    """
+def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
+    """Why a LoRA tensor that the config does not declare cannot be ignored."""
+    module, _, kind = name.partition(".lora_")
     restore = "Restore the original config"
     if name in (EMBEDDING_A, EMBEDDING_B):
         where = f"target_modules in {CONFIG_NAME} does not name embed_tokens"
         return f"adapts the embedding, but {where}. {restore}"
+    if kind not in ("A.weight", "B.weight", "magnitude_vector"):
+        wanted = "lora_A.weight and lora_B.weight of linear modules"
+        return f"belongs to a LoRA variant that is not implemented; expected {wanted}"
+    if module not in cfg.linear_paths():
+        return (
+            f"adapts {module!r}, which is not a linear of this model ({cfg.num_hidden_layers} "
+            "layers). Was the adapter trained on another base?"
+        )
+    if kind == "magnitude_vector" and f"{module}.lora_A.weight" in expected:
+        return f"belongs to DoRA, but use_dora in {CONFIG_NAME} is false. {restore}"
+    return (
+        f"would be dropped by PEFT: in {CONFIG_NAME}, target_modules does not cover {module!r}. "
+        f"Add {_last(module)!r} to target_modules"
+    )
+
+
+def _copy_problem(name: str, base: Container[str]) -> str:
+    """Why a surplus tensor that is not LoRA's cannot be ignored; "" if it can.
+
+    base: the names of the base model's weights.
+    """
     if name.replace(".base_layer.", ".") in base:
         where = f"modules_to_save in {CONFIG_NAME} does not name it"
         return f"replaces a weight of the base model, but {where}. Name it there, or remove it"
-    if name.endswith(".lora_magnitude_vector"):
-        return f"belongs to DoRA, but use_dora in {CONFIG_NAME} is false. {restore}"
     if ".token_adapter." in name:
         where = f"trainable_token_indices in {CONFIG_NAME} does not name them"
-        return f"holds trained tokens, but {where}. {restore}"
+        return f"holds trained tokens, but {where}. Restore the original config"
     return ""
 
 

@@ -29,42 +29,24 @@ PEFT_VERSION = "0.21.2"  # the version whose layout is written
 
 # What PEFT writes for a plain adapter besides the fields that `adapter_config_dict` fills in.
 _PLAIN_FIELDS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "auto_mapping": None,
-    "bias": "none",
-    "corda_config": None,
-    "eva_config": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": PEFT_VERSION,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "task_type": "CAUSAL_LM",
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
+    "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "bias": "none",
+    "corda_config": None, "eva_config": None, "fan_in_fan_out": False, "inference_mode": True,
+    "kasa_config": None, "layer_replication": None, "layers_pattern": None, "loftq_config": {},
+    "lora_bias": False, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "monteclora_config": None, "peft_type": "LORA",
+    "peft_version": PEFT_VERSION, "qalora_group_size": 16, "target_parameters": None,
+    "task_type": "CAUSAL_LM", "use_bdlora": None, "use_qalora": False, "velora_config": None,
+}  # fmt: skip
 # Fields that may hold anything: they do not change what the adapter computes.
 _FREE_FIELDS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"),
-    *("peft_version", "qalora_group_size", "revision"),
-}
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
+    "qalora_group_size", "revision",
+}  # fmt: skip
 _READ_FIELDS = {
-    *("lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora"),
-    *("ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
-    *("exclude_modules", "trainable_token_indices"),
-}
+    "lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora",
+    "ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "exclude_modules", "trainable_token_indices",
+}  # fmt: skip
 # Initialisations that leave the base weights as they are; others train against a changed base.
 _PLAIN_VALUES = {
     "bias": ("none",),

@@ -20,22 +20,12 @@ from minisft.config.errors import UserError
 from minisft.files.disk import atomically
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool,
-}
+}  # fmt: skip
 
 
 class TensorInfo(NamedTuple):
@@ -74,15 +64,12 @@ def read_header(path: str | Path) -> Header:
     metadata = raw.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in sorted(raw.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, (start, stop) = entry["dtype"], entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
         if dtype not in DTYPES:
-            raise UserError(
-                f"{path}: tensor {name!r} has dtype {dtype!r}, which is not supported; expected "
-                f"one of {', '.join(DTYPES)}"
-            )
-        offset = 8 + header_bytes
-        shape = tuple(entry["shape"])
-        tensors[name] = TensorInfo(DTYPES[dtype], shape, start + offset, stop + offset)
+            known = ", ".join(DTYPES)
+            raise UserError(f"{path}: tensor {name!r} has dtype {dtype!r}; expected one of {known}")
+        start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
+        tensors[name] = TensorInfo(DTYPES[dtype], shape, start, stop)
     return Header(tensors, metadata)
 
 

@@ -263,7 +263,7 @@ def test_defect_prefix_dropped(tmp_path: Path, which: str) -> None:
 def test_defect_part_of_the_prefix_dropped(tmp_path: Path) -> None:
     write(tmp_path)
     edit_tensors(tmp_path, lambda t: rename(t, rf"^{PREFIX}model\.", PREFIX))
-    assert "no linear of this model" in refusal(tmp_path)
+    assert "not a linear of this model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("others", [{}, {"x": torch.zeros(2)}])
@@ -412,7 +412,7 @@ def test_an_adapter_of_another_size(tmp_path: Path) -> None:
     assert "layers.2.self_attn.q_proj.lora_A.weight' is missing" in refusal(tmp_path, longer)
     assert "is [4, 64], expected [4, 128]. Was the adapter" in refusal(tmp_path, wider)
     shorter = dataclasses.replace(CFG, num_hidden_layers=1)
-    assert "no linear of this model (1 layers)" in refusal(tmp_path, shorter)
+    assert "not a linear of this model (1 layers)" in refusal(tmp_path, shorter)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

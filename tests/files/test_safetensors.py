@@ -122,7 +122,10 @@ BAD_HEADERS = {
     "metadata no map": ({"__metadata__": 3, "a": entry()}, "integer `3`, expected a map"),
     "metadata no strings": ({"__metadata__": {"k": 3}, "a": entry()}, "expected a string"),
     "key twice": (b'{"a": %b, "a": %b}' % (ENTRY, ENTRY), "a key appears twice"),
-    "unsupported dtype": ({"a": entry("F8_E8M0", shape=[8])}, "dtype 'F8_E8M0', .* one of F64"),
+    "unsupported dtype": (
+        {"a": entry("F8_E8M0", shape=[8])},
+        "dtype 'F8_E8M0'; expected one of F64",
+    ),
     "deep unknown field": (
         b'{"a": %b, "x": %b}' % (ENTRY[:-1] + b', "y": ' + b"[" * 9999 + b"]" * 9999 + b"}", ENTRY),
         "recursion",
