@@ -21,7 +21,8 @@ from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
 from minisft.demo import demo_model
-from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
+from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
+from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.load import token_ids
 from minisft.files.weights import (

@@ -17,8 +17,8 @@ from torch import Tensor
 from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.files.device import resolve_device
-from minisft.files.disk import load_json, refuse_existing, whole_directory, write_json
-from minisft.files.export import save_shards
+from minisft.files.disk import atomic_directory, load_json_object, refuse_existing, write_json
+from minisft.files.export import save_shards, write_model_files
 from minisft.files.quant_state import to_tensors
 from minisft.files.weights import (
     Checkpoint,
@@ -87,20 +87,13 @@ def write(config: QuantizeConfig) -> None:
     stored = checkpoint.cfg.dtype or stored_dtype(checkpoint)
     name = stored if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(directory)
-    with whole_directory(out) as partial:
-        for file, data in export_tokenizer_files(tokenizer).items():
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            (partial / file).write_bytes(data)
-        generation = directory / "generation_config.json"
-        if generation.exists():
-            write_json(partial / generation.name, load_json(generation))
-        save_shards(partial, quantised(checkpoint, config, device, getattr(torch, name)), None)
-        raw = load_json(directory / "config.json") | {
-            "dtype": name,
-            "tie_word_embeddings": checkpoint.cfg.tie_word_embeddings,
-            "quantization_config": quantization_config(config, name),
-        }
-        raw.pop("torch_dtype", None)
+    dtype = getattr(torch, name)
+    with atomic_directory(out) as partial:
+        save_shards(partial, quantised(checkpoint, config, device, dtype), None)
+        files = export_tokenizer_files(tokenizer)
+        write_model_files(partial, directory, checkpoint.cfg, dtype, files)
+        raw = load_json_object(partial / "config.json")
+        raw["quantization_config"] = quantization_config(config, name)
         write_json(partial / "config.json", raw)
     print(f"saved to {out}")
 

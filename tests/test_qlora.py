@@ -478,7 +478,7 @@ def test_weights_that_are_not_finite_are_named(base, rows, tmp_path):
         load_base(TrainConfig(model=str(model), device="cpu"))
     outcome = call("quantize", flags(model=model, output_dir=tmp_path / "out"))
     assert outcome.code == 2 and f"model.safetensors: {name} cannot be quantised" in outcome.err
-    assert "Give a model that is whole" in outcome.err
+    assert "Copy or download the model again" in outcome.err
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "auto"), (1e6, "float16")])

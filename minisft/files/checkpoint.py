@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or absent.
+"""Training checkpoints that are complete or absent.
 
 OUTPUT_DIR/checkpoint-N/ holds the model files (an adapter that PEFT loads, or model.safetensors),
 optimizer.safetensors (for AdamW exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
-manifest.json with the SHA-256 of each. It is written under a temporary name, synced, and renamed:
-a directory of that name is whole, and the digests prove it again on reading. safetensors and JSON
-only. There is no random state to keep: every draw is a function of (seed, step, row).
+manifest.json with the SHA-256 of each file. It is written under a temporary name, synced, and
+renamed, so a directory with the final name is complete. safetensors and JSON only. No random state
+is stored: every random draw is a function of (seed, step, row).
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from typing import Any
 import torch
 
 from minisft.config.errors import UserError
-from minisft.files.disk import file_digest, load_json, sync, write_json, writing
+from minisft.files.disk import file_digest, load_json_object, sync, write_json, writing
 from minisft.files.safetensors import iter_tensors, save_file
 from minisft.lora import viewed
 from minisft.step import State
 from minisft.variants.pissa import trained_half
 
-MANIFEST = "manifest.json"
-
-
-OPTIMIZER = "optimizer.safetensors"
-
-
+MANIFEST, OPTIMIZER, TRAINER_STATE = "manifest.json", "optimizer.safetensors", "trainer_state.json"
 _COUNTERS = (
     "step", "updates", "loss_scale", "good_steps", "num_tokens", "total_loss", "unlogged",
     "losses", "spikes",
     "best_value", "best_step", "evaluations_since_best",
 )  # fmt: skip
-
-
+_REQUIRED_FACTS: dict[str, Any] = {
+    "config": dict,
+    **dict.fromkeys(("data_hash", "base_digest", "weights_digest"), str),
+    **dict.fromkeys(("step", "updates", "good_steps", "num_tokens", "spikes"), int),
+    **dict.fromkeys(("loss_scale", "total_loss"), (int, float)),
+    **dict.fromkeys(("unlogged", "losses"), list),
+}
 _NAME = re.compile(r"checkpoint-\d+")
-
-
 _TEMPORARY = "tmp-checkpoint-"
 
 
@@ -52,8 +50,8 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint-{state.step} and return its path.
 
-    write_model(directory) writes the trained tensors; facts (JSON) are kept in trainer_state.json.
-    UserError if the disk is full or read-only: the older checkpoints stay as they were.
+    write_model(directory) writes the trained tensors; facts (JSON) go into trainer_state.json.
+    Raises UserError if the disk is full or read-only: older checkpoints stay as they were.
     """
     final = output_dir / f"checkpoint-{state.step}"
     temporary = output_dir / f"{_TEMPORARY}{state.step}-{os.getpid()}"
@@ -65,12 +63,8 @@ def save_checkpoint(
             owned = {n: t.clone() for n, t in _optimizer_tensors(state).items()}
             save_file(owned, temporary / OPTIMIZER, {"format": "pt"})
             counters = {name: getattr(state, name) for name in _COUNTERS}
-            write_json(temporary / "trainer_state.json", {**counters, **facts})
-            files = sorted(p for p in temporary.iterdir())
-            write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
-            for path in [*files, temporary / MANIFEST]:
-                sync(path)
-            sync(temporary)
+            write_json(temporary / TRAINER_STATE, {**counters, **facts})
+            _write_manifest(temporary)
             os.rename(temporary, final)
             sync(output_dir)
     except UserError as e:
@@ -79,20 +73,24 @@ def save_checkpoint(
     return final
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """trainer_state.json of a verified checkpoint: counters, and the facts stored with them.
+# The atomic rename proves that a checkpoint was complete when it was written. The digests also
+# detect what happens later: a flipped bit, a partial copy, a file edited or replaced.
+def _write_manifest(directory: Path) -> None:
+    files = sorted(directory.iterdir())
+    write_json(directory / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
+    for path in (*files, directory / MANIFEST, directory):
+        sync(path)
 
-    Raises UserError if it lacks what `load_checkpoint_` and a comparison of settings read.
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return trainer_state.json of a verified checkpoint: counters, and the facts saved with them.
+
+    Raises UserError if a field that `load_checkpoint_` or resuming needs is missing or malformed.
     """
-    file = path / "trainer_state.json"
-    raw = load_json(file)
-    fields: dict[str, Any] = {"config": dict}
-    fields |= dict.fromkeys(("data_hash", "base_digest", "weights_digest"), str)
-    fields |= dict.fromkeys(("step", "updates", "good_steps", "num_tokens", "spikes"), int)
-    fields |= dict.fromkeys(("loss_scale", "total_loss"), (int, float))
-    fields |= dict.fromkeys(("unlogged", "losses"), list)
-    for name, kind in fields.items():
-        if not isinstance(raw, dict) or not isinstance(raw.get(name), kind):
+    file = path / TRAINER_STATE
+    raw = load_json_object(file)
+    for name, kind in _REQUIRED_FACTS.items():
+        if not isinstance(raw.get(name), kind):
             raise UserError(f"{file}: {name} is missing or malformed; use an older checkpoint")
     return raw
 
@@ -102,8 +100,8 @@ def load_checkpoint_(
 ) -> None:
     """Fill `state` from a verified checkpoint.
 
-    model_file holds the trained tensors under prefix + name, those of `halves` beside what they
-    started from. UserError names what does not fit.
+    model_file holds each trained tensor as prefix + name. halves: the names whose tensor in the
+    file also holds what they started from (PiSSA). Raises UserError naming what does not fit.
     """
     facts = read_facts(path)
     for name in _COUNTERS:
@@ -115,7 +113,7 @@ def load_checkpoint_(
 def load_trained_(
     path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
 ) -> None:
-    """Fill the trained tensors, and nothing else, from a checkpoint; UserError if it is damaged."""
+    """Fill only the trained tensors, from the best checkpoint; UserError if it is damaged."""
     if problem := verify(path):
         raise UserError(
             f"{path}, the best checkpoint, cannot be loaded: {problem}. The last one is complete"
@@ -124,29 +122,18 @@ def load_trained_(
 
 
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that --resume-from-checkpoint means: `auto` or a path.
+    """Return the checkpoint that --resume-from-checkpoint selects: `auto` or a path.
 
-    auto: the newest that verifies; damaged ones are skipped with a line each; None if there is
-    no checkpoint at all. UserError if there are some and none verifies: starting from step 0 would
-    give up what they hold. A path must verify: UserError says what is wrong with it.
+    auto: the newest that verifies; `say` reports each damaged one that is skipped. None if there is
+    no checkpoint at all. Raises UserError if there are some and none verifies, because starting
+    from step 0 would discard them, and for a path that does not verify.
     """
     if which != "auto":
-        path = Path(which)
-        if not path.is_dir():
-            raise UserError(
-                f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
-                "directory or `auto`"
-            )
-        problem = verify(path)
-        if problem:
-            raise UserError(
-                f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
-            )
-        return path
+        return _verified(which)
     found = list_checkpoints(output_dir)
+    problem = ""
     for path in reversed(found):
-        problem = verify(path)
-        if not problem:
+        if not (problem := verify(path)):
             return path
         say(f"skipping {path.name}: {problem}")
     if found:
@@ -157,24 +144,37 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
     return None
 
 
+def _verified(which: str) -> Path:
+    if not Path(which).is_dir():
+        raise UserError(
+            f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
+            "directory or `auto`"
+        )
+    if problem := verify(Path(which)):
+        raise UserError(
+            f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
+        )
+    return Path(which)
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N directories, oldest first; none where there is no such output directory."""
+    """Return the checkpoint-N directories, oldest first; [] if output_dir does not exist."""
     found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=_number)
 
 
 def what_is_kept(output_dir: Path) -> str:
-    """Where a run that ends early can be continued from, in words."""
+    """Return a sentence on how a run that ends early can be continued."""
     if not list_checkpoints(output_dir):
         return "There is no checkpoint yet: the same command starts again"
     return "Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
 
 
 def set_aside_newer(output_dir: Path, step: int) -> list[str]:
-    """Rename the checkpoints beyond `step` to abandoned-checkpoint-N; the names they had.
+    """Rename the checkpoints beyond `step` to abandoned-checkpoint-N; return their old names.
 
-    They are damaged, or of a course that resuming from `step` gives up: neither `auto` nor rotation
-    may take them for the newest of what is trained from here.
+    They are damaged, or from a trajectory abandoned by resuming at `step`: neither `auto` nor
+    `rotate` may mistake them for the newest of this one.
     """
     newer = [p for p in list_checkpoints(output_dir) if _number(p) > step]
     for path in newer:
@@ -185,10 +185,9 @@ def set_aside_newer(output_dir: Path, step: int) -> list[str]:
 
 
 def verify(path: Path) -> str:
-    """Why a checkpoint cannot be trusted, or "" if every file matches the manifest's digest."""
+    """Return why a checkpoint is unusable, or "" if every file matches its digest."""
     try:
-        manifest = load_json(path / MANIFEST)
-        files = manifest["files"]
+        files = load_json_object(path / MANIFEST)["files"]
         for name, digest in files.items():
             if Path(name).name != name:
                 return f"its manifest names {name!r}, outside the directory"
@@ -196,7 +195,7 @@ def verify(path: Path) -> str:
                 return f"{name} is missing"
             if file_digest(path / name) != digest:
                 return f"{name} does not match its digest (damaged)"
-        if not {OPTIMIZER, "trainer_state.json"} <= set(files):
+        if not {OPTIMIZER, TRAINER_STATE} <= set(files):
             return "its manifest is incomplete"
     except (UserError, KeyError, TypeError, AttributeError, OSError) as e:
         return f"no usable {MANIFEST} ({e})"
@@ -213,15 +212,13 @@ def clean_temporaries(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int, best_step: int = 0) -> None:
-    """Remove the oldest checkpoints beyond `limit` (0 keeps all); the newest and the best stay.
-
-    A directory is renamed away first, so that a kill while deleting leaves no half checkpoint.
-    """
+    """Remove the oldest checkpoints beyond `limit` (0: no limit), never the newest or the best."""
     paths = list_checkpoints(output_dir)
     best = [p for p in paths[:-1] if _number(p) == best_step]
     others = [p for p in paths[:-1] if p not in best]
     kept = limit - len(best) - 1  # of the others
     for path in others[: len(others) - max(0, kept)] if limit else []:
+        # Renamed first: a kill during the deletion must not leave half a checkpoint-N.
         doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -232,10 +229,11 @@ def _number(path: Path) -> int:
 
 
 def _optimizer_tensors(state: State) -> dict[str, Any]:
-    """Views of the optimizer's state: a buffer as long as the trained one by tensor, KIND.NAME."""
+    """Views of the optimizer's state, as KIND.NAME where a buffer matches the trained one."""
     trained = state.trainable
     out = {}
     for kind, moment in state.moments.items():
+        # 8-bit and factored moments have layouts of their own: they are stored as they are.
         if moment.numel() != trained.buffer.numel() or moment.dtype != torch.float32:
             out[kind] = moment
             continue

@@ -1,4 +1,4 @@
-"""The device and dtype of a run, and how much memory is in use there."""
+"""The device and dtype of a run, and the memory in use."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from minisft.config.errors import UserError
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far: allocated on the GPU, or resident of the process on CPU."""
+    """Return the peak memory so far: allocated on the GPU, or resident for the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with suppress(OSError):  # Linux: getrusage counts what the process that started this one held
+    # Not getrusage on Linux: its peak includes the memory of the process that started this one.
+    with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"VmHWM:\s+(\d+) kB", status):
             return int(found[1]) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def memory_gib(device: torch.device) -> float:
-    """Memory in use: allocated on the GPU, or resident of the process on CPU (nan: not told)."""
+    """Return the memory in use: allocated on the GPU, or resident on CPU (nan if unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
     try:
@@ -38,32 +39,35 @@ def memory_gib(device: torch.device) -> float:
 
 
 def resolve_device(name: str) -> torch.device:
-    """--device as a torch.device; auto takes a GPU where there is one."""
+    """Return --device as a torch.device; auto selects a GPU if there is one.
+
+    Raises UserError for another kind of device, and for a GPU that torch does not see.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    refusal = UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+        raise refusal from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"--device is {name!r}, but torch sees {count} CUDA devices; use --device cpu"
-            )
+        raise refusal
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"--device is {name!r}, but torch sees {count} CUDA devices; use --device cpu"
+        )
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype as a torch.dtype; auto: bfloat16 or float16 by the GPU, float32 on CPU."""
+    """Return --dtype as a torch.dtype; auto: float32 on CPU, bfloat16 or float16 on a GPU."""
     if name not in ("auto", "bfloat16", "float16", "float32"):
         raise UserError(f"--dtype is {name!r}; expected one of auto, bfloat16, float16, float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return (
-        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    )
+    # GPUs before compute capability 8.0 only emulate bfloat16.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and JSON that is read with clear errors."""
+"""Atomic, durable writes, and JSON files that are read with one-line errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from minisft.config.errors import UserError
 
-MAX_JSON_BYTES = 100_000_000  # of one JSON file: the index of the largest models has a few MB
+MAX_JSON_BYTES = 100_000_000  # the shard index of the largest models takes a few MB
 
 
 def load_json(path: Path) -> Any:
-    """Read one JSON file; UserError names the file, and the line where it is malformed."""
+    """Read one JSON file. Raises UserError naming the file, and the line of malformed JSON."""
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise UserError(f"{path}: {size} bytes; expected at most {MAX_JSON_BYTES} of JSON")
@@ -29,10 +29,11 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
         raise UserError(
-            f"{path}:{e.lineno}: malformed JSON ({e.msg.removesuffix(' at')}); mend it, or copy or "
+            f"{path}:{e.lineno}: malformed JSON ({e.msg.removesuffix(' at')}); fix it, or copy or "
             "download it again"
         ) from None
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
+    # Valid syntax can still fail: a number with more than 4,300 digits, or very deep nesting.
+    except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
         reason = "nested too deeply" if isinstance(e, RecursionError) else e
@@ -41,38 +42,46 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
-def check_writable(directory: Path) -> None:
-    """OSError unless a file can be made there, or above where it does not exist yet.
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises UserError naming the file otherwise."""
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
-    The file that is made has no name, and nothing of it is left.
+
+def check_writable(directory: Path) -> None:
+    """Raise OSError unless a file can be created in `directory` or its closest existing parent.
+
+    The test file is unnamed: nothing is left behind.
     """
     with TemporaryFile(dir=existing(directory)):
         pass
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or the closest one above it that exists."""
+    """Return `path` if it exists, else its closest parent that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def replace_synced(temporary: Path, path: Path) -> None:
-    """Rename a finished file over `path`, both the bytes and the rename synced to disk.
+def refuse_existing(out: Path) -> None:
+    """Raise UserError if `out` exists and is not an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output-dir {out} exists already; choose a new directory")
 
-    Whoever reads `path`, at any moment, finds the old file or the new one. Raises OSError.
-    """
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Prefix the message of a UserError with the file or directory that it is about."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        yield
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the OSError of a full or read-only disk into a UserError that names `path`."""
+    """Turn an OSError, such as a full or read-only disk, into a UserError that names `path`."""
     try:
         yield
     except OSError as e:
@@ -80,55 +89,67 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason})") from e
 
 
-def refuse_existing(out: Path) -> None:
-    """UserError if there is anything at `out` but an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output-dir {out} exists already; choose a new directory")
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; on success, replace `path` with its file.
+
+    A reader finds the old file or the complete new one, also after a crash or a power cut. On
+    failure the temporary file is removed and `path` stays as it was. Raises UserError naming `path`
+    if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            yield temporary
+            # The data must reach the disk before the rename: a file system may reorder the two, and
+            # a power cut would leave the final name on an empty file.
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)  # a rename is durable once its directory is
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write into; it takes that name once all is written.
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory next to `out`; rename it to `out` on success.
 
-    However it ends before that, nothing is left of it. UserError where something is at `out`, then
-    or by the end, and for what cannot be written.
+    On failure it is removed. Raises UserError if `out` exists and is not empty, before or after the
+    files are written, and for anything that cannot be written.
     """
     refuse_existing(out)
-    place = Path(os.path.abspath(out))
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    final = Path(os.path.abspath(out))  # `out` may be "." or end in "..": then it has no name
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         with writing(out):
             temporary.mkdir(parents=True)
             yield temporary
             refuse_existing(out)
-            os.replace(temporary, place)
+            os.replace(temporary, final)
+            sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically. Raises UserError if it cannot be written."""
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON under a temporary name, sync, rename: the old file or all of the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path):
-            with open(temporary, "w", encoding="utf-8") as f:
-                json.dump(value, f, indent=2)
-                f.write("\n")
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write indented JSON atomically. Raises UserError if the file cannot be written."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a directory."""
+    """Flush a file or a directory to disk (fsync)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -13,8 +13,9 @@ from torch import Tensor
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
-from minisft.files.adapter import model_card, save_adapter
-from minisft.files.disk import load_json, write_json, writing
+from minisft.files.adapter import save_adapter
+from minisft.files.card import CARD_NAME, model_card
+from minisft.files.disk import load_json, write_json, write_text, writing
 from minisft.files.load import Base, base_4bit
 from minisft.files.safetensors import save_file
 from minisft.lora import Flat
@@ -33,10 +34,12 @@ def write_trained(
 ) -> None:
     """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
     if base.lora:
+        if card is not None:
+            write_text(directory / CARD_NAME, card)
         save_adapter(
             directory, exported_tensors(trainable.views, base.initial_lora),
             exported_lora(base.lora), base.cfg, config.base_name, revision=config.revision,
-            card=card, base_4bit=base_4bit(config, base),
+            base_4bit=base_4bit(config, base),
         )  # fmt: skip
         return
     tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}

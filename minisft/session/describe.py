@@ -13,7 +13,7 @@ from minisft.config.fields import idle_settings
 from minisft.data.load import is_sample
 from minisft.data.preview import describe_data, show_preview
 from minisft.data.sources import num_shared
-from minisft.files.adapter import adapter_config_dict, read_adapter_config
+from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
 from minisft.kernels.nf4 import NF4Weight

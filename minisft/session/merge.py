@@ -20,9 +20,10 @@ from torch import Tensor
 from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, scaling_ratios
-from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit, read_adapter_config
+from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
+from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
-from minisft.files.disk import refuse_existing, whole_directory
+from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
 from minisft.files.load import token_ids
 from minisft.files.weights import (
@@ -120,7 +121,7 @@ def merge(
     trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
     if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
         warnings.warn(other, stacklevel=2)
-    with whole_directory(out) as temporary:
+    with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
         merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
         save_shards(temporary, merged, kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minisft.files.disk import write_json, writing
+from minisft.files.disk import atomically, write_json, writing
 from minisft.session.context import Run
 from minisft.session.outputs import OUTPUT, RUN, plain_config, products
 
@@ -33,17 +32,14 @@ def start_over(run: Run) -> None:
     The new record is on the disk before anything is removed, and gets its name after.
     """
     out = run.out
-    new = out / f".{RUN}.new.tmp"
-    write_json(new, run_record(run))
-    with writing(out):
-        (out / OUTPUT).unlink(missing_ok=True)
-    if run.config.overwrite_output_dir:
+    with atomically(out / RUN) as new:
+        write_json(new, run_record(run))
         with writing(out):
-            left = [out / name for name in _LEFT if (out / name).exists()]
-            for path in products(out) + (left if (out / RUN).exists() else []):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with writing(out / RUN):
-        os.replace(new, out / RUN)
+            (out / OUTPUT).unlink(missing_ok=True)
+            if run.config.overwrite_output_dir:
+                left = [out / name for name in _LEFT if (out / name).exists()]
+                for path in products(out) + (left if (out / RUN).exists() else []):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run_record(run: Run) -> dict[str, Any]:

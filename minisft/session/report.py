@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minisft.config.train import TrainConfig
-from minisft.files.disk import writing
+from minisft.files.disk import write_text, writing
 from minisft.files.export import to_json_line
 from minisft.session.loggers import loggers
 
@@ -169,8 +169,5 @@ def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict
             texts.append(line + "\n")
     if damaged:
         say(f"warning: {damaged} lines of {path} are damaged and were left out")
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        temporary.write_text("".join(texts), encoding="utf-8")
-        os.replace(temporary, path)
+    write_text(path, "".join(texts))
     return kept

@@ -12,6 +12,7 @@ from minisft.config.errors import UserError, flag
 from minisft.config.fields import fixed_on_resume, respelled
 from minisft.config.targets import adapter_shapes, split_targets
 from minisft.config.train import TrainConfig
+from minisft.files.adapter import read_initial_lora
 from minisft.files.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -26,7 +27,6 @@ from minisft.files.load import Base
 from minisft.session.context import Run
 from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain
 from minisft.session.report import say
-from minisft.variants.pissa import read_initial_lora
 
 
 def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:

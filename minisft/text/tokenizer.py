@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers
 
 from minisft.config.errors import UserError
-from minisft.files.disk import load_json
+from minisft.files.disk import load_json_object
 from minisft.text.built_in import BUILT_IN, built_in_template
 
 SPECIAL_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
@@ -110,10 +110,10 @@ def load_tokenizer(directory: Path | str, *, chat_template: str = "") -> Tokeniz
     directory = Path(directory)
     files = _read_files(directory)
     backend = _load_backend(files, directory)
-    config = _json_object(directory / _CONFIG) if _CONFIG in files else {}
+    config = load_json_object(directory / _CONFIG) if _CONFIG in files else {}
     # As transformers does: special_tokens_map.json belongs to the older form of the config.
     if _MAP in files and "added_tokens_decoder" not in config:
-        config = config | _json_object(directory / _MAP)
+        config = config | load_json_object(directory / _MAP)
     special_tokens = {n: _content(config[n]) for n in SPECIAL_NAMES if config.get(n)}
     # transformers v5 ignores the normalizer and pre-tokenizer of such a file. The ids differ from
     # those of tokenizer.json alone, for instance in text that starts with two spaces.
@@ -175,13 +175,6 @@ def _read_files(directory: Path) -> dict[str, bytes]:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _content(token: Any) -> str:
     """Return the string of a special token, which is stored plain or as an AddedToken object."""
     return token["content"] if isinstance(token, dict) else str(token)
@@ -235,7 +228,7 @@ def _templates(files: dict[str, bytes], config: dict, directory: Path) -> dict[s
             found[key] = _decode_utf8(files[name], directory / name)
     stored = config.get("chat_template")
     if not found and stored is None and "chat_template.json" in files:
-        stored = _json_object(directory / "chat_template.json").get("chat_template")
+        stored = load_json_object(directory / "chat_template.json").get("chat_template")
     if found or stored is None:
         return found
     if isinstance(stored, str):

@@ -12,14 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
-from minisft.files.safetensors import iter_tensors
 
 
 def initial_lora(path: str, W_OI: Tensor, lora: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -84,15 +82,10 @@ def trained_half(name: str, tensor: Tensor) -> Tensor:
     return tensor.chunk(2, _axis(name))[0]
 
 
-def read_initial_lora(file: Path, prefix: str) -> dict[str, Tensor]:
-    """A0 and B0 of every linear in a file, under the names of A and B less the prefix."""
-    start = {}
-    for key, tensor in iter_tensors(file):
-        name = key.removeprefix(prefix)
-        if is_pair(name):
-            half = tensor.chunk(2, _axis(name))[-1]
-            start[name] = half.clone() if _is_A(name) else -half
-    return start
+def initial_half(name: str, tensor: Tensor) -> Tensor:
+    """Return A0 or B0 of a lora_A or lora_B in a file, in memory of its own."""
+    half = tensor.chunk(2, _axis(name))[-1]
+    return half.clone() if _is_A(name) else -half
 
 
 def is_pair(name: str) -> bool:

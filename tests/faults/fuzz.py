@@ -75,7 +75,7 @@ def read_config(data: bytes) -> None:
 def read_quant_state(data: bytes) -> None:
     from minisft.files.quant_state import parse_state
 
-    parse_state("w.quant_state.bitsandbytes__nf4", data, "file").members()
+    parse_state("w.quant_state.bitsandbytes__nf4", data).members()
 
 
 def read_adapter(data: bytes) -> None:

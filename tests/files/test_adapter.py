@@ -21,13 +21,9 @@ from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import LINEAR_NAMES, ModelConfig
 from minisft.config.targets import adapter_shapes
-from minisft.files.adapter import (
-    adapter_config_dict,
-    load_adapter,
-    model_card,
-    read_adapter_config,
-    save_adapter,
-)
+from minisft.files.adapter import load_adapter, save_adapter
+from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
+from minisft.files.card import model_card
 from minisft.files.safetensors import read_header
 
 # No two sizes are equal, so that no transposed or misplaced tensor fits by accident.
@@ -136,11 +132,9 @@ def test_an_embedding_among_the_targets_is_a_trained_copy(tmp_path: Path) -> Non
 
 def test_the_files_and_their_form(tmp_path: Path) -> None:
     lora, tensors = PLAIN, random_tensors(PLAIN, CFG)
-    save_adapter(tmp_path / "a" / "b", tensors, lora, CFG, "org/base", revision="v1", card="# Card")
     directory = tmp_path / "a" / "b"
-    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert sorted(os.listdir(directory)) == names
-    assert (directory / "README.md").read_text() == "# Card"
+    save_adapter(directory, tensors, lora, CFG, "org/base", revision="v1")
+    assert sorted(os.listdir(directory)) == ["adapter_config.json", "adapter_model.safetensors"]
     text = (directory / "adapter_config.json").read_text()
     config = json.loads(text)
     assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -208,7 +202,7 @@ def test_an_empty_base_name_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be created"):
+    with pytest.raises(UserError, match=r"file: cannot be written \(File exists"):
         save_adapter(tmp_path / "file", random_tensors(PLAIN, CFG), PLAIN, CFG, "org/base")
 
 
@@ -269,7 +263,7 @@ def test_defect_prefix_dropped(tmp_path: Path, which: str) -> None:
 def test_defect_part_of_the_prefix_dropped(tmp_path: Path) -> None:
     write(tmp_path)
     edit_tensors(tmp_path, lambda t: rename(t, rf"^{PREFIX}model\.", PREFIX))
-    assert "no linear of this model" in refusal(tmp_path)
+    assert "not a linear of this model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("others", [{}, {"x": torch.zeros(2)}])
@@ -418,7 +412,7 @@ def test_an_adapter_of_another_size(tmp_path: Path) -> None:
     assert "layers.2.self_attn.q_proj.lora_A.weight' is missing" in refusal(tmp_path, longer)
     assert "is [4, 64], expected [4, 128]. Was the adapter" in refusal(tmp_path, wider)
     shorter = dataclasses.replace(CFG, num_hidden_layers=1)
-    assert "no linear of this model (1 layers)" in refusal(tmp_path, shorter)
+    assert "not a linear of this model (1 layers)" in refusal(tmp_path, shorter)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

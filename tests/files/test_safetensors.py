@@ -94,31 +94,42 @@ def test_never_laxer_than_the_library(good: Path, tmp_path: Path) -> None:
     assert refused > 300
 
 
+ENTRY = json.dumps(entry()).encode()
+# The patterns are the library's words (safetensors 0.8), but for the last three cases: it accepts
+# those headers.
 BAD_HEADERS = {
-    "lying length": (b"", "not safetensors|truncated"),
-    "no JSON": (b"{nope", "not a JSON object"),
-    "not UTF-8": (b'{"\xff": 1}', "not a JSON object"),
-    "a list": ([], "not a JSON object but list"),
-    "too deep": (b"[" * 100_000, "not a JSON object"),
-    "key twice": (b'{"a": 1, "a": 2}', "a key appears twice"),
-    "entry a number": ({"a": 3}, "'a' lacks"),
-    "entry a list": ({"a": ["dtype", "shape", "data_offsets"]}, "'a' lacks"),
-    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "'a' lacks"),
-    "unknown dtype": ({"a": entry("F13")}, "'F13'"),
-    "dtype no string": ({"a": entry(["F32"])}, "F32"),
-    "negative shape": ({"a": entry(shape=[-2])}, r"shape \[-2\]"),
-    "shape no integer": ({"a": entry(shape=[2.0])}, r"shape \[2.0\]"),
-    "shape boolean": ({"a": entry(shape=[2, True])}, "True"),
-    "three offsets": ({"a": entry(offsets=[0, 8, 9])}, r"\[0, 8, 9\]"),
-    "backwards": ({"a": entry(offsets=[8, 0])}, "expected 8"),
-    "size unlike shape": ({"a": entry(shape=[3])}, "expected 12"),
-    "huge shape": ({"a": entry(shape=[2**62, 2**62])}, "expected"),
-    "gap": ({"a": entry(), "b": entry(offsets=[12, 20])}, "starts at byte 12, expected 8"),
-    "overlap": ({"a": entry(), "b": entry(offsets=[4, 12])}, "starts at byte 4, expected 8"),
-    "past the end": ({"a": entry(), "b": entry(offsets=[8, 16])}, "8 data bytes, header says 16"),
-    "bytes left over": ({}, "8 data bytes, header says 0"),
-    "metadata no map": ({"__metadata__": 3, "a": entry()}, "__metadata__"),
-    "metadata no strings": ({"__metadata__": {"k": 3}, "a": entry()}, "__metadata__"),
+    "lying length": (b"", "header too large"),
+    "no JSON": (b"{nope", "invalid JSON in header"),
+    "not UTF-8": (b'{"\xff": 1}', "invalid UTF-8 in header"),
+    "a list": ([], "invalid type: sequence"),
+    "too deep": (b"[" * 100_000, "invalid type: sequence"),
+    "entry a number": ({"a": 3}, "invalid type: integer `3`, expected struct TensorInfo"),
+    "entry a list": ({"a": ["dtype", "shape", "data_offsets"]}, "unknown variant `dtype`"),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, "missing field `shape`"),
+    "unknown dtype": ({"a": entry("F13")}, "unknown variant `F13`"),
+    "dtype no string": ({"a": entry(["F32"])}, "invalid type: sequence, expected string"),
+    "negative shape": ({"a": entry(shape=[-2])}, "integer `-2`, expected usize"),
+    "shape no integer": ({"a": entry(shape=[2.0])}, r"floating point `2\.0`, expected usize"),
+    "shape boolean": ({"a": entry(shape=[2, True])}, "boolean `true`, expected usize"),
+    "three offsets": ({"a": entry(offsets=[0, 8, 9])}, "invalid length 3, expected 2 elements"),
+    "backwards": ({"a": entry(offsets=[8, 0])}, "invalid offset for tensor `a`"),
+    "size unlike shape": ({"a": entry(shape=[3])}, "invalid shape, data type, or offset"),
+    "huge shape": ({"a": entry(shape=[2**62, 2**62])}, "overflow computing buffer size"),
+    "gap": ({"a": entry(), "b": entry(offsets=[12, 20])}, "invalid offset for tensor `b`"),
+    "overlap": ({"a": entry(), "b": entry(offsets=[4, 12])}, "invalid offset for tensor `b`"),
+    "past the end": ({"a": entry(), "b": entry(offsets=[8, 16])}, "file not fully covered"),
+    "bytes left over": ({}, "file not fully covered"),
+    "metadata no map": ({"__metadata__": 3, "a": entry()}, "integer `3`, expected a map"),
+    "metadata no strings": ({"__metadata__": {"k": 3}, "a": entry()}, "expected a string"),
+    "key twice": (b'{"a": %b, "a": %b}' % (ENTRY, ENTRY), "a key appears twice"),
+    "unsupported dtype": (
+        {"a": entry("F8_E8M0", shape=[8])},
+        "'F8_E8M0'; expected one of F64",
+    ),
+    "deep unknown field": (
+        b'{"a": %b, "x": %b}' % (ENTRY[:-1] + b', "y": ' + b"[" * 9999 + b"]" * 9999 + b"}", ENTRY),
+        "recursion",
+    ),
 }
 
 
@@ -133,11 +144,13 @@ def test_a_malformed_header_is_refused(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_header_length_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert safetensors_io.MAX_HEADER_BYTES == 100_000_000
-    monkeypatch.setattr(safetensors_io, "MAX_HEADER_BYTES", 10)
-    with pytest.raises(UserError, match="at most 10"):
-        read_header(put(tmp_path / "long.safetensors", {"a": entry()}, bytes(8)))
+def test_header_length_is_capped(tmp_path: Path) -> None:
+    """At 100 MB, so that a hostile file cannot fill the memory; the file is sparse."""
+    path = tmp_path / "long.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little"))
+    os.truncate(path, 8 + 100_000_001)
+    with pytest.raises(UserError, match="header too large"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", ""])
@@ -215,7 +228,7 @@ def test_a_file_that_the_library_refuses_is_named(
         raise SafetensorError("incomplete metadata")
 
     monkeypatch.setattr(safetensors_io, "safe_open", refusing)
-    with pytest.raises(UserError, match=r"good\.safetensors: incomplete metadata"):
+    with pytest.raises(UserError, match=r"good\.safetensors: .*\(incomplete metadata\)"):
         list(iter_tensors(good))
 
 

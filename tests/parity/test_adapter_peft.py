@@ -24,7 +24,8 @@ from minisft.config.hf import parse_model_config
 from minisft.config.lora import LoraConfig
 from minisft.config.model import LINEAR_NAMES, ModelConfig
 from minisft.config.targets import adapter_shapes
-from minisft.files.adapter import load_adapter, read_adapter_config, save_adapter
+from minisft.files.adapter import load_adapter, save_adapter
+from minisft.files.adapter_config import read_adapter_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 peft = pytest.importorskip("peft")

@@ -143,7 +143,7 @@ MUTANTS = [
         '    if rope.rope_type == "llama-3":',
     ),
     Mutant(
-        24, "minisft/files/adapter.py",
+        24, "minisft/files/adapter_config.py",
         "    alpha = lora.lora_alpha\n",
         "    alpha = 16\n",
     ),
