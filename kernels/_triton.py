@@ -3,7 +3,7 @@
 Import this from kernel modules only: an op.py must load where triton is not installed.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import functools
 

@@ -19,7 +19,7 @@ SMALL = (
 )  # fmt: skip
 # Not for the fused product: quantisation blocks across rows; more than 64 rows.
 DECODED_ONLY = (Case(3, 33, 7, 2), Case(130, 64, 40, 4))
-# For the joined product: rows of whole 16 bytes; ragged tiles, several tiles, small to full rank.
+# For the joined product: 16-byte aligned rows; ragged tiles, several tiles, small to full rank.
 JOINED = (
     Case(1, 64, 8, 1), Case(130, 72, 520, 16), Case(300, 192, 264, 40), Case(37, 8, 16, 256),
     Case(1471, 16, 264, 2), Case(8193, 8, 16, 2),

@@ -214,7 +214,7 @@ ADDED = 16
 
 
 def supports(x, weight, rank: int) -> bool:
-    """Return True if this path applies: at least one row, rank 1 to 256, rows of whole 16 bytes.
+    """Return True if this path applies: one row or more, rank 1 to 256, 16-byte aligned.
 
     On a GPU also half precision, PDL and the shared memory of an H100 (capability 9.0 and 10.0).
     """
@@ -306,7 +306,7 @@ def backward(dy, x, u, weight, adapter):
 def _launch_product(x, w, y, update: LowRank, *, w_is_nk: bool, followed: bool) -> None:
     """Write y = update + x [M, K] @ w; w is [K, N] or, if w_is_nk, [N, K].
 
-    x and w: contiguous, rows of whole 16 bytes. followed: let the next kernel start as soon as the
+    x and w: contiguous, 16-byte aligned rows. followed: let the next kernel start as soon as the
     predecessors of this one have ended.
     """
     left, right, scaling = update

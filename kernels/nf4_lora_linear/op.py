@@ -162,7 +162,7 @@ def _pack(weight: NF4Weight) -> tuple:
 @torch.library.impl("minisft::nf4_lora_linear", ("CPU", "CUDA"))
 def _forward_impl(x, bias, A, B, scaling, *parts):
     y, u = forward(x, _unpack(parts), bias, None if A is None else Adapter(A, B, scaling))
-    # an op returns no None: an empty tensor stands for it
+    # an op returns no None: an empty tensor replaces it
     return y, x.new_empty((x.shape[0], 0)) if u is None else u
 
 

@@ -1,6 +1,7 @@
 """Triton kernels: one row in registers; with a LoRA update, 16 rows in two passes over tiles."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOptionalMemberAccess=false
 
 import torch
 import triton
