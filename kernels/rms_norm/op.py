@@ -19,17 +19,17 @@ def add_rms_norm(
     eps: float,
     *,
     delta: LowRank | None = None,
-    extra: int = 0,
+    rank_columns: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y + delta [T, D], its RMSNorm times weight [T, D + extra], and 1 / rms float32 [T].
+    """x + y + delta [T, D], its RMSNorm times weight [T, D + rank_columns], and 1 / rms float32 [T].
 
     y None: the norm of x alone, and x itself is returned. Rows may be strided, columns contiguous.
-    The last `extra` columns of the norm are room for the caller, not written; its rows begin on 16
-    bytes. Statistics are float32. Source of the norm: arXiv:1910.07467.
+    The last `rank_columns` columns of the norm are reserved for the caller and not written; its
+    rows start on 16 bytes. Statistics are float32. Source of the norm: arXiv:1910.07467.
     """
     T, D = x_TD.shape
-    h = empty_rows(T, D + extra, x_TD)
+    h = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         out, h[:, :D], rstd = add_rms_norm_reference(x_TD, y_TD, delta, weight_D, eps)
         return out, h, rstd
@@ -42,11 +42,11 @@ def add_rms_norm(
 
 
 def normalise(
-    x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, extra: int = 0, impl: str = "auto"
+    x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, rank_columns: int = 0, impl: str = "auto"
 ) -> Tensor:
-    """The norm again from what add_rms_norm returned, bit for bit: [T, D + extra]."""
+    """The norm again from what add_rms_norm returned, bit for bit: [T, D + rank_columns]."""
     T, D = x_TD.shape
-    h = empty_rows(T, D + extra, x_TD)
+    h = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         h[:, :D] = normalise_reference(x_TD, weight_D, rstd_T)
         return h
@@ -63,15 +63,15 @@ def rms_norm_backward(
     rstd_T: Tensor,
     *,
     dresidual_TD: Tensor | None = None,
-    extra: int = 0,
+    rank_columns: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Gradient of the norm's input plus dresidual (what comes along the residual stream).
 
-    [T, D + extra]: the last `extra` columns are room for the caller, not written.
+    [T, D + rank_columns]: the last columns are reserved for the caller and not written.
     """
     T, D = x_TD.shape
-    dx = empty_rows(T, D + extra, x_TD)
+    dx = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         dx[:, :D] = rms_norm_backward_reference(dh_TD, x_TD, weight_D, rstd_T, dresidual_TD)
         return dx

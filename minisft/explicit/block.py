@@ -226,7 +226,7 @@ def make_mid(
     """(x + attention's output, its norm with room for u, 1 / rms, u of o_proj)."""
     y, update, u = product_and_update(attended.out_TNH.flatten(1), layer.o, at)
     mid, h_ext, rstd = add_rms_norm(
-        x_TD, y, layer.norm2, at.cfg.rms_norm_eps, delta=update, extra=layer.gate_up.rank
+        x_TD, y, layer.norm2, at.cfg.rms_norm_eps, delta=update, rank_columns=layer.gate_up.rank
     )
     return mid, h_ext, rstd, u
 
@@ -252,7 +252,7 @@ def forward(
     y, update, gate_up, u_gate_up, u_down = make_mlp(h_ext, layer, at)
     del h_ext
     x_next, h_next, rstd_next = add_rms_norm(
-        mid, y, next_norm, cfg.rms_norm_eps, delta=update, extra=next_extra
+        mid, y, next_norm, cfg.rms_norm_eps, delta=update, rank_columns=next_extra
     )
     small = AlwaysSaved(rstd, rstd2, u_qkv, u_o, u_gate_up, u_down)
     return x_next, h_next, rstd_next, Saved(x_TD, qkv, attended, mid, gate_up, small)
@@ -295,7 +295,7 @@ def complete(saved: Saved, layer: ExplicitLayer, at: LayerContext) -> tuple[Save
     x, qkv, attended, mid, gate_up, small = saved
     assert x is not None
     if qkv is None:
-        h_ext = normalise(x, layer.norm1, small.rstd1, extra=layer.qkv.rank)
+        h_ext = normalise(x, layer.norm1, small.rstd1, rank_columns=layer.qkv.rank)
         qkv, _ = make_qkv(h_ext, small.u_qkv, layer, at)
     if attended is None:
         attended = attend(*_heads(qkv, at.cfg), at.layout)
@@ -346,7 +346,7 @@ def _mlp_backward(
     dy, t = dx_ext[:, :D], dx_ext[:, D:] if down.rank else None
     _add_dB(small.u_down, dy, down)
     if saved.gate_up is None and h_ext is None:
-        h_ext = normalise(mid, layer.norm2, small.rstd2, extra=group.rank)
+        h_ext = normalise(mid, layer.norm2, small.rstd2, rank_columns=group.rank)
     lefts = (*by_linear(small.u_gate_up, group), t)
     sums = (*group.dB, down.dA)
     dh = torch.empty((T, D), dtype=dx_ext.dtype, device=dx_ext.device)
@@ -372,7 +372,9 @@ def _mlp_backward(
         del gate_up
     if group.dA is not None:  # the input of gate and up is mid / rms(mid) * weight
         outer_sum(t_gate_up, mid, group.dA, row_scale_T=small.rstd2, column_scale_N=layer.norm2)
-    return rms_norm_backward(dh, mid, layer.norm2, small.rstd2, dresidual_TD=dy, extra=layer.o.rank)
+    return rms_norm_backward(
+        dh, mid, layer.norm2, small.rstd2, dresidual_TD=dy, rank_columns=layer.o.rank
+    )
 
 
 def _attention_backward(
@@ -405,7 +407,9 @@ def _attention_backward(
     if last:
         return None
     dh = product_backward(qkv, group, at)
-    return rms_norm_backward(dh, x, layer.norm1, small.rstd1, dresidual_TD=dmid, extra=extra_below)
+    return rms_norm_backward(
+        dh, x, layer.norm1, small.rstd1, dresidual_TD=dmid, rank_columns=extra_below
+    )
 
 
 def _add_dB(u: Tensor | None, dy_TO: Tensor, group: FusedLinear) -> None:

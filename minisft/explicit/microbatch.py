@@ -465,7 +465,7 @@ def micro_step_(fast: ExplicitPass, batch: StaticBatch) -> None:
     tokens = len(batch.input_ids_T)
     layers, eps = fast.layers, cfg.rms_norm_eps
     x = F.embedding(batch.input_ids_T, fast.embedding).to(compute.dtype)
-    x, h, rstd = add_rms_norm(x, None, layers[0].norm1, eps, extra=layers[0].qkv.rank)
+    x, h, rstd = add_rms_norm(x, None, layers[0].norm1, eps, rank_columns=layers[0].qkv.rank)
     kept: list[Saved | None] = []
     for i, layer in enumerate(layers):
         above = layers[i + 1] if i + 1 < len(layers) else None
@@ -476,7 +476,7 @@ def micro_step_(fast: ExplicitPass, batch: StaticBatch) -> None:
         del saved
     dh = _head_(fast, h, batch)
     del h
-    dx = rms_norm_backward(dh, x, fast.norm, rstd, extra=layers[-1].down.rank)
+    dx = rms_norm_backward(dh, x, fast.norm, rstd, rank_columns=layers[-1].down.rank)
     del dh, x
     fast.host.start_fetching(len(layers) - 1)
     for i in range(len(layers) - 1, -1, -1):
