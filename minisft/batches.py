@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.llama import Tokens
-from minisft.nn import Documents, mix64
+from minisft.nn import documents_of, mix64
 
 # A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
 # same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: nowhere), as
@@ -377,7 +377,7 @@ def make_micro_batch(
     tokens = Tokens(
         ids.to(device),
         torch.cat([torch.arange(n) for n in lengths]).to(device),
-        Documents(cu.int().to(device), lengths),
+        documents_of(lengths, device),
         keys,
     )
     return MicroBatch(tokens, (predicted - 1).to(device), labels[predicted].to(device))

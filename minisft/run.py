@@ -19,7 +19,7 @@ from minisft.config.errors import UserError, flag
 from minisft.config.lora import LoraConfig
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data, check_rows, collated, estimated_rows, load_data, most_tokens
-from minisft.explicit import Choice, choose, flash_attention
+from minisft.explicit import Choice, choose
 from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
 from minisft.files.device import memory_gib, peak_memory_gib, resolve_device
 from minisft.files.disk import existing, write_json
@@ -57,6 +57,7 @@ from minisft.session.outputs import (
 from minisft.session.report import Reporter, reporting, say
 from minisft.session.resume import finished, resume_, saved_initial_lora
 from minisft.session.signals import Preempted, stop_signals
+from minisft.session.torch_switches import flash_attention
 from minisft.step import State
 from minisft.variants.pissa import is_pair
 
@@ -94,7 +95,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         check_evaluation(config, data.eval, state, out)
         check_space(out, state.trainable, model.lora)
         describe(config, model, data, state, batches, total_steps)
-        say(f"pass    {choice.said}")
+        say(f"pass    {choice.description}")
         for name, why in without_effect(config, choice, state.trainable, data):
             say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
         if config.dry_run:
@@ -248,12 +249,10 @@ def choose_pass(config: TrainConfig, model: Base, state: State, data: Data) -> C
     """How gradients are computed, and how many tokens at a time."""
     check_rows(config, data)
     longest = int(data.train.row_lengths.max())
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     to_load = sum(resident_gib(model, state).values()) * 2**30 if config.dry_run else 0
     return choose(
-        config, state.trainable, model.frozen, model.compute, longest, rows * longest,
-        model.device, int(to_load),
-    )  # fmt: skip
+        config, state.trainable, model.frozen, model.compute, longest, model.device, int(to_load)
+    )
 
 
 def end_of_dry_run(

@@ -444,12 +444,12 @@ CASES = {
     ),
     "explicit_pass_of_whole_models": (
         lambda p: p.argv(step_impl="explicit", full_finetuning=True, lora_r=None),
-        ["--step-impl explicit", "trained tensors beside plain LoRA"],
+        ["--step-impl explicit", "trained tensors other than plain LoRA"],
         "use --step-impl auto",
     ),
     "policy_of_the_explicit_pass": (
-        lambda p: p.argv(gradient_checkpointing="gate_up+offload", device="cpu"),
-        ["--gradient-checkpointing is 'gate_up+offload'", "--device cpu"],
+        lambda p: p.argv(gradient_checkpointing="recompute_gate_up+offload", device="cpu"),
+        ["--gradient-checkpointing is 'recompute_gate_up+offload'", "--device cpu"],
         "expected auto, none or full",
     ),
     "paged_state_on_a_cpu": (

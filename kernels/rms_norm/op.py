@@ -22,7 +22,7 @@ def add_rms_norm(
     rank_columns: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y + delta [T, D], its RMSNorm times weight [T, D + rank_columns], and 1 / rms float32 [T].
+    """x + y + delta [T, D], its RMSNorm times weight [T, D + rank_columns], 1 / rms float32 [T].
 
     y None: the norm of x alone, and x itself is returned. Rows may be strided, columns contiguous.
     The last `rank_columns` columns of the norm are reserved for the caller and not written; its

@@ -214,9 +214,9 @@ class TrainConfig:
     gradient_checkpointing: str = "auto"
     """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
     all (no matrix product is run again). full (or block): its input alone. Between the two:
-    gate_up, gate_up+qkv, all_but_attention. With +offload what is kept waits in host memory (with
-    none: the residuals and attention's output); offload: all of it. At most 60 % of the memory that
-    the host has left is used so."""
+    recompute_gate_up, recompute_gate_up+qkv, all_but_attention. With +offload what is kept waits in
+    host memory (with none: the residuals and attention's output); offload: all of it. At most 60 %
+    of the memory that the host has left is used so."""
     step_impl: str = "auto"
     """Which pass computes gradients: explicit (written by hand, captured in CUDA graphs), autograd,
     or auto: explicit on a GPU wherever it covers the run."""
@@ -320,15 +320,15 @@ class TrainConfig:
             "gradient_checkpointing": (
                 "auto",
                 "none",
-                "gate_up",
-                "gate_up+qkv",
+                "recompute_gate_up",
+                "recompute_gate_up+qkv",
                 "all_but_attention",
                 "full",
                 "block",
                 "none+offload",
                 "offload",
-                "gate_up+offload",
-                "gate_up+qkv+offload",
+                "recompute_gate_up+offload",
+                "recompute_gate_up+qkv+offload",
                 "full+offload",
             ),
             "step_impl": ("auto", "explicit", "autograd"),

@@ -113,7 +113,7 @@ def without_effect(
     """
     idle = []
     if not choice.peak_bytes:
-        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
+        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.description}"
         idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
     unread = {"sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion_8bit": ("adam_epsilon",)}
     unread["adafactor"] = unread["sgd"]

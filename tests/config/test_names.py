@@ -130,7 +130,11 @@ def test_nothing_that_works_is_refused():
         (["--gradient_checkpointing"], "gradient_checkpointing", "full"),
         (["--gradient_checkpointing", "True", "--r", "8"], "gradient_checkpointing", "full"),
         (["--gradient_checkpointing=False"], "gradient_checkpointing", "none"),
-        (["--gradient-checkpointing", "gate_up"], "gradient_checkpointing", "gate_up"),
+        (
+            ["--gradient-checkpointing", "recompute_gate_up"],
+            "gradient_checkpointing",
+            "recompute_gate_up",
+        ),
         (["--use_gradient_checkpointing", "unsloth"], "gradient_checkpointing", "full+offload"),
         (["--gradient_checkpointing", "--r", "8"], "lora_r", 8),
         (["--dtype", "None"], "dtype", "auto"),
