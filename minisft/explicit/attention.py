@@ -51,7 +51,6 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
         return Attended(_flat(out), lse, (cu_q, cu_k, max_q, max_k, seed, offset))
     if backend == "flash":
         cu, longest = documents.cu_seqlens, documents.longest
-        # after the lengths: dropout_p, is_causal, return_debug_mask
         out, lse, seed, offset, _ = aten._flash_attention_forward(
             q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, 0.0, True, False
         )
@@ -61,18 +60,13 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
 
 
 def attend_backward(
-    do_TNH: Tensor,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    attended: Attended,
-    documents: Documents,
+    do_TNH: Tensor, qkv: tuple[Tensor, Tensor, Tensor], attended: Attended, documents: Documents
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, by the backend that `attend` used for the same arguments."""
-    backend = backend_of(q_TNH, documents)
+    backend = backend_of(qkv[0], documents)
     if backend == "cudnn":
         do, q, k, v, out = (
-            _batched(x, documents.uniform) for x in (do_TNH, q_TNH, k_TKH, v_TKH, attended.out_TNH)
+            _batched(x, documents.uniform) for x in (do_TNH, *qkv, attended.out_TNH)
         )
         cu_q, cu_k, max_q, max_k, seed, offset = attended.state
         grads = aten._scaled_dot_product_cudnn_attention_backward(
@@ -84,12 +78,12 @@ def attend_backward(
         cu, longest = documents.cu_seqlens, documents.longest
         seed, offset = attended.state
         return aten._flash_attention_backward(
-            do_TNH, q_TNH, k_TKH, v_TKH, attended.out_TNH, attended.lse, cu, cu, longest, longest,
+            do_TNH, *qkv, attended.out_TNH, attended.lse, cu, cu, longest, longest,
             0.0, True, seed, offset,
         )  # fmt: skip
     # Not the fast path: run forward again and let autograd differentiate it.
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q_TNH, k_TKH, v_TKH))
+        q, k, v = (x.detach().requires_grad_() for x in qkv)
         out = packed_attention(q, k, v, documents)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), do_TNH)
         return dq, dk, dv

@@ -108,9 +108,6 @@ class Saved(NamedTuple):
     small: AlwaysSaved
 
 
-# ------------------------------------------------------------------------------------- products
-
-
 def write_weight(weight: Tensor | NF4Weight, out_OI: Tensor, early: bool = False) -> None:
     """Write the weight into `out` in out's dtype, decoding 4 bits. Rows of out may be strided.
 
@@ -134,7 +131,6 @@ def concat_columns_B(linear: FusedLinear, scaling: float, scratch: Tensor) -> Te
     O, I = linear.weight.shape
     stride = row_stride(I + linear.rank)
     w = scratch[: O * stride].view(O, stride)[:, : I + linear.rank]
-    # One launch decodes the weight and writes B next to it.
     if isinstance(linear.weight, NF4Weight) and linear.rank:
         dequantize_with_B_beside(linear.weight, linear.B, linear.sizes, scaling, w, early=True)
         return w
@@ -176,21 +172,16 @@ def product(
     return y, rank_columns if u is None else u
 
 
-def product_and_update(
-    x_TI: Tensor, linear: FusedLinear, ctx: LayerContext
+def split_update(
+    y: Tensor, linear: FusedLinear, ctx: LayerContext
 ) -> tuple[Tensor, LowRank | None, Tensor | None]:
-    """x W^T [T, O] without LoRA; its LoRA update, for the next kernel to add; and u = x A^T.
-
-    For a FusedLinear of a single linear.
-    """
-    O = linear.weight.shape[0]
-    y = empty_rows(x_TI.shape[0], O + linear.rank, x_TI)
-    # x [W; A]^T gives y and u in one matmul that reads x once. `product` would read x twice, but
-    # here a norm follows, which adds u B^T while it reads y anyway.
-    torch.mm(x_TI, concat_rows_A(linear, 1.0, ctx.scratch).T, out=y)
+    """Split y = x [W; A]^T of one linear: (x W^T [T, O], its LoRA update, u = x A^T [T, R])."""
+    # One matmul gives x W^T and u and reads x once, where `product` reads it twice. It pays because
+    # a norm follows, which reads y anyway and adds the update u B^T then.
     (B,) = linear.B
     if B is None:
         return y, None, None
+    O = linear.weight.shape[0]
     # A copy, as a view would keep all of y alive until the backward pass.
     u = y[:, O:].contiguous()
     return y[:, :O], LowRank(u, B.T, ctx.scaling), u
@@ -218,9 +209,6 @@ def _heads(qkv: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     return q.unflatten(1, (N, H)), k.unflatten(1, (K, H)), v.unflatten(1, (K, H))
 
 
-# -------------------------------------------------------------------------------------- forward
-
-
 def make_qkv(
     h: Tensor, u: Tensor | None, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, Tensor]:
@@ -234,7 +222,9 @@ def make_mid(
     x_TD: Tensor, attended: Attended, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(mid = x + attention's output, its norm with gate_up's rank columns, 1 / rms, u of o)."""
-    y, update, u = product_and_update(attended.out_TNH.flatten(1), layer.o, ctx)
+    y = empty_rows(x_TD.shape[0], x_TD.shape[1] + layer.o.rank, x_TD)
+    torch.mm(attended.out_TNH.flatten(1), concat_rows_A(layer.o, 1.0, ctx.scratch).T, out=y)
+    y, update, u = split_update(y, layer.o, ctx)
     mid, h, rstd = add_rms_norm(
         x_TD, y, layer.norm2, ctx.cfg.rms_norm_eps, delta=update, rank_columns=layer.gate_up.rank
     )
@@ -277,23 +267,19 @@ def make_mlp(
 
     h: [T, D + R]; its rank columns are overwritten with u of gate_up.
     """
-    F, down = ctx.cfg.intermediate_size, layer.down
-    if ctx.mlp_chunks == 1:
-        gate_up, u = product(h, None, layer.gate_up, ctx)
-        y, update, u_down = product_and_update(swiglu(gate_up, F), down, ctx)
-        return y, update, gate_up, u.contiguous(), u_down
-    T, (D, _) = h.shape[0], down.weight.shape
-    y = empty_rows(T, D + down.rank, h)
+    T, D, F = h.shape[0], ctx.cfg.hidden_size, ctx.cfg.intermediate_size
+    y = empty_rows(T, D + layer.down.rank, h)
+    gate_up = None
     for rows in mlp_rows(T, ctx):
-        a = swiglu(product(h[rows], None, layer.gate_up, ctx)[0], F)
-        torch.mm(a, concat_rows_A(down, 1.0, ctx.scratch).T, out=y[rows])
+        del gate_up  # of the previous chunk
+        gate_up, _ = product(h[rows], None, layer.gate_up, ctx)
+        torch.mm(swiglu(gate_up, F), concat_rows_A(layer.down, 1.0, ctx.scratch).T, out=y[rows])
+    if ctx.mlp_chunks > 1:
+        gate_up = None
     # `product` left each chunk's u in the rank columns of h.
     u = h[:, D:].contiguous()
-    (B,) = down.B
-    if B is None:
-        return y, None, None, u, None
-    u_down = y[:, D:].contiguous()
-    return y[:, :D], LowRank(u_down, B.T, ctx.scaling), None, u, u_down
+    y, update, u_down = split_update(y, layer.down, ctx)
+    return y, update, gate_up, u, u_down
 
 
 def mlp_rows(T: int, ctx: LayerContext) -> list[slice]:
@@ -304,9 +290,9 @@ def mlp_rows(T: int, ctx: LayerContext) -> list[slice]:
 
 
 def recompute(saved: Saved, layer: ExplicitLayer, ctx: LayerContext) -> tuple[Saved, Tensor | None]:
-    """Recompute what was not saved, except gate_up; also the MLP's input h if it was needed.
+    """Recompute what was not saved, except gate_up; also return the MLP's input h if mid was not.
 
-    Uses the same kernels on the same bits as the forward pass, so that policies change no bit.
+    Runs the forward pass's kernels on the same inputs, so that no policy changes a bit.
     """
     x, qkv, attended, mid, gate_up, small = saved
     assert x is not None
@@ -322,30 +308,26 @@ def recompute(saved: Saved, layer: ExplicitLayer, ctx: LayerContext) -> tuple[Sa
     return Saved(x, qkv, attended, mid, gate_up, small), h
 
 
-# ------------------------------------------------------------------------------------- backward
-
-
 def backward(
     dx: Tensor,
-    saved_slot: list[Saved],
+    slot: list[Saved],
     layer: ExplicitLayer,
-    previous_rank: int,
+    previous_rank: int | None,
     ctx: LayerContext,
-    is_first: bool,
 ) -> Tensor | None:
     """Gradient of the layer's input [T, D + previous_rank]; adds those of A and B to layer.grads.
 
-    dx: gradient of the layer's output [T, D + R] with down's rank columns, which are overwritten.
-    saved_slot: a list with the layer's Saved as its one element; it is emptied. previous_rank: rank
-    of the previous layer's down. Returns None for the first layer: the embedding is frozen.
+    dx: gradient of the layer's output [T, D + R]; its rank columns, down's, are overwritten. slot:
+    a list with the layer's Saved as its one element; it is emptied. previous_rank: of the previous
+    layer's down; None for the first layer, whose input gradient nothing needs: returns None.
     """
-    # The caller's list is emptied so that no reference to gate_up is left outside this function;
-    # it is freed before attention's backward pass allocates.
-    saved, h = recompute(saved_slot.pop(), layer, ctx)
+    # Emptying the caller's list removes its reference to gate_up, which is then freed before
+    # attention's backward pass allocates.
+    saved, h = recompute(slot.pop(), layer, ctx)
     dmid = _mlp_backward(dx, saved, h, layer, ctx)
     del h
     saved = saved._replace(gate_up=None)
-    dx_previous = _attention_backward(dmid, saved, layer, previous_rank, ctx, is_first)
+    dx_previous = _attention_backward(dmid, saved, layer, previous_rank, ctx)
     # The splits are added in a fixed order, so that gradients are the same bits in every run.
     reduce_partials(layer.partials, layer.grads, ctx.scaling)
     return dx_previous
@@ -354,120 +336,86 @@ def backward(
 def _mlp_backward(
     dx: Tensor, saved: Saved, h: Tensor | None, layer: ExplicitLayer, ctx: LayerContext
 ) -> Tensor:
-    """Gradient of mid, [T, D + R] with o's rank columns; sums for dA and dB of the MLP."""
+    """Gradient of mid, [T, D + R] with o's rank columns; writes dA and dB of gate_up and down."""
     D, T = ctx.cfg.hidden_size, dx.shape[0]
-    mid, small, gate_up = saved.mid_TD, saved.small, layer.gate_up
+    mid, small, down, linear = saved.mid_TD, saved.small, layer.down, layer.gate_up
     assert mid is not None
-    chunks = [slice(0, T)] if saved.gate_up is not None else mlp_rows(T, ctx)
-    splits = layer.partials.shape[0] // (1 if len(chunks) == 1 else ctx.mlp_chunks)
-    # Each chunk owns `splits` of the S splits. If there are fewer chunks than mlp_chunks, nothing
-    # writes the last splits, which hold another layer's sums.
-    layer.partials[len(chunks) * splits :].zero_()
-    fill_t(dx, layer.down)
-    dy_TD = dx[:, :D]
-    _add_dB(small.u_down, dy_TD, layer.down)
+    chunks = mlp_rows(T, ctx)
+    share = layer.partials.shape[0] // (1 if len(chunks) == 1 else ctx.mlp_chunks)
+    # Each chunk owns a share of the S splits. With fewer chunks than mlp_chunks nothing writes the
+    # last shares, which hold another layer's sums.
+    layer.partials[len(chunks) * share :].zero_()
+    fill_t(dx, down)
+    dy_TD, t = dx[:, :D], dx[:, D:] if down.rank else None
+    _add_dB(small.u_down, dy_TD, down)
     if saved.gate_up is None and h is None:
-        h = normalise(mid, layer.norm2, small.rstd2, rank_columns=gate_up.rank)
-    dh_TD, t_TR = dx.new_empty((T, D)), dx.new_empty((T, gate_up.rank))
+        h = normalise(mid, layer.norm2, small.rstd2, rank_columns=linear.rank)
+    lefts = (*by_linear(small.u_gate_up, linear), t)
+    sums = (*linear.dB, down.dA)
+    dh_TD, t_TR = dx.new_empty((T, D)), dx.new_empty((T, linear.rank))
     for i, rows in enumerate(chunks):
-        dgate_up = saved.gate_up
-        if dgate_up is None:
+        gate_up = saved.gate_up
+        if gate_up is None:
             assert h is not None
             u = None if small.u_gate_up is None else small.u_gate_up[rows]
-            dgate_up, _ = product(h[rows], u, gate_up, ctx)
-        # From here on gate_up holds its own gradient: a second [T, 2F] would be the peak.
-        _swiglu_backward_(
-            dgate_up, dx, rows, slice(i * splits, (i + 1) * splits), small, layer, ctx
+            gate_up, _ = product(h[rows], u, linear, ctx)
+        da = dx[rows] @ concat_rows_A(down, ctx.scaling, ctx.scratch)
+        splits = slice(i * share, (i + 1) * share)
+        # gate_up becomes its own gradient: a second [T, 2F] would raise the peak. The sums over
+        # tokens are formed here too, while gate, up and their product are in registers.
+        swiglu_backward_(
+            gate_up,
+            da,
+            lefts=tuple(None if x is None else x[rows] for x in lefts),  # pyright: ignore
+            partials=tuple(None if x is None else x[splits] for x in sums),  # pyright: ignore
         )
-        fill_t(dgate_up, gate_up)
-        torch.mm(dgate_up, concat_rows_A(gate_up, ctx.scaling, ctx.scratch), out=dh_TD[rows])
-        t_TR[rows] = dgate_up[:, sum(gate_up.sizes) :]
-        del dgate_up
-    if gate_up.dA is not None:
+        del da
+        fill_t(gate_up, linear)
+        torch.mm(gate_up, concat_rows_A(linear, ctx.scaling, ctx.scratch), out=dh_TD[rows])
+        t_TR[rows] = gate_up[:, sum(linear.sizes) :]
+        del gate_up
+    if linear.dA is not None:
         # The input of gate and up is mid / rms(mid) * norm2: two scales spare a recomputed h.
-        outer_sum(t_TR, mid, gate_up.dA, row_scale_T=small.rstd2, column_scale_N=layer.norm2)
+        outer_sum(t_TR, mid, linear.dA, row_scale_T=small.rstd2, column_scale_N=layer.norm2)
     return rms_norm_backward(
         dh_TD, mid, layer.norm2, small.rstd2, dresidual_TD=dy_TD, rank_columns=layer.o.rank
     )
 
 
-def _swiglu_backward_(
-    gate_up: Tensor,
-    dx: Tensor,
-    rows: slice,
-    splits: slice,
-    small: AlwaysSaved,
-    layer: ExplicitLayer,
-    ctx: LayerContext,
-) -> None:
-    """Overwrite the rows' gate_up by its gradient; write dB of gate and up and dA of down."""
-    down = layer.down
-    da = dx[rows] @ concat_rows_A(down, ctx.scaling, ctx.scratch)
-    # These sums over tokens are formed in the kernel that has gate, up and their product in
-    # registers: reading the three again would be 6 F bytes per token.
-    t = dx[:, ctx.cfg.hidden_size :] if down.rank else None
-    lefts = (*by_linear(small.u_gate_up, layer.gate_up), t)
-    sums = (*layer.gate_up.dB, down.dA)
-    swiglu_backward_(
-        gate_up,
-        da,
-        lefts=tuple(None if x is None else x[rows] for x in lefts),  # pyright: ignore
-        partials=tuple(None if x is None else x[splits] for x in sums),  # pyright: ignore
-    )
-
-
 def _attention_backward(
-    dmid: Tensor,
-    saved: Saved,
-    layer: ExplicitLayer,
-    previous_rank: int,
-    ctx: LayerContext,
-    is_first: bool,
+    dmid: Tensor, saved: Saved, layer: ExplicitLayer, previous_rank: int | None, ctx: LayerContext
 ) -> Tensor | None:
-    """Gradient of the layer's input, as `backward`; sums for dA and dB of qkv and o."""
-    x, qkv, small = saved.x_TD, saved.qkv, saved.small
-    assert x is not None and qkv is not None
-    dmid_TD = dmid[:, : ctx.cfg.hidden_size]
-    _qkv_backward_(dmid, saved, layer, ctx)
-    if layer.qkv.dA is not None:
-        t_TR = qkv[:, sum(layer.qkv.sizes) :]
-        outer_sum(t_TR, x, layer.qkv.dA, row_scale_T=small.rstd1, column_scale_N=layer.norm1)
-    if is_first:
+    """Gradient of the layer's input, as `backward`; writes dA and dB of qkv and o.
+
+    dmid: gradient of mid [T, D + R]; its rank columns, o's, are overwritten.
+    """
+    D, o, linear, small = ctx.cfg.hidden_size, layer.o, layer.qkv, saved.small
+    x, qkv, attended = saved.x_TD, saved.qkv, saved.attended
+    assert x is not None and qkv is not None and attended is not None
+    fill_t(dmid, o)
+    dmid_TD = dmid[:, :D]
+    do = (dmid @ concat_rows_A(o, ctx.scaling, ctx.scratch)).view_as(attended.out_TNH)
+    if o.dA is not None:
+        outer_sum(dmid[:, D:], attended.out_TNH.flatten(1), o.dA)
+    _add_dB(small.u_o, dmid_TD, o)
+    grads = attend_backward(do, _heads(qkv, ctx.cfg), attended, ctx.documents)
+    del do
+    width = sum(linear.sizes)
+    us = tuple(by_linear(small.u_qkv, linear))
+    # qkv becomes its own gradient: nothing reads q, k and v any more, and the rank columns next to
+    # them make the gradient one operand of the matmul below.
+    rope_backward(grads, ctx.cos, ctx.sin, qkv[:, :width], us=us, partials=linear.dB)  # pyright: ignore
+    del grads
+    fill_t(qkv, linear)
+    if linear.dA is not None:
+        t_TR = qkv[:, width:]
+        outer_sum(t_TR, x, linear.dA, row_scale_T=small.rstd1, column_scale_N=layer.norm1)
+    if previous_rank is None:
         return None
-    dh_TD = qkv @ concat_rows_A(layer.qkv, ctx.scaling, ctx.scratch)
+    dh_TD = qkv @ concat_rows_A(linear, ctx.scaling, ctx.scratch)
     return rms_norm_backward(
         dh_TD, x, layer.norm1, small.rstd1, dresidual_TD=dmid_TD, rank_columns=previous_rank
     )
-
-
-def _qkv_backward_(dmid: Tensor, saved: Saved, layer: ExplicitLayer, ctx: LayerContext) -> None:
-    """Overwrite saved.qkv by its gradient, rank columns included; write dA and dB of o, dB of qkv.
-
-    dmid: gradient of mid [T, D + R] with o's rank columns, which are overwritten.
-    """
-    D, o, small = ctx.cfg.hidden_size, layer.o, saved.small
-    qkv, attended = saved.qkv, saved.attended
-    assert qkv is not None and attended is not None
-    fill_t(dmid, o)
-    do = dmid @ concat_rows_A(o, ctx.scaling, ctx.scratch)
-    if o.dA is not None:
-        outer_sum(dmid[:, D:], attended.out_TNH.flatten(1), o.dA)
-    _add_dB(small.u_o, dmid[:, :D], o)
-    q, k, v = _heads(qkv, ctx.cfg)
-    grads = attend_backward(do.view_as(attended.out_TNH), q, k, v, attended, ctx.documents)
-    del do, q, k, v
-    # The gradients are written where q, k and v were, which nothing reads any more; there the rank
-    # columns next to them make one operand for the backward product.
-    rope_backward(
-        grads,
-        ctx.cos,
-        ctx.sin,
-        qkv[:, : sum(layer.qkv.sizes)],
-        us=tuple(by_linear(small.u_qkv, layer.qkv)),  # pyright: ignore
-        partials=layer.qkv.dB,  # pyright: ignore
-    )
-    del grads
-    fill_t(qkv, layer.qkv)
 
 
 def _add_dB(u: Tensor | None, dy_TO: Tensor, linear: FusedLinear) -> None:

@@ -42,17 +42,13 @@ class StaticBatch:
             target.copy_(source.pin_memory(), non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return (
-            self.input_ids_T, self.position_ids_T, self.rows_M, self.targets_M,
-            self.documents.cu_seqlens,
-        )  # fmt: skip
+        cu = self.documents.cu_seqlens
+        return self.input_ids_T, self.position_ids_T, self.rows_M, self.targets_M, cu
 
     def key(self) -> tuple:
         """The bucket: everything that a captured graph fixes."""
-        return (
-            len(self.input_ids_T), len(self.targets_M), len(self.documents.cu_seqlens),
-            self.documents.longest, self.documents.uniform, self.dense,
-        )  # fmt: skip
+        sizes = (len(tensor) for tensor in self._tensors())
+        return *sizes, self.documents.longest, self.documents.uniform, self.dense
 
 
 def bucketed(micro: MicroBatch) -> StaticBatch:

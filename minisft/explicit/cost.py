@@ -23,8 +23,7 @@ _FLOPS = 520e12  # per second, of matmuls and attention in a step
 _BYTES = 3.2e12  # per second, of a decode
 _HOST_BYTES = 51e9  # per second and direction, between GPU and host
 _LAYER_S = 70e-6  # seconds per layer and micro-batch that do not depend on its size
-# Copies to and from the host slow down the compute next to them: 3 % at 1B with copies in every
-# layer.
+# Copies slow down the compute next to them: by 3 % at 1B with copies in every layer.
 _CONTENTION = 0.03
 
 
@@ -66,7 +65,7 @@ def peak_bytes(dims: Dims, policies: tuple[Policy, ...], tokens: int, chunk: int
     D, F = cfg.hidden_size * itemsize, cfg.intermediate_size * itemsize
     NH = cfg.num_attention_heads * cfg.head_dim
     saved = {p: saved_bytes(p, dims) for p in policies}
-    # one layer's parts on their way to or from the host
+    # one layer's parts in flight
     host = max(on_host for _, on_host in saved.values())
     # dO; dQ, which flash attention sums in float32; dK and dV for every query head
     attention_grads = parts["qkv"] + NH * (itemsize + 4 + 2 * itemsize)
@@ -115,11 +114,10 @@ def _layer_seconds(
     weights = {group: O * I for group, (O, I) in group_shapes(cfg).items()}
     once, overhead = sum(weights.values()), _LAYER_S / tokens / 2
     saved = policy.gpu | policy.host
-    again = {"qkv": "qkv" not in saved, "gate_up": "gate_up" not in saved, "o": "mid" not in saved}
-    recomputed = sum(weights[g] for g, yes in again.items() if yes)
+    makes = {"qkv": "qkv", "gate_up": "gate_up", "o": "mid"}  # fused linear -> part it computes
+    recomputed = sum(weights[group] for group, part in makes.items() if part not in saved)
     attended = 0 if "attended" in saved else 2 * q * length
-    # Each chunk of the MLP decodes its weights again: gate_up and down in both passes, gate_up also
-    # when it is recomputed.
+    # Each chunk of the MLP decodes gate_up in forward, recompute and backward, down in two of them.
     more_chunks = mlp_chunks(int(tokens), policy, mlp) - 1
     more = more_chunks * (3 * weights["gate_up"] + 2 * weights["down"])
     # 4 bits read and 16 written per decoded weight are 2.5 bytes.

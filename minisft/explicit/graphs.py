@@ -10,6 +10,7 @@ import torch
 
 from minisft.explicit.buckets import StaticBatch
 
+Function = Callable[[StaticBatch], None]
 # Batches of further buckets are launched kernel by kernel.
 _MAX_GRAPHS = 32
 
@@ -26,7 +27,7 @@ class Graphs:
     # All graphs share one memory pool, as only one of them runs at a time.
     pool: Any = None
 
-    def run_(self, function: Callable[[StaticBatch], None], batch: StaticBatch) -> None:
+    def run_(self, function: Function, batch: StaticBatch) -> None:
         """Call function(batch): by kernels the first time its bucket is seen, then as a graph.
 
         batch: on the CPU. The function must neither read back from the device nor depend on Python
@@ -55,9 +56,7 @@ class Graphs:
                 self.captured[key].replay()
         current.wait_stream(self.stream)
 
-    def _capture(
-        self, function: Callable[[StaticBatch], None], inputs: StaticBatch
-    ) -> torch.cuda.CUDAGraph:
+    def _capture(self, function: Function, inputs: StaticBatch) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         # The caching allocator's free blocks are of no use to the graphs' own pool: release them.
         torch.cuda.empty_cache()

@@ -24,8 +24,6 @@ from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 from minisft.lora import Flat
 from minisft.rope import cos_and_sin
 
-# -------------------------------------------------------------------------------------- a step
-
 
 def explicit_loss_and_grads(
     explicit: ExplicitPass, trainable: Flat, batch: StepBatch, loss_scale: float
@@ -51,8 +49,7 @@ def explicit_loss_and_grads(
 
 def load_(explicit: ExplicitPass, trainable: Flat) -> None:
     """Copy the trained adapters into explicit.adapters, in the compute dtype."""
-    # No rank was padded: both buffers have one layout, and one copy does it.
-    if explicit.grads is explicit.sums:
+    if explicit.grads is explicit.sums:  # no rank was padded
         explicit.adapters.buffer.copy_(trainable.buffer)
         return
     for name, view in trainable.views.items():
@@ -72,14 +69,8 @@ def _corner(padded: Tensor, like: Tensor) -> Tensor:
     return padded[: like.shape[0], : like.shape[1]]
 
 
-# --------------------------------------------------------------------------------- a micro-batch
-
-
 def micro_step_(explicit: ExplicitPass, batch: StaticBatch) -> None:
-    """Add the micro-batch's loss to explicit.loss and its gradient to explicit.sums.
-
-    The gradient is that of explicit.loss_weight times the loss.
-    """
+    """Add the loss to explicit.loss, and the gradient of loss_weight * loss to explicit.sums."""
     layers, contexts = explicit.layers, _contexts(explicit, batch)
     x, h, rstd, saved = _forward(explicit, batch, contexts)
     dh = _head_(explicit, h, batch)
@@ -90,10 +81,10 @@ def micro_step_(explicit: ExplicitPass, batch: StaticBatch) -> None:
     for i in range(len(layers) - 1, -1, -1):
         slot = [explicit.host.fetch(i, saved[i])]
         saved[i] = None
-        previous_rank = layers[i - 1].down.rank if i else 0
+        previous_rank = layers[i - 1].down.rank if i else None
         assert dx is not None
         # `backward` empties the list, so that no reference here keeps the activations alive.
-        dx = backward(dx, slot, layers[i], previous_rank, contexts[i], is_first=i == 0)
+        dx = backward(dx, slot, layers[i], previous_rank, contexts[i])
 
 
 def _contexts(explicit: ExplicitPass, batch: StaticBatch) -> list[LayerContext]:
@@ -104,9 +95,7 @@ def _contexts(explicit: ExplicitPass, batch: StaticBatch) -> list[LayerContext]:
         compute.model, compute.lora_scaling, cos, sin, batch.documents, explicit.scratch
     )
     tokens, most = len(batch.input_ids_T), explicit.mlp_tokens
-    return [
-        ctx._replace(mlp_chunks=mlp_chunks(tokens, policy, most)) for policy in explicit.policies
-    ]
+    return [ctx._replace(mlp_chunks=mlp_chunks(tokens, p, most)) for p in explicit.policies]
 
 
 def _forward(

@@ -20,13 +20,10 @@ _FIELDS = {"x": "x_TD", "qkv": "qkv", "mid": "mid_TD", "gate_up": "gate_up"}
 
 @dataclass
 class Host:
-    """Pinned buffers by (layer, part), and the copies in flight.
-
-    tokens: of the largest micro-batch; every buffer is that long.
-    """
+    """Pinned buffers by (layer, part), and the copies in flight."""
 
     device: torch.device
-    tokens: int
+    tokens: int  # of the largest micro-batch: rows of every buffer
     buffers: dict[tuple, Tensor] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
     copies_out: list[tuple] = field(default_factory=list)  # (event, source tensors) in flight
@@ -36,8 +33,10 @@ class Host:
 
     def store(self, i: int, saved: Saved, policy: Policy) -> Saved:
         """Drop what layer i's policy does not keep on the GPU; start copying the host's parts."""
-        parts = _parts(saved)
         if self.device.type == "cuda" and policy.host:
+            assert saved.attended is not None
+            parts = {part: getattr(saved, field) for part, field in _FIELDS.items()}
+            parts["attended"] = saved.attended.out_TNH
             self._copy_out(i, {name: parts[name] for name in sorted(policy.host)})
             stays = policy.gpu
         else:
@@ -74,8 +73,7 @@ class Host:
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream()
-        # At most one layer's copies lag behind: their tensors stay on the GPU until then, and the
-        # plan counts one layer of them.
+        # At most one layer's copies lag behind: until they are done its tensors are on the GPU too.
         while self.copies_out:
             event, _ = self.copies_out.pop(0)
             current.wait_event(event)
@@ -127,9 +125,3 @@ def _full_rows(part: Tensor) -> Tensor:
         return part
     # With its padding the matrix is one contiguous piece of memory, so it is one plain copy.
     return part.as_strided((part.shape[0], part.stride(0)), (part.stride(0), 1))
-
-
-def _parts(saved: Saved) -> dict[str, Tensor]:
-    parts = {part: getattr(saved, field) for part, field in _FIELDS.items()}
-    parts["attended"] = None if saved.attended is None else saved.attended.out_TNH
-    return {part: tensor for part, tensor in parts.items() if tensor is not None}

@@ -22,8 +22,7 @@ from minisft.lora import Flat
 
 # A margin for the planner: measured peaks were 0.1 to 1.2 % above the predicted ones.
 _SLACK = 1.005
-# Larger micro-batches are not faster.
-_MAX_TOKENS = 16384
+_MAX_TOKENS = 16384  # larger micro-batches are not faster
 # Candidates for the rows of logits at once, and for the tokens per chunk of the MLP.
 _CHUNKS, _MLP_TOKENS = (2048, 1024, 512, 256), (8192, 4096, 2048, 1024)
 
@@ -79,7 +78,7 @@ def choose(
         policies = (POLICIES["none" if name == "auto" else name],) * compute.model.num_hidden_layers
         return Choice(True, policies, tokens, 1024, 8192, 0, f"explicit block, {name}")
     memory = gpu_memory(device, config.max_memory_gib, to_load)
-    # An upper bound of the tokens of a step: all its rows as long as the longest.
+    # An upper bound: all rows of a step are as long as the longest.
     step_tokens = longest * config.per_device_train_batch_size * config.gradient_accumulation_steps
     return choose_on_gpu(config, trainable, compute, name, longest, step_tokens, memory)
 
@@ -87,12 +86,10 @@ def choose(
 def _autograd(config: TrainConfig, name: str, reason: str, device: torch.device) -> Choice:
     """The choice of autograd. name: the policy; reason: why the explicit pass is not possible."""
     if name not in ("auto", "none", "full"):
-        why = reason or (
-            "--step-impl autograd" if config.step_impl == "autograd" else f"--device {device}"
-        )
+        setting = "--step-impl autograd" if config.step_impl == "autograd" else f"--device {device}"
         raise UserError(
-            f"--gradient-checkpointing is {name!r}, which needs the explicit pass; with {why} "
-            "expected auto, none or full"
+            f"--gradient-checkpointing is {name!r}, which needs the explicit pass; with "
+            f"{reason or setting} expected auto, none or full"
         )
     tokens = config.per_device_train_batch_size * config.max_length
     saved = "each layer's input" if name == "full" else "all activations"
@@ -116,10 +113,7 @@ def gpu_memory(device: torch.device, limit_gib: float, to_load: int = 0) -> Memo
 
 
 def available_host_bytes(root: Path = Path("/")) -> float:
-    """Host memory that is free: the kernel's own estimate, or a container's limit if it is less.
-
-    Infinite if the system reports neither. root: of the file system to read both from.
-    """
+    """Free host memory: the kernel's estimate or a container's limit, whichever is less; or inf."""
     found = [math.inf]
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -161,7 +155,7 @@ class _Planner(NamedTuple):
             def mixed(n: int, kind: Policy = kind) -> Choice:
                 return self.choice(best.policies[: layers - n] + (kind,) * n, *best[2:5])
 
-            # In as many layers as fit: more of a policy that saves more take more memory.
+            # In as many of the last layers as fit; whether n layers fit is monotone in n.
             count = bisect(range(1, layers), False, key=lambda n: not self.fits(mixed(n)))
             found += [mixed(count)] if count else []
         return found
@@ -246,8 +240,7 @@ def micro_batch_sizes(requested: int, longest: int, step_tokens: int) -> list[in
     sizes, size = {least}, min(step_tokens, _MAX_TOKENS)
     sizes.add(max(least, bucket_tokens(size)))
     while (size := size // 2) > least:
-        # Powers of two alone would be too coarse: 6,144 tokens of 8B fit where 8,192 do not.
+        # Halves alone are too coarse: at 8B in 20.9 GiB 6,144 tokens fit, and beat 4,096 by 1 %.
         for part in (size, size * 3 // 2):
-            # a whole number of rows, if all are as long as the longest
             sizes.add(bucket_tokens(max(1, part // longest) * longest))
     return sorted(sizes, reverse=True)

@@ -11,12 +11,9 @@ from typing import NamedTuple
 from minisft.config.model import ModelConfig
 from minisft.kernels.low_rank import row_stride
 
-# The parts of `block.Saved` that a policy decides about, in the order of its fields.
-PARTS = ("x", "qkv", "attended", "mid", "gate_up")
-
 
 class Policy(NamedTuple):
-    """Parts saved on the GPU and parts saved in pinned host memory; the rest is recomputed.
+    """Parts of `block.Saved` saved on the GPU and in pinned host memory; the rest is recomputed.
 
     x, the layer's input, is always in one of the two: everything else follows from it.
     """

@@ -18,8 +18,7 @@ from minisft.llama import Compute, Weights, head_weight
 from minisft.lora import Flat, allocate, viewed
 from minisft.rope import rope_inverse_frequencies
 
-# Sums over tokens (dA, dB) are formed in this many parts: parallel, yet added in a fixed order,
-# which float atomics would not be.
+# Parts of the sums over tokens (dA, dB): parallel, yet in a fixed order, unlike float atomics.
 SPLITS = 8
 
 Frozen = dict[str, Tensor | NF4Weight]
@@ -149,10 +148,6 @@ def _dense(frozen: Weights, name: str) -> Tensor:
     return weight
 
 
-def _end(view: Tensor) -> int:
-    return int(view.storage_offset()) + view.numel()
-
-
 def _fused_linear(
     paths: list[str], frozen: Frozen, adapters: Flat, partials: Tensor, layer_start: int
 ) -> FusedLinear:
@@ -160,24 +155,19 @@ def _fused_linear(
     weight, sizes = _fuse_weights([f"{p}.weight" for p in paths], frozen, adapters.buffer)
 
     def partials_of(view: Tensor) -> Tensor:
-        start, stop = view.storage_offset() - layer_start, _end(view) - layer_start
-        return partials[:, start:stop].unflatten(1, view.shape)
+        start = int(view.storage_offset()) - layer_start
+        return partials[:, start : start + view.numel()].unflatten(1, view.shape)
 
     As = [adapters.views[n] for p in paths if (n := f"{p}.lora_A.weight") in adapters.views]
     B = tuple(adapters.views.get(f"{p}.lora_B.weight") for p in paths)
     A = None
     if As:
-        # The flat buffer keeps the A of linears that read one input adjacent (`lora._place`): they
-        # are one matrix without a copy.
-        A = adapters.buffer[As[0].storage_offset() : _end(As[-1])].view(-1, weight.shape[1])
-    return FusedLinear(
-        weight=weight,
-        sizes=sizes,
-        A=A,
-        B=B,
-        dA=None if A is None else partials_of(A),
-        dB=tuple(None if b is None else partials_of(b) for b in B),
-    )
+        # The flat buffer keeps these A adjacent (`lora._place`): one matrix without a copy.
+        I = weight.shape[1]
+        A = As[0].as_strided((sum(a.shape[0] for a in As), I), (I, 1))
+    dA = None if A is None else partials_of(A)
+    dB = tuple(None if b is None else partials_of(b) for b in B)
+    return FusedLinear(weight, sizes, A, B, dA, dB)
 
 
 def _fuse_weights(

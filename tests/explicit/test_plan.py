@@ -22,7 +22,7 @@ from minisft.explicit.plan import (
     gpu_memory,
     micro_batch_sizes,
 )
-from minisft.explicit.policy import PARTS, POLICIES, Dims, mlp_chunks, pinned_bytes, saved_bytes
+from minisft.explicit.policy import POLICIES, Dims, mlp_chunks, pinned_bytes, saved_bytes
 from minisft.llama import Compute
 from minisft.lora import allocate, trainable_shapes
 
@@ -205,7 +205,7 @@ def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
     fake_gpu(monkeypatch, free)
     choice = on_gpu(settings(), "auto")
     assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
-    assert all(p.gpu | p.host == frozenset(PARTS) for p in choice.policies) == keeps_all
+    assert all(p.gpu | p.host == POLICIES["none"].gpu for p in choice.policies) == keeps_all
     assert (choice.tokens == 16384) == (free == 100)
 
 
