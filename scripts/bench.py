@@ -188,7 +188,7 @@ def step(config: StepConfig) -> dict:
         "torch": torch.__version__,
     }  # fmt: skip
     if device.type == "cuda":
-        host = plan.fast.host.buffers.values() if plan.fast else ()
+        host = plan.explicit.host.buffers.values() if plan.explicit else ()
         result |= {
             "compute_floor": round(1 / floor),
             "serial_roofline": round(1 / roofline),
