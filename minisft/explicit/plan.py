@@ -43,7 +43,7 @@ class Memory(NamedTuple):
     """Bytes of a GPU and of its host."""
 
     used: float  # by weights and training state, once they are loaded
-    room: float  # what the run may use, including `used`
+    limit: float  # what the run may use, including `used`
     host: float = math.inf  # host memory that may be pinned
 
 
@@ -171,8 +171,8 @@ class _Planner(NamedTuple):
 
     def fits(self, choice: Choice) -> bool:
         """Whether the choice fits into the memory of GPU and host."""
-        room = self.memory.room / _SLACK
-        return choice.peak_bytes <= room and self.pinned(choice) <= self.memory.host
+        limit = self.memory.limit / _SLACK
+        return choice.peak_bytes <= limit and self.pinned(choice) <= self.memory.host
 
     def rank(self, choice: Choice) -> tuple:
         """Sort key: what fits first, then the fastest; of equally fast ones the largest chunks."""
@@ -189,7 +189,7 @@ class _Planner(NamedTuple):
         saved = ", ".join(k if n == layers else f"{k} in {n} layers" for k, n in counts.items())
         text = (
             f"explicit block, {saved}, up to {choice.tokens:,} tokens at a time; predicted peak "
-            f"{choice.peak_bytes / 2**30:.2f} of {self.memory.room / 2**30:.2f} GiB"
+            f"{choice.peak_bytes / 2**30:.2f} of {self.memory.limit / 2**30:.2f} GiB"
         )
         pinned = self.pinned(choice)
         return text + (f", and {pinned / 2**30:.1f} GiB of host memory" if pinned else "")

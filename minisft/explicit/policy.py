@@ -73,7 +73,7 @@ def mlp_chunks(tokens: int, policy: Policy, most: int) -> int:
     """Number of chunks (1, 2, 4 or 8) that the MLP processes the tokens in.
 
     most: tokens per chunk, unless that takes more than 8. Always 1 if gate and up are saved: they
-    are in memory as a whole then, and chunks would save none.
+    are one tensor in memory then, and chunks would save none.
     """
     if "gate_up" in policy.gpu | policy.host:
         return 1

@@ -116,7 +116,7 @@ def prepare(
 
 
 def _layers(frozen: Frozen, adapters: Flat, sums: Tensor, count: int) -> list[ExplicitLayer]:
-    """The layers; each adds its gradient to its slice of sums, float32 [n]."""
+    """The layers; each adds its gradient to its slice of sums, float32 [n] in layer order."""
     sizes = [0] * count
     for name, view in adapters.views.items():
         sizes[int(name.split(".")[2])] += view.numel()

@@ -22,7 +22,7 @@ from minisft.llama import Compute
 from minisft.step import ExecutionPlan, loss_and_grads
 
 ROWS = [[5, 9], [14], [3, 3, 8], [12, 2]]
-# Multiples of 64 * 256 weights in every matrix: these lie side by side.
+# Multiples of 64 * 256 weights in every matrix: these are joined.
 WIDE = dataclasses.replace(
     CFG, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4,
     head_dim=32,
@@ -187,7 +187,7 @@ def test_the_bytes_kept_are_those_of_the_formula(name, monkeypatch):
     sizes = part_bytes(Dims(CFG, 4, group_ranks(trainable, CFG)))
     if name == "none":  # half precision would be 4 D + 4 N H + 4 K H + 4 F, and LoRA's columns
         D, NH, KH, F = CFG.hidden_size, 4 * 14, 2 * 14, CFG.intermediate_size
-        rank, heads = 8, CFG.num_attention_heads  # 3, in whole ranks
+        rank, heads = 8, CFG.num_attention_heads  # 3, padded
         plain = 2 * D + 2 * NH + 2 * KH + 2 * F
         assert sum(sizes.values()) == 4 * (plain + 5 * rank + 7 * rank) + 4 * heads + 8
     for saved in found:
@@ -225,7 +225,7 @@ def test_ranks_are_rounded_up_and_their_gradients_cut_out():
     explicit = prepare(
         trainable, random_weights(CFG), compute, everything(CFG), chunk=7, max_tokens=64
     )
-    for _ in range(2):  # again, and nothing of before is left
+    for _ in range(2):  # twice: nothing of the first time is left
         load_(explicit, trainable)
         for name, view in trainable.views.items():
             whole = explicit.adapters.views[name]
