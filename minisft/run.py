@@ -29,12 +29,10 @@ from minisft.session.finish import finish, take_best_
 from minisft.session.guards import check_changed, reason_to_stop, trace, training_stopped
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
-from minisft.session.record import start_over
+from minisft.session.record import go_on, report_step_, save, save_due, start_over
 from minisft.session.report import reporting
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
-from minisft.session.save import go_on, save, save_due
 from minisft.session.signals import Preempted
-from minisft.session.step_metrics import report_step_
 from minisft.step import ExecutionPlan, State, StepResult, train_step_
 from minisft.text.tokenizer import load_tokenizer
 
@@ -170,7 +168,7 @@ def steps_(run: Run) -> Iterator[StepResult]:
         seconds = time.perf_counter() - started
         state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
         if state.step % config.logging_steps == 0 or state.step == last or reason:
-            report_step_(run, result.grad_norm, batch.epoch, groups, factor)
+            report_step_(run, result.grad_norm, batch.epoch, factor)
         if reason:
             raise training_stopped(run, reason)
         yield result
