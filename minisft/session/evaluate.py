@@ -206,7 +206,7 @@ def answer(run: Run, count: int) -> list[dict[str, Any]]:
     model = InferenceModel(run.state.trainable.views, base.frozen, base.compute, base.device)
     # Answers end at a stop id; the limit is for a model that has not learned to stop.
     new_tokens = 2 * max(map(len, expected)) + 2
-    texts = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=stops)
+    answers = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=stops)
 
     def text(ids: list[int]) -> str:
         return decode(tokenizer, ids, skip_special_tokens=True).strip()
@@ -219,7 +219,7 @@ def answer(run: Run, count: int) -> list[dict[str, Any]]:
             "right": text(a) == text(e),
             "stopped": a[-1] in stops,
         }
-        for p, e, a in zip(prompts, expected, texts, strict=True)
+        for p, e, a in zip(prompts, expected, answers, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,29 +20,23 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # answers to the eval prompts of --eval-generate
 
 
+@dataclass
 class Reporter:
-    """Prints lines and appends to metrics.jsonl and samples.jsonl.
+    """Prints lines and appends to metrics.jsonl and samples.jsonl."""
 
-    evaluations: step -> its eval line, with `answers` if --eval-generate is on. log: writes a line
-    to the loggers of --report-to. progress: a rich.progress.Progress, None without a terminal.
-    """
+    metrics: IO[bytes]  # metrics.jsonl, opened for appending
+    total_steps: int
+    evaluations: dict[int, dict[str, Any]]  # step -> its eval line, and `answers` if there are any
+    log: Callable[[dict[str, Any]], None]  # writes a line to the loggers of --report-to
+    progress: Any = None  # rich.progress.Progress; None without a terminal
 
-    def __init__(
-        self,
-        metrics: IO[bytes],
-        total_steps: int,
-        evaluations: dict[int, dict[str, Any]],
-        log: Callable[[dict[str, Any]], None],
-        progress: Any = None,
-    ):
-        self._metrics, self._directory = metrics, Path(metrics.name).parent
-        self.evaluations = evaluations
-        self._log, self._total, self._progress = log, total_steps, progress
-        self._task = progress.add_task("", total=total_steps) if progress else None
+    def __post_init__(self) -> None:
+        self._directory = Path(self.metrics.name).parent
+        self._task = self.progress.add_task("", total=self.total_steps) if self.progress else None
 
     def say(self, line: str) -> None:
         """Print one line, above the progress bar if there is one."""
-        say(line) if self._progress is None else self._progress.console.print(line, highlight=False)
+        say(line) if self.progress is None else self.progress.console.print(line, highlight=False)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append a line of step metrics to metrics.jsonl, and print it."""
@@ -51,14 +46,14 @@ class Reporter:
             f"grad_norm {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
             f"peak {metrics['peak_memory_gib']:.2f} GiB"
         )
-        if self._progress is None:
-            say(f"step {metrics['step']}/{self._total}  {text}")
+        if self.progress is None:
+            say(f"step {metrics['step']}/{self.total_steps}  {text}")
         else:
-            self._progress.update(self._task, completed=metrics["step"], description=text)
+            self.progress.update(self._task, completed=metrics["step"], description=text)
 
     def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
         """Append an eval line to metrics.jsonl and `answers` to samples.jsonl, and print both."""
-        # Answers first: a kill in between leaves answers without an eval line, which are dropped.
+        # Answers first: resuming drops answers without an eval line, which a kill may leave.
         if answers:
             self._answers(metrics["step"], answers)
         self._write(metrics)
@@ -79,16 +74,17 @@ class Reporter:
         )
 
     def sync(self) -> None:
-        """fsync metrics.jsonl, before a checkpoint: it must hold every step that one does."""
+        """Sync metrics.jsonl to disk, before a checkpoint: the file must not lag behind it."""
         with writing(self._directory / METRICS):
-            os.fsync(self._metrics.fileno())
+            os.fsync(self.metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
         with writing(self._directory / METRICS):
             line = to_json_line(metrics).encode()
+            # An unbuffered write may write only a part.
             while line:
-                line = line[self._metrics.write(line) :]
-        self._log(metrics)
+                line = line[self.metrics.write(line) :]
+        self.log(metrics)
 
 
 @contextmanager
