@@ -264,9 +264,8 @@ def _check_names(
             "was trained on another base"
         )
     for name in surplus:
-        what = (
-            "is PEFT's copy of the base's embedding" if name == copied else "has no known meaning"
-        )
+        copy = name == copied
+        what = "is PEFT's copy of the base's embedding" if copy else "has no known meaning"
         warnings.warn(f"{path}: tensor {keys[name]!r} {what}; ignored", stacklevel=3)
 
 
