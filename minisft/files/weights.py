@@ -204,10 +204,6 @@ def meta_weights(
         yield name, unfilled(checkpoint.four_bit.get(name, ours))
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
-
-
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
     """Return the names of the weights that a run keeps in 4 bits.
 
