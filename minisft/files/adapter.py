@@ -182,7 +182,7 @@ def _digest(config: dict[str, Any]) -> str:
 
 
 def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
-    """Name in minisft -> key in the file; a key without the prefix keeps its whole name."""
+    """Name in minisft -> key in the file; a key without the prefix keeps its full name."""
     names: dict[str, str] = {}
     for key in header.tensors:
         # PEFT drops the adapter's name, "default", on saving; some other tools leave it in.
