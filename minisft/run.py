@@ -89,10 +89,8 @@ def make_plan(config: TrainConfig, base: Base, state: State, data: Data) -> Exec
     # A dry run has loaded nothing yet: what the weights will take is not free memory.
     to_load = sum(resident_gib(base, state).values()) * 2**30 if config.dry_run else 0
     choice = choose(
-        config, state.trainable, base.frozen, base.compute, longest,
-        longest * config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        base.device, int(to_load),
-    )  # fmt: skip
+        config, state.trainable, base.frozen, base.compute, longest, base.device, int(to_load)
+    )
     return ExecutionPlan(base.compute, choice)
 
 

@@ -34,7 +34,7 @@ def announce(run: Run) -> None:
     _announce_serving(run)
     _announce_steps(run)
     assert run.plan.choice is not None
-    say(f"pass    {run.plan.choice.said}")
+    say(f"pass    {run.plan.choice.description}")
     for name, why in without_effect(run):
         say(f"warning: {flag(name)} {getattr(run.config, name)} has no effect: {why}")
 
@@ -130,7 +130,7 @@ def without_effect(run: Run) -> Iterator[tuple[str, str]]:
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
-        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
+        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.description}"
         idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
     if not any(name in run.state.trainable.views for name in EMBEDDING_WEIGHTS):
         idle.append(("embedding_learning_rate", "no embedding and no head is trained in full"))

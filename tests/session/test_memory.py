@@ -14,7 +14,7 @@ from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_wei
 
 from minisft.config.lora import LoraConfig
 from minisft.config.train import TrainConfig
-from minisft.explicit.plan import Choice
+from minisft.explicit import Choice
 from minisft.files import load as load_module
 from minisft.files.load import load_base
 from minisft.llama import Compute
