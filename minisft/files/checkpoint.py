@@ -43,10 +43,7 @@ _TEMPORARY = "tmp-checkpoint-"
 
 
 def save_checkpoint(
-    output_dir: Path,
-    state: State,
-    write_model: Callable[[Path], None],
-    facts: dict[str, Any],
+    output_dir: Path, state: State, write_model: Callable[[Path], None], facts: dict[str, Any]
 ) -> Path:
     """Write checkpoint-{state.step} and return its path.
 
@@ -131,7 +128,6 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
     if which != "auto":
         return _verified(which)
     found = list_checkpoints(output_dir)
-    problem = ""
     for path in reversed(found):
         if not (problem := verify(path)):
             return path
@@ -145,16 +141,14 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
 
 
 def _verified(which: str) -> Path:
-    if not Path(which).is_dir():
-        raise UserError(
-            f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
-            "directory or `auto`"
-        )
-    if problem := verify(Path(which)):
-        raise UserError(
-            f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
-        )
-    return Path(which)
+    path = Path(which)
+    if not path.is_dir():
+        problem, remedy = "no such directory", "give a checkpoint-N directory"
+    else:
+        problem, remedy = verify(path), "use an older checkpoint"
+    if problem:
+        raise UserError(f"--resume-from-checkpoint {which}: {problem}; {remedy} or `auto`")
+    return path
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

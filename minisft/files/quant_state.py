@@ -50,11 +50,11 @@ class QuantState(NamedTuple):
     def members(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return (dtype, shape) of each tensor that accompanies the packed weights."""
         blocks = math.ceil(self.shape[0] * self.shape[1] / self.blocksize)
+        single = {"absmax": (torch.float32, (blocks,)), "quant_map": (torch.float32, (16,))}
         if self.nested_offset is None:
-            return {"absmax": (torch.float32, (blocks,)), "quant_map": (torch.float32, (16,))}
-        return {
+            return single
+        return single | {
             "absmax": (torch.uint8, (blocks,)),
-            "quant_map": (torch.float32, (16,)),
             "nested_absmax": (torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
             "nested_quant_map": (torch.float32, (256,)),
         }
@@ -65,10 +65,7 @@ class QuantState(NamedTuple):
 
 
 def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
-    """Return the kinds of 4 bits of some matrices, such as "nf4 with double quantisation".
-
-    Several are joined by " and "; "" for none.
-    """
+    """Return the kinds of 4 bits, as "nf4 with double quantisation" or "A and B"; "" for none."""
     found = {
         f"{m.quant_type} with {'single' if m.nested_offset is None else 'double'} quantisation"
         for m in matrices
@@ -76,42 +73,39 @@ def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
     return " and ".join(sorted(found))
 
 
-def find_states(names: Iterable[str]) -> dict[str, str]:
+def find_states(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return the key of the quant state of each 4-bit matrix, by the matrix's key.
 
-    Raises UserError for a second state of one matrix, a kind other than nf4 and fp4, and a scale or
-    code whose matrix has no state.
+    infos: key -> TensorInfo of every tensor in the checkpoint.
+    Raises UserError for a second state of one matrix, a kind other than nf4 and fp4, a state that
+    cannot be JSON text, and a scale or code whose matrix has no state.
     """
-    names = list(names)
     states: dict[str, str] = {}
-    for name in names:
+    known = [_PREFIX + code for code in CODES]
+    for name, info in infos.items():
         if not (match := _STATE.fullmatch(name)):
             continue
         weight, kind = match.groups()
-        if kind not in (known := [_PREFIX + code for code in CODES]):
+        if kind not in known:
             raise UserError(
                 f"{name} is a quantisation that is not known; expected {' and '.join(known)}. "
                 "Use the unquantised checkpoint"
             )
         if weight in states:
             raise UserError(f"{weight} has two quant states, {name} is one of them")
+        if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > _MAX_JSON_BYTES:
+            raise _damaged(
+                f"{name} is {info.dtype} {list(info.shape)}; expected uint8 JSON text of at most "
+                f"{_MAX_JSON_BYTES} bytes"
+            )
         states[weight] = name
-    for name in names:
+    for name in infos:
         if (match := _MEMBER.fullmatch(name)) and match[1] not in states:
-            state = f"{match[1]}.quant_state.{_PREFIX}nf4"
+            state = f"{match[1]}.quant_state.{known[0]}"
             raise _damaged(
                 f"{name} belongs to a 4-bit matrix whose quant state ({state}) is missing"
             )
     return states
-
-
-def check_state_size(name: str, info: TensorInfo) -> None:
-    """Raise UserError if a quant state cannot be JSON text, before it is read."""
-    if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > _MAX_JSON_BYTES:
-        raise _damaged(
-            f"{name} is {info.dtype} {list(info.shape)}; expected uint8 JSON text of at most "
-            f"{_MAX_JSON_BYTES} bytes"
-        )
 
 
 def parse_state(name: str, text: bytes) -> QuantState:

@@ -141,6 +141,4 @@ def _refusing(path: str | Path) -> Iterator[None]:
 
 
 def _invalid(path: str | Path, reason: object) -> UserError:
-    return UserError(
-        f"{path}: truncated, or not a valid safetensors file ({reason}). Copy or download it again"
-    )
+    return UserError(f"{path}: truncated, or not safetensors ({reason}); copy or download it again")
