@@ -43,8 +43,7 @@ def write_trained(
             base_4bit=base_4bit(config, base),
         )  # fmt: skip
         return
-    tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    save_file(trainable.views, directory / "model.safetensors", {"format": "pt"})
 
 
 def export_adapter(
@@ -119,10 +118,8 @@ def write_model_files(
     """
     write_files(directory, files)
     raw = load_json(base_directory / "config.json")
-    raw |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-    }
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = cfg.tie_word_embeddings
     for name in ("torch_dtype", "quantization_config"):
         raw.pop(name, None)
     generation = base_directory / "generation_config.json"
