@@ -30,12 +30,8 @@ from minisft.config.targets import (
     adapter_shapes,
     is_special,
 )
-from minisft.files.adapter_config import (
-    CONFIG_NAME,
-    adapter_config_dict,
-    parse_adapter_config,
-    read_adapter_config,
-)
+from minisft.files import adapter_config
+from minisft.files.adapter_config import CONFIG_NAME
 from minisft.files.disk import naming, write_text, writing
 from minisft.files.safetensors import Header, iter_tensors, read_header, save_file
 from minisft.variants.pissa import initial_half, is_pair
@@ -78,7 +74,7 @@ def save_adapter(
         name = min(n for n in found.keys() | expected if found.get(n) != expected.get(n))
         wrong = f"{name} is {found.get(name)}, expected {expected.get(name)}"
         raise ValueError(f"tensors do not fit the LoRA config: {wrong}")
-    config = adapter_config_dict(lora, cfg, base_model_name_or_path, revision)
+    config = adapter_config.adapter_config_dict(lora, cfg, base_model_name_or_path, revision)
     stored = {KEY_PREFIX + name: tensor.detach().float() for name, tensor in tensors.items()}
     if cfg.tie_word_embeddings and EMBED_KEY in tensors:
         stored[KEY_PREFIX + HEAD_KEY] = stored[KEY_PREFIX + EMBED_KEY]
@@ -135,8 +131,8 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
     """
     directory = Path(directory)
     source, path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    raw = read_adapter_config(directory)
-    lora = parse_adapter_config(raw, source)
+    raw = adapter_config.read_adapter_config(directory)
+    lora = adapter_config.parse_adapter_config(raw, source)
     if not path.exists() and (directory / PICKLE_NAME).exists():
         raise UserError(
             f"{directory / PICKLE_NAME}: a pickle can run code and is never opened; convert it to "

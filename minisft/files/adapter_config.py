@@ -173,14 +173,12 @@ def _check_scalars(raw: dict[str, Any]) -> None:
 
 def _parse_pattern(raw: dict[str, Any], key: str) -> tuple[tuple[str, Any], ...]:
     pattern = raw.get(key) or {}
-    kind = int if key == "rank_pattern" else (int, float)
-    are_positive = isinstance(pattern, dict) and all(
-        isinstance(v, kind) and not isinstance(v, bool) and v > 0 for v in pattern.values()
-    )
-    _expect(are_positive, raw, key, "names with numbers above 0")
+    kind, kinds = (int, (int,)) if key == "rank_pattern" else (float, (int, float))
+    ok = isinstance(pattern, dict) and all(type(v) in kinds and v > 0 for v in pattern.values())
+    _expect(ok, raw, key, "names with numbers above 0")
     for name in pattern:
         matches(name, "")  # raises UserError if it is not a regular expression
-    return tuple((k, v if key == "rank_pattern" else float(v)) for k, v in pattern.items())
+    return tuple((name, kind(value)) for name, value in pattern.items())
 
 
 def _parse_numbers(raw: dict[str, Any], key: str) -> tuple[int, ...]:

@@ -231,20 +231,16 @@ def _fill_trained(file: Path, state: State, prefix: str, halves: Collection[str]
 
 
 def _fill(file: Path, targets: dict[str, Any], halves: Collection[str] = ()) -> None:
-    missing = set(targets)
+    missing, remedy = set(targets), "resume with the checkpoint's own settings"
     for name, tensor in iter_tensors(file):
         if name not in targets:
             continue
         if name in halves:
             tensor = trained_half(name, tensor)
-        if targets[name].shape != tensor.shape:
-            raise UserError(
-                f"{file}: {name} is {tuple(tensor.shape)}, this run's is "
-                f"{tuple(targets[name].shape)}; resume with the checkpoint's own settings"
-            )
+        found, want = tuple(tensor.shape), tuple(targets[name].shape)
+        if found != want:
+            raise UserError(f"{file}: {name} is {found}, this run's is {want}; {remedy}")
         targets[name].copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UserError(
-            f"{file}: {min(missing)} is missing; resume with the checkpoint's own settings"
-        )
+        raise UserError(f"{file}: {min(missing)} is missing; {remedy}")

@@ -19,17 +19,9 @@ from torch import Tensor
 from minisft.config.errors import UserError
 from minisft.config.hf import parse_model_config
 from minisft.config.model import ModelConfig
+from minisft.files import quant_state
 from minisft.files.disk import load_json, load_json_object, naming
-from minisft.files.quant_state import (
-    OURS,
-    QuantState,
-    assemble,
-    check_members,
-    find_states,
-    kinds,
-    parse_state,
-    unfilled,
-)
+from minisft.files.quant_state import OURS, QuantState
 from minisft.files.safetensors import TensorInfo, iter_tensors, read_header
 from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
 from minisft.kernels.nf4.reference import BLOCK
@@ -144,7 +136,7 @@ def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4We
         waiting[weight][key] = tensor
         if len(waiting[weight]) == len(four_bit[weight].keys(weight)):
             with naming(checkpoint.places[weight][0]):
-                matrix = assemble(weight, four_bit[weight], waiting.pop(weight))
+                matrix = quant_state.assemble(weight, four_bit[weight], waiting.pop(weight))
             yield weight, matrix
             del matrix  # not kept alive while the next one is read
         del tensor
@@ -194,7 +186,7 @@ def meta_weights(
             yield name, torch.empty(shape, dtype=dtype, device="meta")
             continue
         ours = QuantState("nf4", BLOCK, (shape[0], shape[1]), 0.0)  # with double quantisation
-        yield name, unfilled(checkpoint.four_bit.get(name, ours))
+        yield name, quant_state.unfilled(checkpoint.four_bit.get(name, ours))
 
 
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
@@ -214,7 +206,7 @@ def kinds_of(checkpoint: Checkpoint, names: set[str]) -> str:
     """Return `quant_state.kinds` of the weights that `four_bit_names` returned."""
     if not checkpoint.four_bit:
         return OURS if names else ""
-    return kinds(checkpoint.four_bit[name] for name in names)
+    return quant_state.kinds(checkpoint.four_bit[name] for name in names)
 
 
 def _find_tensors(directory: Path) -> tuple[Places, dict[str, TensorInfo]]:
@@ -244,11 +236,11 @@ def _read(places: Places) -> Iterator[tuple[str, Tensor]]:
 
 def _read_states(places: Places, infos: dict[str, TensorInfo]) -> dict[str, QuantState]:
     """The checked quant state of every 4-bit matrix; the states are removed from `places`."""
-    keys = find_states(infos)
+    keys = quant_state.find_states(infos)
     texts = {k: bytes(t.tolist()) for k, t in _read({k: places.pop(k) for k in keys.values()})}
-    states = {weight: parse_state(key, texts[key]) for weight, key in keys.items()}
+    states = {weight: quant_state.parse_state(key, texts[key]) for weight, key in keys.items()}
     for weight, state in states.items():
-        check_members(weight, state, infos)
+        quant_state.check_members(weight, state, infos)
         if weight == _EMBEDDING:
             raise UserError(f"{weight} is in 4 bits; only linears may be")
     return states

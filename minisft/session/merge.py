@@ -24,7 +24,6 @@ from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
-from minisft.files.load import token_ids
 from minisft.files.weights import (
     Checkpoint,
     dequantized,
@@ -167,7 +166,8 @@ def merged_weights(
             continue
         if name == EMBEDDING and TOKEN_ROWS in tensors:
             assert isinstance(weight, Tensor)
-            yield name, weight.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
+            ids = torch.tensor(lora.trainable_token_indices)
+            yield name, weight.float().index_copy(0, ids, tensors[TOKEN_ROWS])
             continue
         if name == EMBEDDING and EMBEDDING_A in tensors:
             assert isinstance(weight, Tensor)
