@@ -190,10 +190,8 @@ def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
         name = re.sub(r"\.(lora_[AB]|modules_to_save)\.default\.", r".\1.", key)
         name = name.removeprefix(KEY_PREFIX).replace(".modules_to_save.", ".")
         if not key.startswith(KEY_PREFIX) and (".lora_" in key or name in (EMBED_KEY, HEAD_KEY)):
-            raise UserError(
-                f"{path}: tensor {key!r} lacks the prefix {KEY_PREFIX!r}, so PEFT would ignore it. "
-                "Rename the tensors, or export the adapter again"
-            )
+            problem = f"lacks the prefix {KEY_PREFIX!r}, so PEFT would ignore it"
+            raise UserError(f"{path}: tensor {key!r} {problem}. Export the adapter again")
         if name in names:
             raise UserError(f"{path}: tensors {names[name]!r} and {key!r} are the same one")
         names[name] = key
@@ -254,11 +252,9 @@ def _check_names(keys: dict[str, str], expected: Shapes, cfg: ModelConfig, path:
             raise UserError(f"{path}: tensor {keys[name]!r} {problem}")
     missing = [name for name in expected if name not in keys]
     if missing:
-        raise UserError(
-            f"{path}: tensor {KEY_PREFIX + missing[0]!r} is missing ({len(missing)} in all); "
-            f"{CONFIG_NAME} asks for it. The adapter is incomplete (export it again) or "
-            "was trained on another base"
-        )
+        problem = f"{KEY_PREFIX + missing[0]!r} is missing ({len(missing)} in all)"
+        cause = "The adapter is incomplete (export it again) or was trained on another base"
+        raise UserError(f"{path}: tensor {problem}; {CONFIG_NAME} asks for it. {cause}")
     for name in surplus:
         copy = name == copied
         what = "is PEFT's copy of the base's embedding" if copy else "has no known meaning"
@@ -331,9 +327,7 @@ def _read_tensors(keys: dict[str, str], expected: Iterable[str], path: Path) -> 
     for key, tensor in iter_tensors(path, names):
         tensor = tensor.to(torch.float32, copy=True)  # a copy: the original is a view of the file
         if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{path}: tensor {key!r} holds NaN or infinite values; the training run diverged. "
-                "Use an earlier checkpoint"
-            )
+            problem = "holds NaN or infinite values; the training run diverged"
+            raise UserError(f"{path}: tensor {key!r} {problem}. Use an earlier checkpoint")
         tensors[names[key]] = tensor
     return tensors

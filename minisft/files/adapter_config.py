@@ -61,10 +61,8 @@ def adapter_config_dict(
     Raises UserError for targets that do not fit cfg (`match_targets`) or an empty base name.
     """
     if not base_model_name_or_path:
-        raise UserError(
-            "base_model_name_or_path is empty; an adapter without it cannot be loaded by name. "
-            "Give the hub id or the directory of the base model"
-        )
+        remedy = "give the hub id or the directory of the base model"
+        raise UserError(f"base_model_name_or_path is empty; {remedy}")
     match_targets(lora, cfg)
     lora = split_targets(lora)
     targets = _names_or_pattern(lora.target_modules)

@@ -107,9 +107,8 @@ def load_trained_(
 ) -> None:
     """Fill only the trained tensors, from the best checkpoint; UserError if it is damaged."""
     if problem := verify(path):
-        raise UserError(
-            f"{path}, the best checkpoint, cannot be loaded: {problem}. The last one is complete"
-        )
+        where = f"{path}, the best checkpoint"
+        raise UserError(f"{where}, cannot be loaded: {problem}. The last one is complete")
     _fill_trained(path / model_file, state, prefix, halves)
 
 

@@ -28,10 +28,8 @@ def load_json(path: Path) -> Any:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path}:{e.lineno}: malformed JSON ({e.msg.removesuffix(' at')}); fix it, or copy or "
-            "download it again"
-        ) from None
+        reason = f"malformed JSON ({e.msg.removesuffix(' at')}); fix it"
+        raise UserError(f"{path}:{e.lineno}: {reason}, or copy or download it again") from None
     # Valid syntax can still fail: a number with more than 4,300 digits, or very deep nesting.
     except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):

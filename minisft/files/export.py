@@ -17,7 +17,7 @@ from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
 from minisft.files.adapter import save_adapter
-from minisft.files.disk import load_json, write_json, write_text, writing
+from minisft.files.disk import load_json, write_json, writing
 from minisft.files.load import Base, base_4bit
 from minisft.files.quant_state import OURS
 from minisft.files.safetensors import save_file
@@ -40,25 +40,6 @@ def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainCon
         )  # fmt: skip
         return
     save_file(trainable.views, directory / "model.safetensors", {"format": "pt"})
-
-
-def export_adapter(
-    directory: Path,
-    trainable: Flat,
-    base: Base,
-    config: TrainConfig,
-    files: dict[str, bytes],
-    facts: dict[str, Any],
-) -> None:
-    """Write adapter_model.safetensors, adapter_config.json, the model card, and `files`.
-
-    files: name -> content of the tokenizer, chat template and Modelfile. facts: what the card
-    says of the run.
-    """
-    write_files(directory, files)
-    card = model_card({"base_model": config.base_name, **facts}, base_4bit(config, base))
-    write_text(directory / "README.md", card)
-    write_trained(directory, trainable, base, config)
 
 
 def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
@@ -93,13 +74,6 @@ def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
 def _cell(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def export_model(directory: Path, trainable: Flat, base: Base, files: dict[str, bytes]) -> None:
-    """Write a transformers directory with every weight in the compute dtype, sharded above 5 GB."""
-    dtype = base.compute.dtype
-    save_shards(directory, trainable.views.items(), dtype)
-    write_model_files(directory, base.directory, base.cfg, dtype, files)
 
 
 def write_model_files(

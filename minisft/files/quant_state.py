@@ -87,10 +87,8 @@ def find_states(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
             continue
         weight, kind = match.groups()
         if kind not in known:
-            raise UserError(
-                f"{name} is a quantisation that is not known; expected {' and '.join(known)}. "
-                "Use the unquantised checkpoint"
-            )
+            expected = f"expected {' and '.join(known)}. Use the unquantised checkpoint"
+            raise UserError(f"{name} is a quantisation that is not known; {expected}")
         if weight in states:
             raise UserError(f"{weight} has two quant states, {name} is one of them")
         if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > _MAX_JSON_BYTES:
@@ -160,10 +158,9 @@ def check_members(weight: str, state: QuantState, infos: Mapping[str, TensorInfo
     num_bytes, want = info.stop - info.start, math.ceil(state.shape[0] * state.shape[1] / 2)
     column = len(info.shape) == 1 or (len(info.shape) == 2 and info.shape[1] == 1)
     if info.dtype not in _STORAGES or not column or num_bytes != want:
-        raise _damaged(
-            f"{weight} is {info.dtype} {list(info.shape)}, {num_bytes} bytes; its quant state, "
-            f"shape {list(state.shape)}, implies one column of {want} bytes"
-        )
+        found = f"{info.dtype} {list(info.shape)}, {num_bytes} bytes"
+        implied = f"its quant state, shape {list(state.shape)}, implies one column of {want} bytes"
+        raise _damaged(f"{weight} is {found}; {implied}")
 
 
 def assemble(weight: str, state: QuantState, tensors: Mapping[str, Tensor]) -> NF4Weight:

@@ -41,9 +41,8 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if revision:
-            raise UserError(
-                f"--revision {revision} has no effect on a local directory ({name}); leave it out"
-            )
+            reason = f"has no effect on a local directory ({name}); leave it out"
+            raise UserError(f"--revision {revision} {reason}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         found = "is a file" if path.exists() else "does not exist"
@@ -59,9 +58,8 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as e:  # the hub raises many types: network, login, no such model
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"--model {name!r} is not a local directory, and the hub does not give it: {reason}"
-        ) from e
+        problem = "is not a local directory, and the hub does not give it"
+        raise UserError(f"--model {name!r} {problem}: {reason}") from e
 
 
 def load_model_config(directory: Path) -> ModelConfig:
@@ -107,10 +105,9 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
     members = {key for weight, state in four_bit.items() for key in state.keys(weight)}
     for key, (file, name) in places.items():
         if key not in members and infos[key].dtype not in _FLOATS:
-            raise UserError(
-                f"{file}: {name} is stored as {infos[key].dtype}, and not in bitsandbytes' 4-bit "
-                "format; expected float32, float16 or bfloat16. Use an unquantised checkpoint"
-            )
+            expected = "float32, float16, bfloat16 or bitsandbytes' 4 bits"
+            found = f"{name} is stored as {infos[key].dtype}"
+            raise UserError(f"{file}: {found}; expected {expected}. Use an unquantised checkpoint")
     cfg = _settle_tying_(places, infos, four_bit, cfg)
     shapes = {key: infos[key].shape for key in places if key not in members}
     shapes |= {weight: state.shape for weight, state in four_bit.items()}
@@ -262,9 +259,8 @@ def _weight_files(directory: Path) -> list[Path]:
         path = directory / name
         # The index comes from elsewhere: a shard must not name a file outside the directory.
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: shard {name!r} is refused; expected a file name ending in .safetensors"
-            )
+            expected = "a file name ending in .safetensors"
+            raise UserError(f"{index}: shard {name!r} is refused; expected {expected}")
         if not path.exists():
             raise UserError(f"{index}: shard {name} is missing from {directory}; download it again")
         files.append(path)

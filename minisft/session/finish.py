@@ -10,8 +10,16 @@ from typing import Any
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import load_trained_
 from minisft.files.device import memory_gib, peak_memory_gib
-from minisft.files.disk import write_json
-from minisft.files.export import export_adapter, export_model, trained_file
+from minisft.files.disk import write_json, write_text
+from minisft.files.export import (
+    model_card,
+    save_shards,
+    trained_file,
+    write_files,
+    write_model_files,
+    write_trained,
+)
+from minisft.files.load import base_4bit
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
@@ -118,14 +126,18 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
     """Write the final adapter (or model) with tokenizer files and model card to the output."""
     base, config, trainable = run.base, run.config, run.state.trainable
     if base.lora is None:
-        export_model(run.out, trainable, base, serving_files("FROM .", run.tokenizer, base.cfg))
+        dtype, files = base.compute.dtype, serving_files("FROM .", run.tokenizer, base.cfg)
+        save_shards(run.out, trainable.views.items(), dtype)
+        write_model_files(run.out, base.directory, base.cfg, dtype, files)
         return
     source = f"FROM {Path(config.base_name).as_posix()}\nADAPTER ."
-    card = {
+    write_files(run.out, serving_files(source, run.tokenizer, base.cfg))
+    facts = {
+        "base_model": config.base_name,
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
         "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
     }
-    files = serving_files(source, run.tokenizer, base.cfg)
-    export_adapter(run.out, trainable, base, config, files, card)
+    write_text(run.out / "README.md", model_card(facts, base_4bit(config, base)))
+    write_trained(run.out, trainable, base, config)
