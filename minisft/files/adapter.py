@@ -37,7 +37,6 @@ from minisft.files.safetensors import Header, iter_tensors, read_header, save_fi
 from minisft.variants.pissa import initial_half, is_pair
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 # Metadata of the weights file, for what PEFT's config has no field.
 DIGEST_KEY = "minisft_digest"
@@ -133,10 +132,10 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
     source, path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     raw = adapter_config.read_adapter_config(directory)
     lora = adapter_config.parse_adapter_config(raw, source)
-    if not path.exists() and (directory / PICKLE_NAME).exists():
+    if not path.exists() and (pickle := directory / "adapter_model.bin").exists():
         raise UserError(
-            f"{directory / PICKLE_NAME}: a pickle can run code and is never opened; convert it to "
-            f"{WEIGHTS_NAME} (PEFT: save_pretrained) in an environment that you trust"
+            f"{pickle}: a pickle can run code and is never opened; convert it to {WEIGHTS_NAME} "
+            "(PEFT: save_pretrained) in an environment that you trust"
         )
     header = read_header(path)
     keys = _keys_by_name(header, path)
@@ -220,11 +219,8 @@ def _without_dead_targets(lora: LoraConfig, keys: Iterable[str], source: Path) -
         if pattern or len(kept) < len(excluded):
             return dataclasses.replace(lora, target_modules=live, exclude_modules=kept)
     if dead:
-        warnings.warn(
-            f"{source}: target_modules names {', '.join(map(repr, dead))}, for which the file has "
-            "no tensors; ignored",
-            stacklevel=3,
-        )
+        problem = f"names {', '.join(map(repr, dead))}, for which the file has no tensors"
+        warnings.warn(f"{source}: target_modules {problem}; ignored", stacklevel=3)
     return dataclasses.replace(lora, target_modules=live)
 
 

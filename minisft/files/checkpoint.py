@@ -98,7 +98,7 @@ def load_checkpoint_(
     facts = read_facts(path)
     for name in _COUNTERS:
         setattr(state, name, facts.get(name, getattr(state, name)))
-    _fill_trained(path / model_file, state, prefix, halves)
+    _fill(path / model_file, state.trainable.views, prefix, halves)
     _fill(path / OPTIMIZER, _optimizer_tensors(state))
 
 
@@ -109,7 +109,7 @@ def load_trained_(
     if problem := verify(path):
         where = f"{path}, the best checkpoint"
         raise UserError(f"{where}, cannot be loaded: {problem}. The last one is complete")
-    _fill_trained(path / model_file, state, prefix, halves)
+    _fill(path / model_file, state.trainable.views, prefix, halves)
 
 
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
@@ -224,22 +224,20 @@ def _optimizer_tensors(state: State) -> dict[str, Any]:
     return out
 
 
-def _fill_trained(file: Path, state: State, prefix: str, halves: Collection[str]) -> None:
-    targets = {prefix + name: view for name, view in state.trainable.views.items()}
-    _fill(file, targets, {prefix + name for name in halves})
-
-
-def _fill(file: Path, targets: dict[str, Any], halves: Collection[str] = ()) -> None:
+def _fill(
+    file: Path, targets: dict[str, Any], prefix: str = "", halves: Collection[str] = ()
+) -> None:
     missing, remedy = set(targets), "resume with the checkpoint's own settings"
-    for name, tensor in iter_tensors(file):
-        if name not in targets:
+    for key, tensor in iter_tensors(file):
+        name = key.removeprefix(prefix)
+        if name not in targets or key != prefix + name:
             continue
         if name in halves:
             tensor = trained_half(name, tensor)
         found, want = tuple(tensor.shape), tuple(targets[name].shape)
         if found != want:
-            raise UserError(f"{file}: {name} is {found}, this run's is {want}; {remedy}")
+            raise UserError(f"{file}: {key} is {found}, this run's is {want}; {remedy}")
         targets[name].copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UserError(f"{file}: {min(missing)} is missing; {remedy}")
+        raise UserError(f"{file}: {prefix}{min(missing)} is missing; {remedy}")

@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
@@ -42,28 +41,24 @@ def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainCon
     save_file(trainable.views, directory / "model.safetensors", {"format": "pt"})
 
 
-def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
+def model_card(base: str, facts: dict[str, Any], base_4bit: str = "") -> str:
     """Return README.md of an adapter: YAML front matter for the hub, then the facts as tables.
 
-    facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
-    table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
+    base: its hub id or path. The scalars of `facts`, such as data_hash, form the table "Run"; a
+    dict, such as config or losses, becomes a table of its own under its key.
     base_4bit: the quantisation of the base (`quant_state.kinds`), "" if it is not in 4 bits.
-    Raises UserError if base_model is missing.
     """
-    base = facts.get("base_model")
-    if not base:
-        raise UserError("model card: base_model is missing; give the hub id of the base model")
     front = {
         "base_model": base,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": [f"base_model:adapter:{base}", "lora", "sft", "minisft"],
     }
-    scalars = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
+    scalars = {k: v for k, v in facts.items() if not isinstance(v, dict)}
     source = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return jinja2.Template(source, trim_blocks=True, keep_trailing_newline=True).render(
         front=yaml.safe_dump(front, sort_keys=False),
-        base=" ".join(str(base).split()),
+        base=" ".join(base.split()),
         base_4bit=base_4bit,
         quantised_here=base_4bit == OURS,
         tables={"run": scalars} | {k: v for k, v in facts.items() if isinstance(v, dict)},

@@ -152,7 +152,12 @@ def load_weights_(
             weight = take_part_(path, weight, lora, trainable, initial_lora, seed)
         frozen[name] = weights.to_device(name, weight, device, compute.dtype, name in four_bit)
     if lora and lora.use_dora:
-        init_magnitudes_(trainable, frozen, lora)
+        for name, view in trainable.views.items():
+            path, is_magnitude, _ = name.partition(".lora_magnitude_vector")
+            if is_magnitude:  # starts as the lengths of the rows of the weight plus its update
+                W_OI = dequantized(frozen[f"{path}.weight"]).float()
+                A_RI, B_OR = (trainable.views[f"{path}.lora_{x}.weight"] for x in "AB")
+                view.copy_((W_OI + lora.scaling_of(path) * (B_OR @ A_RI)).norm(dim=1))
     if lora and lora.trainable_token_indices:
         embedding = frozen[EMBEDDING]
         assert isinstance(embedding, Tensor)
@@ -199,15 +204,3 @@ def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
             "unquantised base, or --no-load-in-4bit, which decodes this one"
         )
     return checkpoint
-
-
-def init_magnitudes_(
-    trainable: Flat, frozen: Mapping[str, Tensor | NF4Weight], lora: LoraConfig
-) -> None:
-    """Set DoRA's magnitudes to the lengths of the rows of the frozen weight plus its update."""
-    for name, view in trainable.views.items():
-        path, found, _ = name.partition(".lora_magnitude_vector")
-        if found:
-            W_OI = dequantized(frozen[f"{path}.weight"]).float()
-            A_RI, B_OR = (trainable.views[f"{path}.lora_{x}.weight"] for x in "AB")
-            view.copy_((W_OI + lora.scaling_of(path) * (B_OR @ A_RI)).norm(dim=1))

@@ -29,7 +29,6 @@ from minisft.kernels.nf4.reference import BLOCK
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Places = dict[str, tuple[Path, str]]  # key in minisft -> (file, key in that file)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*"]
 
 
@@ -104,10 +103,11 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
         four_bit = _read_states(places, infos)
     members = {key for weight, state in four_bit.items() for key in state.keys(weight)}
     for key, (file, name) in places.items():
-        if key not in members and infos[key].dtype not in _FLOATS:
-            expected = "float32, float16, bfloat16 or bitsandbytes' 4 bits"
-            found = f"{name} is stored as {infos[key].dtype}"
-            raise UserError(f"{file}: {found}; expected {expected}. Use an unquantised checkpoint")
+        stored = infos[key].dtype
+        if key not in members and stored not in (torch.float32, torch.float16, torch.bfloat16):
+            expected = "expected float32, float16, bfloat16 or bitsandbytes' 4 bits"
+            remedy = "Use an unquantised checkpoint"
+            raise UserError(f"{file}: {name} is stored as {stored}; {expected}. {remedy}")
     cfg = _settle_tying_(places, infos, four_bit, cfg)
     shapes = {key: infos[key].shape for key in places if key not in members}
     shapes |= {weight: state.shape for weight, state in four_bit.items()}

@@ -133,11 +133,10 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
     source = f"FROM {Path(config.base_name).as_posix()}\nADAPTER ."
     write_files(run.out, serving_files(source, run.tokenizer, base.cfg))
     facts = {
-        "base_model": config.base_name,
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
         "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
     }
-    write_text(run.out / "README.md", model_card(facts, base_4bit(config, base)))
+    write_text(run.out / "README.md", model_card(config.base_name, facts, base_4bit(config, base)))
     write_trained(run.out, trainable, base, config)

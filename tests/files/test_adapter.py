@@ -654,13 +654,13 @@ def test_a_truncated_weights_file(tmp_path: Path) -> None:
 
 def test_model_card() -> None:
     card = model_card(
+        "org/base: one",
         {
-            "base_model": "org/base: one",
             "data_hash": "ab12",
             "config": {"lora_r": 16, "target_modules": ("q_proj", "v_proj"), "odd|key": "a\nb"},
             "losses": {"final_train": 1.25},
             "nothing": {},
-        }
+        },
     )
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -682,6 +682,7 @@ def test_model_card() -> None:
     assert "Nothing" not in body
 
 
-def test_model_card_needs_the_base() -> None:
-    with pytest.raises(UserError, match="base_model is missing"):
-        model_card({"data_hash": "x"})
+def test_a_base_name_of_two_lines_stays_one_heading() -> None:
+    _, front, body = model_card("org/a\n## b", {"data_hash": "x"}).split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "org/a\n## b"
+    assert "# LoRA adapter for org/a ## b" in body.splitlines()
