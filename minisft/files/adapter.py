@@ -104,10 +104,8 @@ def other_4bit(directory: str | Path, served: str) -> str:
     trained = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(KIND_KEY, served)
     if not served or trained == served:
         return ""
-    return (
-        f"{directory} was trained on a base in 4 bits, {trained}; this one is {served}, another "
-        "model. Give --model the base that it was trained on"
-    )
+    problem = f"was trained on a base in 4 bits, {trained}; this one is {served}, another model"
+    return f"{directory} {problem}. Give --model the base that it was trained on"
 
 
 def read_initial_lora(file: Path, prefix: str) -> dict[str, Tensor]:
@@ -145,21 +143,19 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
     has_tied_copy = cfg.tie_word_embeddings and bool(lora.modules_to_save)
     if has_tied_copy:
         if not raw.get("ensure_weight_tying") and not {EMBED_KEY, HEAD_KEY} <= keys.keys():
-            raise UserError(
-                f"{source}: modules_to_save is {raw['modules_to_save']} with ensure_weight_tying "
-                "false on a tied base, so embedding and head differ; only tied copies are "
-                "implemented. Train with ensure_weight_tying=True"
-            )
+            found = f"modules_to_save is {raw['modules_to_save']} with ensure_weight_tying false"
+            problem = "so embedding and head differ; only tied copies are implemented"
+            remedy = "Train with ensure_weight_tying=True"
+            raise UserError(f"{source}: {found} on a tied base, {problem}. {remedy}")
         expected |= {HEAD_KEY: (cfg.vocab_size, cfg.hidden_size)}
     _check_names(keys, expected, cfg, path)
     _check_shapes(keys, expected, header, lora, path)
     _check_digest(raw, lora, header, source)
     tensors = _read_tensors(keys, expected, path)
     if has_tied_copy and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBED_KEY]):
-        raise UserError(
-            f"{path}: {KEY_PREFIX + HEAD_KEY} and {KEY_PREFIX + EMBED_KEY} differ, but this "
-            "base ties them. Train with ensure_weight_tying=True, or use an untied base"
-        )
+        both = f"{KEY_PREFIX + HEAD_KEY} and {KEY_PREFIX + EMBED_KEY}"
+        remedy = "Train with ensure_weight_tying=True, or use an untied base"
+        raise UserError(f"{path}: {both} differ, but this base ties them. {remedy}")
     return lora, tensors
 
 
@@ -195,10 +191,9 @@ def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
             raise UserError(f"{path}: tensors {names[name]!r} and {key!r} are the same one")
         names[name] = key
     if not any(".lora_A" in name or ".lora_B" in name for name in names):
-        raise UserError(
-            f"{path}: holds no adapter tensors ({len(names)} others); expected keys such as "
-            f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight. Export the adapter again"
-        )
+        example = f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+        found = f"no adapter tensors ({len(names)} others); expected keys such as {example}"
+        raise UserError(f"{path}: holds {found}. Export the adapter again")
     return names
 
 
@@ -267,16 +262,12 @@ def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
         wanted = "lora_A.weight and lora_B.weight of linear modules"
         return f"belongs to a LoRA variant that is not implemented; expected {wanted}"
     if module not in cfg.linear_paths():
-        return (
-            f"adapts {module!r}, which is not a linear of this model ({cfg.num_hidden_layers} "
-            "layers). Was the adapter trained on another base?"
-        )
+        problem = f"is not a linear of this model ({cfg.num_hidden_layers} layers)"
+        return f"adapts {module!r}, which {problem}. Was the adapter trained on another base?"
     if kind == "magnitude_vector" and f"{module}.lora_A.weight" in expected:
         return f"belongs to DoRA, but use_dora is false {restore}"
-    return (
-        f"would be dropped by PEFT: in {CONFIG_NAME}, target_modules does not cover {module!r}. "
-        f"Add {_last(module)!r} to target_modules"
-    )
+    problem = f"in {CONFIG_NAME}, target_modules does not cover {module!r}"
+    return f"would be dropped by PEFT: {problem}. Add {_last(module)!r} to target_modules"
 
 
 def _check_shapes(

@@ -123,12 +123,12 @@ def parse_adapter_config(raw: dict[str, Any], source: Path) -> LoraConfig:
             alpha_pattern=_parse_pattern(raw, "alpha_pattern"),
             layers_to_transform=_parse_numbers(raw, "layers_to_transform"),
             trainable_token_indices=_parse_numbers(raw, "trainable_token_indices"),
-            exclude_modules=_parse_excluded(raw),
+            exclude_modules=_parse_names(raw, "exclude_modules"),
         )
         # Before the targets are set: in a file, embed_tokens among the targets means LoRA on the
         # embedding, while `split_targets` would make it a trained copy.
         lora = split_targets(lora)
-        targets = _parse_targets(raw)
+        targets = _parse_names(raw, "target_modules")
     linears = tuple(t for t in targets if t not in ("embed_tokens", "model.embed_tokens"))
     return dataclasses.replace(lora, target_modules=linears, lora_embeddings=linears != targets)
 
@@ -191,22 +191,16 @@ def _parse_numbers(raw: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _parse_excluded(raw: dict[str, Any]) -> tuple[str, ...]:
-    items = raw.get("exclude_modules") or []
-    if isinstance(items, str):
-        return (PATTERN_PREFIX + items,)
-    _expect(_are_names(items), raw, "exclude_modules", "a list of names or a pattern")
-    return tuple(items)
-
-
-def _parse_targets(raw: dict[str, Any]) -> tuple[str, ...]:
-    targets = raw.get("target_modules")
-    if isinstance(targets, str):
-        return (ALL_LINEAR if targets.lower() == ALL_LINEAR else PATTERN_PREFIX + targets,)
+def _parse_names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    are_targets = key == "target_modules"
+    names = raw.get(key) if are_targets else raw.get(key) or []
+    if isinstance(names, str):
+        is_all = are_targets and names.lower() == ALL_LINEAR
+        return (ALL_LINEAR if is_all else PATTERN_PREFIX + names,)
     # PEFT takes every item of a list literally, so the two special forms are not allowed in one.
-    ok = bool(targets) and _are_names(targets) and not any(map(is_special, targets))
-    _expect(ok, raw, "target_modules", "a list of names or a pattern")
-    return tuple(raw["target_modules"])
+    ok = _are_names(names) and not (are_targets and (not names or any(map(is_special, names))))
+    _expect(ok, raw, key, "a list of names or a pattern")
+    return tuple(names)
 
 
 def _expect(ok: bool, raw: dict[str, Any], key: str, expected: str) -> None:

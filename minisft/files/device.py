@@ -54,9 +54,8 @@ def resolve_device(name: str) -> torch.device:
         raise refusal
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(
-            f"--device is {name!r}, but torch sees {count} CUDA devices; use --device cpu"
-        )
+        problem = f"but torch sees {count} CUDA devices; use --device cpu"
+        raise UserError(f"--device is {name!r}, {problem}")
     return device
 
 

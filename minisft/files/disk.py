@@ -49,10 +49,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise OSError unless a file can be created in `directory` or its closest existing parent.
-
-    The test file is unnamed: nothing is left behind.
-    """
+    """Raise OSError unless a file can be created in `directory` or its closest existing parent."""
     with TemporaryFile(dir=existing(directory)):
         pass
 

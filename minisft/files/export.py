@@ -103,8 +103,7 @@ def save_shards(
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
     dtype: that of the files; None keeps each tensor's own. A tensor larger than max_bytes is a
-    shard of its own. `tensors` may be made as they are asked for: no more than one shard is in host
-    memory at a time. Shards get their final names at the end, once their number is known.
+    shard of its own. `tensors` may be a generator: at most one shard is in host memory at a time.
     """
     parts: list[tuple[Path, list[str]]] = []
     count, total = 0, 0

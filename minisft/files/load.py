@@ -71,11 +71,10 @@ def load_base(
 ) -> tuple[Base, State]:
     """Load weights to the device one tensor at a time; trained ones are views of a flat buffer.
 
-    With config.load_in_4bit each linear is quantised as it is read. A trained copy of a weight that
-    is stored in 4 bits starts from its decoded values. initial_lora: Base.initial_lora of the run
-    that is resumed; without it, what PiSSA and OLoRA start from is computed. directory: the result
-    of `find_base`, if it was called already. With config.dry_run everything is checked and nothing
-    loaded: tensors lie on torch's meta device and have shapes only.
+    A trained copy of a weight that is stored in 4 bits starts from its decoded values.
+    initial_lora: Base.initial_lora of the run that is resumed; without it, what PiSSA and OLoRA
+    start from is computed. directory: the result of `find_base`, if it was called already.
+    With config.dry_run everything is checked, and tensors lie on torch's meta device.
     Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
     `check_patterns` and the readers do.
     """
@@ -90,7 +89,17 @@ def load_base(
     shapes = trainable_shapes(lora, checkpoint.cfg)
     flat = allocate(shapes, torch.device("meta") if config.dry_run else device)
     first = {n: t for n, t in initial_lora.items() if tuple(t.shape) == shapes.get(n)}
-    compute = make_compute(config, lora, checkpoint.cfg, dtype)
+    compute = Compute(
+        model=checkpoint.cfg,
+        dtype=dtype,
+        lora_scaling=lora.scaling if lora else 1.0,
+        lora_ratios=scaling_ratios(lora, checkpoint.cfg) if lora else (),
+        lora_dropout=lora.lora_dropout if lora else 0.0,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        neftune_alpha=config.neftune_noise_alpha,
+        checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
+    )
     four_bit = weights.four_bit_names(checkpoint, config.load_in_4bit)
     if config.dry_run:
         unfilled = weights.meta_weights(checkpoint, dtype, four_bit)
@@ -105,26 +114,8 @@ def load_base(
     )
     if device.type == "cuda" and not config.dry_run:
         torch.cuda.synchronize(device)
-    peak = peak_memory_gib(device)
-    seconds = time.perf_counter() - started
+    seconds, peak = time.perf_counter() - started, peak_memory_gib(device)
     return Base(directory, frozen, compute, device, lora, seconds, peak, first), state
-
-
-def make_compute(
-    config: TrainConfig, lora: LoraConfig | None, cfg: ModelConfig, dtype: torch.dtype
-) -> Compute:
-    """How the forward pass of this run is computed."""
-    return Compute(
-        model=cfg,
-        dtype=dtype,
-        lora_scaling=lora.scaling if lora else 1.0,
-        lora_ratios=scaling_ratios(lora, cfg) if lora else (),
-        lora_dropout=lora.lora_dropout if lora else 0.0,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        neftune_alpha=config.neftune_noise_alpha,
-        checkpoint_blocks=config.gradient_checkpointing in ("block", "full"),
-    )
 
 
 def load_weights_(
@@ -192,15 +183,15 @@ def take_part_(
 def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
     """The checked headers of a run's base; UserError for a 4-bit one whose weights would change."""
     checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
-    if config.full_finetuning and checkpoint.four_bit:
-        raise UserError(
-            f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
-            "the unquantised base, or drop --full-finetuning to train an adapter"
-        )
-    if config.lora and config.lora.splits_weights and config.load_in_4bit and checkpoint.four_bit:
-        raise UserError(
-            f"{directory} is quantised to 4 bits, and --init-lora-weights "
-            f"{config.init_lora_weights} would quantise what is left of it a second time: use the "
-            "unquantised base, or --no-load-in-4bit, which decodes this one"
-        )
+    problem = remedy = ""
+    if config.full_finetuning:
+        problem = "--full-finetuning trains every weight"
+        remedy = "drop --full-finetuning to train an adapter"
+    elif config.lora and config.lora.splits_weights and config.load_in_4bit:
+        flag = f"--init-lora-weights {config.init_lora_weights}"
+        problem = f"{flag} would quantise what is left of it a second time"
+        remedy = "--no-load-in-4bit, which decodes this one"
+    if problem and checkpoint.four_bit:
+        what = f"{directory} is quantised to 4 bits, and {problem}"
+        raise UserError(f"{what}: use the unquantised base, or {remedy}")
     return checkpoint

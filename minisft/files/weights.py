@@ -92,10 +92,8 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
     """Find every tensor, and check it against config.json by the files' headers and quant states.
 
     Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as
-    transformers does. A tied model that carries a different head of its own is opened untied (see
-    the returned cfg).
-    Raises UserError for the first missing, unexpected or misshapen tensor, with the number of
-    further differences.
+    transformers does. A tied model with a different head of its own is opened untied.
+    Raises UserError for the first missing, unexpected or misshapen tensor.
     """
     directory = Path(directory)
     places, infos = _find_tensors(directory)
@@ -189,9 +187,8 @@ def meta_weights(
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
     """Return the names of the weights that a run keeps in 4 bits.
 
-    None without load_in_4bit, else every linear of the decoder layers. Of a checkpoint that is
-    quantised already, only the linears it stores in 4 bits: it kept the others in 16 bits on
-    purpose. A head in 4 bits is decoded.
+    None without load_in_4bit, else every linear of the decoder layers; of a checkpoint in 4 bits,
+    those that it stores so: it kept the others in 16 bits on purpose. A head is decoded.
     """
     if not load_in_4bit:
         return set()
@@ -224,7 +221,6 @@ def _find_tensors(directory: Path) -> tuple[Places, dict[str, TensorInfo]]:
 
 
 def _read(places: Places) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, CPU tensor) of each place, file by file."""
     for file in sorted({file for file, _ in places.values()}):
         keys = {name: key for key, (f, name) in places.items() if f == file}
         for name, tensor in iter_tensors(file, list(keys)):
