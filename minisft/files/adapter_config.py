@@ -193,7 +193,7 @@ def _parse_numbers(raw: dict[str, Any], key: str) -> tuple[int, ...]:
 
 def _parse_names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     are_targets = key == "target_modules"
-    names = raw.get(key) if are_targets else raw.get(key) or []
+    names: Any = raw.get(key) if are_targets else raw.get(key) or []
     if isinstance(names, str):
         is_all = are_targets and names.lower() == ALL_LINEAR
         return (ALL_LINEAR if is_all else PATTERN_PREFIX + names,)

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,8 +119,8 @@ def parse_state(name: str, text: bytes) -> QuantState:
         ("shape", is_shape, "[out, in]"),
         ("dtype", raw.get("dtype") in _DTYPES, " or ".join(_DTYPES)),
     ]
-    nested, offset = any(key.startswith("nested_") for key in raw), raw.get("nested_offset")
-    if nested:
+    offset: Any = raw.get("nested_offset")
+    if any(key.startswith("nested_") for key in raw):
         # Finite in float32; false for NaN.
         finite = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
         checks += [
