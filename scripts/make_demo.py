@@ -264,7 +264,7 @@ def chat_row(question: str, answer: str) -> dict:
 
 
 def in_mixed_order(rows: Iterator[dict]) -> list[dict]:
-    """Return the rows sorted by the SHA-256 of their text: shuffled, whatever the library versions."""
+    """Return the rows in an order given by the SHA-256 of their text: no library changes it."""
     return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row).encode()).digest())
 
 
