@@ -30,12 +30,10 @@ from minisft.session.finish import finish, take_best_
 from minisft.session.guards import check_changed, reason_to_stop, trace, training_stopped
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
-from minisft.session.record import start_over
+from minisft.session.record import go_on, report_step_, save, save_due, start_over
 from minisft.session.report import reporting, say
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
-from minisft.session.save import go_on, save, save_due
 from minisft.session.signals import Preempted
-from minisft.session.step_metrics import report_step_
 from minisft.step import ExecutionPlan, State, StepResult, train_step_
 from minisft.text.tokenizer import load_tokenizer
 

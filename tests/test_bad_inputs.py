@@ -573,7 +573,7 @@ CASES = {
     ),
     "output_holds_a_run": (
         run_as_output,
-        ["--output-dir", "holds a run already"],
+        ["--output-dir", "already holds a run"],
         "--overwrite-output-dir",
     ),
     "no_such_checkpoint": (

@@ -367,9 +367,9 @@ def test_an_adapter_is_served_on_the_base_it_was_trained_on(
     seen = {}
     generate = script("generate").generate
 
-    def watched(trainable, frozen, *rest, **named):
-        seen.update(frozen)
-        return generate(trainable, frozen, *rest, **named)
+    def watched(model, *rest, **named):
+        seen.update(model.frozen)
+        return generate(model, *rest, **named)
 
     monkeypatch.setattr(script("generate"), "generate", watched)
     outcome = call("generate", flags(**settings))

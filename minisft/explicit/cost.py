@@ -14,8 +14,8 @@ from collections import Counter
 
 from minisft.config.model import ModelConfig
 from minisft.explicit.block import scratch_numel
+from minisft.explicit.buffers import GROUPS, SPLITS, padded_shapes
 from minisft.explicit.policy import Dims, Policy, mlp_chunks, part_bytes, saved_bytes
-from minisft.explicit.prepare import GROUPS, SPLITS, padded_shapes
 from minisft.kernels.low_rank import row_stride
 from minisft.lora import Flat
 

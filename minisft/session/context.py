@@ -1,4 +1,4 @@
-"""What one run carries from its first line to its last: `Run`, and the context it runs in."""
+"""`Run`, the object that every stage of a run shares, and `session`, the context it runs in."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from minisft.text.tokenizer import Tokenizer
 
 @dataclass
 class Place:
-    """Where a run works: its output directory, its signals, its memory estimate."""
+    """The surroundings of a run: output directory, signal handling, memory estimate."""
 
     out: Path
     stop: Stop
-    needs: Needs  # filled once known; an out-of-memory message quotes it
+    needs: Needs  # empty until the run is planned; quoted in out-of-memory messages
 
 
 @dataclass
 class Run:
-    """One run, ready to train: settings, model, data, plan, and where it writes."""
+    """One run, ready to train: settings, base model, state, data, plan, output directory."""
 
     config: TrainConfig
     place: Place
@@ -44,9 +44,9 @@ class Run:
     data: Data
     plan: ExecutionPlan
     batches: Batches
-    facts: dict[str, Any]  # hashes of the data and of the base, kept with every checkpoint
-    evaluated: bool = True  # whether the checkpoint resumed from holds its step's evaluation
-    # Opened by `reporting` right before the first step.
+    facts: dict[str, Any]  # hashes of the data and of the base, stored in every checkpoint
+    evaluated: bool = True  # False: the evaluation due at the resumed step still has to be run
+    # Set right before the first step, when metrics.jsonl is opened.
     report: Reporter = field(init=False, repr=False)
 
     @property
@@ -67,19 +67,19 @@ class Run:
 
 
 class Numbers(NamedTuple):
-    """What the training loop measured, of the steps of this process."""
+    """What the training loop measured over the steps of this process."""
 
     steps: int
     tokens: int
     seconds: float
-    epoch: float  # epochs completed, over all processes
+    epoch: float  # epochs completed, including those before resuming
     memory_before_gib: float
 
 
 @contextmanager
 def session(config: TrainConfig) -> Iterator[Place]:
-    """The output directory, locked; signals, out-of-memory errors and torch's switches handled."""
-    where = "before its first step: the same command starts again"
+    """Lock the output directory, handle signals and memory errors, set torch's switches."""
+    where = "before its first step: run the same command to start again"
     with (
         stop_signals(where) as stop,
         output_directory(config) as out,

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: when a run stops, and what it says. Standard library only."""
+"""SIGTERM, SIGINT and SIGHUP: when they stop a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(BaseException):
-    """A signal ended the run, nothing finished being lost: exit code 75.
+    """A signal stopped the run; no completed step is lost. Exit code 75.
 
-    No Exception, as KeyboardInterrupt is none: `except Exception` must not take it for a failure.
+    Not a subclass of Exception, like KeyboardInterrupt: `except Exception` must not catch it.
     """
 
 
 class Stop:
-    """What a signal does: it raises Preempted where it arrives, or waits for the end of `held`.
+    """What a signal does: raise Preempted immediately, or inside `held` only be noted.
 
-    name is that of the signal that came, "" before. where completes the message "stopped ...".
+    name: of the signal received, "" before. where: completes the message "stopped ...".
     """
 
     def __init__(self, where: str) -> None:
@@ -29,13 +29,13 @@ class Stop:
         self._held = False
 
     def raise_if_asked(self) -> None:
-        """Raises Preempted if a signal came, also one whose exception was swallowed on its way."""
+        """Raises Preempted if a signal came, even if some library swallowed its exception."""
         if self.name:
             raise Preempted(f"{self.name}: stopped {self.where}")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, a signal is only noted: what is under way is finished first."""
+        """Inside, a signal is only noted, so that the current operation completes."""
         self._held = True
         try:
             yield
@@ -44,7 +44,7 @@ class Stop:
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """A part of `held` that a signal breaks off without ending more than that part."""
+        """A section inside `held` that a signal aborts; execution continues after the section."""
         self._held = False
         try:
             yield
@@ -54,22 +54,23 @@ class Stop:
             self._held = True
 
     def arrived(self, name: str) -> None:
-        """The handler's part: note the signal, and raise it unless it has to wait."""
+        """Called by the handler: note the signal, and raise Preempted unless held."""
         self.name = name
-        # Not print: the signal may have come inside one, and a stream does not take two at once.
+        # Not print: the signal may arrive inside a print, and streams are not reentrant.
         with suppress(OSError):
             when = "after this step" if self._held else "now"
-            os.write(2, f"{name}: stopping {when} (again: at once)\n".encode())
+            os.write(2, f"{name}: stopping {when} (a second signal stops at once)\n".encode())
         if not self._held:
             self.raise_if_asked()
 
 
 @contextmanager
 def stop_signals(where: str) -> Iterator[Stop]:
-    """Let the signals end what runs inside; a second one acts at once, whatever is under way.
+    """Handle SIGTERM, SIGINT and SIGHUP inside with the Stop that is yielded.
 
-    A signal that is ignored (SIGHUP under nohup) stays ignored. Outside the main thread, where
-    Python takes no handlers, nothing is installed.
+    A second signal has its default action: it ends the process at once. A signal that is ignored
+    (SIGHUP under nohup) stays ignored. Outside the main thread nothing is installed, because Python
+    accepts no handlers there.
     """
     stop = Stop(where)
     previous = {}

@@ -144,7 +144,7 @@ def test_the_estimate_is_within_30_percent_of_what_a_process_takes(tmp_path):
         for more in (["--dry-run"], [])
     )
     about, before = re.search(
-        r"memory  about ([\d.]+) GiB: this process as it is ([\d.]+)", dry
+        r"memory  about ([\d.]+) GiB: this process so far ([\d.]+)", dry
     ).groups()
     peak = float(re.search(r"memory  .*peak ([\d.]+)", run)[1])
     assert float(about) - float(before) == pytest.approx(peak - float(before), rel=0.3)

@@ -6,7 +6,7 @@ import pytest
 from runs import write_model
 
 from minisft.files.weights import load_model_config
-from minisft.session.modelfile import go_template, modelfile
+from minisft.session.serving import go_template, modelfile
 from minisft.text.chat import render
 from minisft.text.tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ def test_a_template_that_cannot_be_carried_over_is_said(tmp_path, template):
     tokenizer, cfg = tokenizer_with(tmp_path, template)
     assert go_template(tokenizer) is None
     text = modelfile("FROM .", tokenizer, cfg)
-    assert "# No chat template could be carried over" in text
+    assert "# The chat template could not be converted" in text
     assert 'TEMPLATE """{{ .Prompt }}"""' in text
 
 

@@ -53,7 +53,7 @@ def test_what_vllm_would_refuse_is_told_when_training_starts(inputs, tmp_path):
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is ignored"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is ignored"),
         ({"trainable_token_indices": [1]}, "trained token rows"),
-        ({"target_modules": ["wq"]}, "target 'wq' is no module"),
+        ({"target_modules": ["wq"]}, "target 'wq' is not a module"),
     ],
 )
 def test_each_rule(change, problem):
@@ -107,6 +107,9 @@ def test_a_merged_model_of_an_earlier_state_is_said(inputs, tmp_path):
     settings = {**inputs, "output_dir": tmp_path, "save_steps": 1, "lora_r": 2, "max_steps": 1}
     train(**settings, save_merged=True)
     settings |= {"max_steps": 2, "resume_from_checkpoint": "auto"}
-    assert "merged is from an earlier state; --save-merged writes it again" in train(**settings).out
+    assert (
+        "merged is from an earlier state of the run; --save-merged rewrites it"
+        in train(**settings).out
+    )
     settings |= {"max_steps": 3, "save_merged": True}
     assert "earlier state" not in train(**settings).out
