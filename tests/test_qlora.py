@@ -438,7 +438,7 @@ def test_the_copy_appears_whole_or_not_at_all(base, tmp_path, monkeypatch):
     assert (out / "config.json").read_text() == "{}"
     monkeypatch.setattr(module, "save_shards", interrupted)
     outcome = call("quantize", flags(model=base, output_dir=tmp_path / "second"))
-    assert outcome.code == 75 and "SIGINT: stopped before the copy was whole" in outcome.err
+    assert outcome.code == 75 and "SIGINT: stopped before the copy was complete" in outcome.err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
