@@ -68,20 +68,19 @@ def check(config: TrainConfig) -> None:
 
 def _check_evaluation(config: TrainConfig) -> None:
     """Evaluation needs rows; choosing the best model needs evaluations and checkpoints."""
-    strategy = config.eval_strategy
-    if strategy != "no" and not config.eval_dataset:
-        raise UserError(f"--eval-strategy {strategy} needs --eval-dataset; give one")
-    for name, chooses_best in {
-        "--load-best-model-at-end": config.load_best_model_at_end,
+    strategy, best = config.eval_strategy, config.load_best_model_at_end
+    chooses_best = {
+        "--load-best-model-at-end": best,
         "--early-stopping-patience": config.early_stopping_patience,
         "--save-strategy best": config.save_strategy == "best",
-    }.items():
-        if chooses_best and strategy == "no":
+    }
+    if strategy != "no" and not config.eval_dataset:
+        raise UserError(f"--eval-strategy {strategy} needs --eval-dataset; give one")
+    for name, given in chooses_best.items():
+        if given and strategy == "no":
             raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
-    if config.load_best_model_at_end and config.save_strategy == "no":
-        raise UserError(
-            "--load-best-model-at-end needs checkpoints, but --save-strategy is no; use best"
-        )
+    if best and config.save_strategy == "no":
+        raise UserError("--load-best-model-at-end needs checkpoints; use --save-strategy best")
     if config.eval_generate and not config.eval_dataset:
         raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
 
@@ -90,9 +89,9 @@ def lora(config: TrainConfig) -> LoraConfig | None:
     """The adapter's settings, or None with full_finetuning."""
     if config.full_finetuning:
         return None
-    ours = {"r": "lora_r"}  # every other setting of LoraConfig has the same name here
-    names = [field.name for field in dataclasses.fields(LoraConfig)]
-    given: dict[str, Any] = {name: getattr(config, ours.get(name, name)) for name in names}
+    # Every other setting of LoraConfig has the same name here.
+    names = {field.name: field.name for field in dataclasses.fields(LoraConfig)} | {"r": "lora_r"}
+    given: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in names.items()}
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = _pattern(config, name)
     for name in ("layers_to_transform", "trainable_token_indices"):
@@ -136,15 +135,13 @@ def sources(config: TrainConfig) -> list[tuple[str, float | None]]:
         # A file name may end in a colon and a number.
         if not name or weight is None or Path(item).exists():
             found.append((item, None))
-            continue
-        if not 0 < weight < math.inf:
+        elif 0 < weight < math.inf:
+            found.append((name, weight))
+        else:
             raise wrong("--dataset", item, "a weight above 0")
-        found.append((name, weight))
     given = [weight for _, weight in found if weight is not None]
     if given and len(given) != len(found):
-        raise UserError(
-            f"--dataset is {' '.join(config.dataset)}; give every dataset a weight, or none"
-        )
+        raise wrong("--dataset", " ".join(config.dataset), "a weight for every dataset, or none")
     total = sum(given)
     return [(name, None if weight is None else weight / total) for name, weight in found]
 
@@ -201,30 +198,24 @@ def scheduler_options(config: TrainConfig) -> dict[str, Any]:
     """`--lr-scheduler-kwargs num_cycles=2` as {"num_cycles": 2.0}, checked for the schedule."""
     kind, rate = config.lr_scheduler_type, config.learning_rate
     given = dict(_scheduler_option(kind, item) for item in config.lr_scheduler_kwargs)
-    name = f"--lr-scheduler-type {kind}"
+    needs = f"--lr-scheduler-type {kind} needs --lr-scheduler-kwargs"
     if kind == "warmup_stable_decay" and "num_decay_steps" not in given:
-        raise UserError(f"{name} needs --lr-scheduler-kwargs num_decay_steps=N")
+        raise UserError(f"{needs} num_decay_steps=N")
     if kind == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
-        raise UserError(
-            f"{name} needs --lr-scheduler-kwargs min_lr=RATE or min_lr_rate=SHARE, and not both"
-        )
-    if "min_lr" in given and not rate > given["min_lr"]:
-        raise UserError(
-            f"--lr-scheduler-kwargs min_lr={given['min_lr']:g} is not below --learning-rate "
-            f"{rate:g}"
-        )
+        raise UserError(f"{needs} min_lr=RATE or min_lr_rate=SHARE, and not both")
     # transformers' default of lr_end.
-    if kind == "polynomial" and not rate > (end := given.get("lr_end", 1e-7)):
-        raise UserError(
-            f"{name} goes down to lr_end={end:g}, which is not below --learning-rate {rate:g}"
-        )
+    ends = {"lr_end": 1e-7} | given if kind == "polynomial" else given
+    for name in ("min_lr", "lr_end"):
+        if name in ends and not rate > ends[name]:
+            end = f"--lr-scheduler-kwargs {name}={ends[name]:g}"
+            raise UserError(f"{end} is not below --learning-rate {rate:g}")
     return given
 
 
 def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
     """`num_cycles=2` as ("num_cycles", 2.0)."""
     name, _, text = item.partition("=")
-    known = _SCHEDULE_OPTIONS.get(kind, ())
+    known, number = _SCHEDULE_OPTIONS.get(kind, ()), _number(text)
     if name not in known:
         names = f"--lr-scheduler-type {kind} knows these names: {', '.join(known) or 'none'}"
         raise wrong("--lr-scheduler-kwargs", item, f"NAME=VALUE, and {names}")
@@ -232,7 +223,6 @@ def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
         if text not in _WAVES:
             raise wrong("--lr-scheduler-kwargs", item, f"one of {', '.join(_WAVES)}")
         return name, text
-    value = _number(text)
-    if value is None or not 0 <= value < math.inf:
+    if number is None or not 0 <= number < math.inf:
         raise wrong("--lr-scheduler-kwargs", item, "a number, 0 or more")
-    return name, value
+    return name, number

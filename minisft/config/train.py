@@ -7,23 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from minisft.config import rules
-from minisft.config.fields import (
-    Also,
-    Check,
-    Fixed,
-    Free,
-    Idle,
-    Items,
-    above,
-    at_least,
-)  # fmt: skip
+from minisft.config.fields import Also, Check, Fixed, Free, Idle, Items, above, at_least
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES
 
 Names = tuple[str, ...]
 Format = Literal[
     "auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca", "input_ids"
 ]  # fmt: skip
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit"]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
@@ -192,7 +182,7 @@ class TrainConfig:
     touched."""
     packing: Annotated[bool, Fixed] = False
     """Pack several rows into one of max_length tokens, document boundaries kept."""
-    packing_strategy: Annotated[PackingStrategy, Fixed, _PACKING] = "bfd"
+    packing_strategy: Annotated[Literal["bfd", "bfd_split", "wrapped"], Fixed, _PACKING] = "bfd"
     """bfd (best-fit decreasing), bfd_split or wrapped."""
 
     # --- the run

@@ -33,7 +33,7 @@ def test_every_field_says_whether_a_resume_may_change_it():
 
 
 def test_every_field_has_a_type_that_is_checked():
-    """Mutant: `_setting` without its branch for tuple[str, ...]."""
+    """Mutant: `settings` without its branch for tuple[str, ...]."""
     assert all(setting.kind is not object for setting in settings(TrainConfig).values())
 
 
@@ -73,7 +73,7 @@ def my_config(request, tmp_path):
 
 
 def test_a_subclass_in_a_file_of_the_user_works(my_config):
-    """Mutant: `_setting` raises for a type that it does not know, as the old table did."""
+    """Mutant: `settings` raises for a type that it does not know, as the old table did."""
     config = my_config(lora_r=8, margin=1, names="x,y", table={"a": 1.0}, optim="adamw_torch")
     assert (config.lora.r, config.margin, config.names) == (8, 1, ("x", "y"))
     assert config.table == {"a": 1.0} and config.optim == "adamw"
