@@ -37,17 +37,12 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     kv_heads = values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     if heads % kv_heads:
-        raise UserError(
-            f"{source}: num_attention_heads={heads} is not a multiple of "
-            f"num_key_value_heads={kv_heads}"
-        )
-    if not values["head_dim"]:
-        if hidden % heads:
-            raise UserError(
-                f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
-                "and head_dim is not given"
-            )
-        values["head_dim"] = hidden // heads
+        names = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        raise UserError(f"{source}: {names}")
+    if not values["head_dim"] and hidden % heads:
+        names = f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+        raise UserError(f"{source}: {names}, and head_dim is not given")
+    values["head_dim"] = values["head_dim"] or hidden // heads
     if values["head_dim"] % 2:
         raise UserError(f"{source}: head_dim={values['head_dim']} is odd; RoPE needs an even one")
     activation = raw.get("hidden_act", "silu")
@@ -77,13 +72,10 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
         raise wrong(f"{source}: rope_scaling", scaling, "a JSON object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise UserError(
-            f"{source}: RoPE type {rope_type!r} is not implemented; known types: "
-            f"{', '.join(ROPE_TYPES)}"
-        )
+        raise wrong(f"{source}: RoPE type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is implemented")
+        raise wrong(f"{source}: partial_rotary_factor", partial, "1.0")
     missing = [key for key in _ROPE_NEEDS.get(rope_type, ()) if scaling.get(key) is None]
     if missing:
         raise UserError(f"{source}: RoPE type {rope_type!r} needs {', '.join(missing)}")
