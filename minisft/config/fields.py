@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from minisft.config.errors import UserError, flag, wrong
+from minisft.config.names import respelled
 
 Note = TypeVar("Note")
 # Whether a run that resumes from a checkpoint may change the setting: no, yes.
@@ -41,13 +41,6 @@ def at_least(limit: float) -> Check:
 def above(limit: float) -> Check:
     """The number must be greater than `limit`."""
     return Check(lambda value: value > limit, f"above {limit}")
-
-
-@dataclass(frozen=True, eq=False)  # a dict has no hash, but tyro and typing hash the notes
-class Also:
-    """Other spellings of some values, replaced before any check; words in any case."""
-
-    spellings: Mapping[Any, str]
 
 
 class Items(NamedTuple):
@@ -98,20 +91,12 @@ class Setting(NamedTuple):
         kind = f"a list of {self.items.what}" if self.kind is tuple else self.kind.__name__
         return kind + " or None" * self.optional
 
-    def respelled(self, value: Any) -> Any:
-        """The value under its current spelling (`Also`)."""
-        key = value.lower() if isinstance(value, str) else value
-        # 0 and 1 would find the entries of False and True; a recorded list has no hash.
-        if not isinstance(key, (bool, str)):
-            return value
-        return next((a.spellings[key] for a in self.all(Also) if key in a.spellings), value)
-
     def normalized(self, value: Any) -> Any:
         """The value as it is stored: respelled, paths as str, lists as tuples of str.
 
         Raises UserError for a value of another type.
         """
-        value = self.respelled(value)
+        value = respelled(self.name, value)
         if self.kind is object or (value is None and self.optional):
             return value
         if isinstance(value, Path) and self.kind in (str, tuple):
@@ -177,12 +162,6 @@ def settings(cls: type) -> dict[str, Setting]:
 def fixed_on_resume(cls: type) -> tuple[str, ...]:
     """Names of the settings that a run may not change when it resumes from a checkpoint."""
     return tuple(name for name, setting in settings(cls).items() if Fixed in setting.notes)
-
-
-def respelled(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a file recorded them, old spellings of values replaced by the current ones."""
-    known = settings(cls)
-    return {n: known[n].respelled(v) if n in known else v for n, v in values.items()}
 
 
 def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:

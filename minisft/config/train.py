@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from minisft.config import rules
-from minisft.config.fields import Also, Check, Fixed, Free, Idle, Items, above, at_least
+from minisft.config.fields import Check, Fixed, Free, Idle, Items, above, at_least
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES
 
 Names = tuple[str, ...]
@@ -30,16 +30,6 @@ SaveStrategy = Literal["no", "steps", "epoch", "best"]
 Metric = Literal["loss", "mean_token_accuracy", "entropy"]
 EVAL_METRICS: tuple[str, ...] = get_args(Metric)
 BestMetric = Literal[Metric, "eval_loss", "eval_mean_token_accuracy", "eval_entropy"]
-# Earlier versions gave the policies these names, and recorded them in checkpoints.
-_OLD_POLICIES = ("gate_up", "gate_up+qkv", "gate_up+offload", "gate_up+qkv+offload")
-
-# Other spellings of values.
-_OPTIMIZERS = {name: "adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")}
-_SAME_OPTIMIZER = Also(_OPTIMIZERS | {"adamw_bnb_8bit": "adamw_8bit"})
-_POLICIES = {old: f"recompute_{old}" for old in _OLD_POLICIES}
-_SAME_POLICY = Also({True: "full", False: "none"} | _POLICIES)
-_SAME_CHECKPOINT = Also({True: "auto", "true": "auto", False: "", "false": ""})
-_SAME_START = Also({True: "default", "true": "default"})
 # Conditions on values.
 _SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 _RANK = Check(lambda r: 1 <= r <= 65536, "at least 1 and at most 65536")
@@ -126,7 +116,7 @@ class TrainConfig:
     """Adapt the embedding too, as embed_tokens among PEFT's targets; a tied head stays as it is."""
     trainable_token_indices: Annotated[Names, Fixed, _TOKENS, _FULL] = ()
     """Token ids whose rows of the embedding (and of a tied head) are trained, the others not."""
-    init_lora_weights: Annotated[str, Fixed, _SAME_START, _STARTS, _FULL] = "default"
+    init_lora_weights: Annotated[str, Fixed, _STARTS, _FULL] = "default"
     """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r), with B zero. Of
     both: pissa (the largest singular values of the weight; slow on large models), pissa_niter_4
     (an approximation of it, and fast) or olora (a QR decomposition). These three subtract the
@@ -190,7 +180,7 @@ class TrainConfig:
     """Where checkpoints, logs and the final adapter go."""
     overwrite_output_dir: Annotated[bool, Free, _RESUME] = False
     """Start over in a directory that already holds a run (its results are removed)."""
-    resume_from_checkpoint: Annotated[str, Free, _SAME_CHECKPOINT] = ""
+    resume_from_checkpoint: Annotated[str, Free] = ""
     """`auto` for the newest complete checkpoint in the output directory, or a checkpoint's path."""
     max_steps: Annotated[int, Free, _SOME] = -1
     """Optimizer steps; -1 means num_train_epochs."""
@@ -200,7 +190,7 @@ class TrainConfig:
     """Rows per micro-batch."""
     gradient_accumulation_steps: Annotated[int, Fixed, at_least(1)] = 4
     """Micro-batches per optimizer step. The loss is the token mean over the whole step."""
-    optim: Annotated[Optimizer, Fixed, _SAME_OPTIMIZER] = "adamw"
+    optim: Annotated[Optimizer, Fixed] = "adamw"
     """adamw (adamw_torch, adamw_torch_fused), adamw_8bit, paged_adamw_8bit, adafactor, sgd or
     lion_8bit. Trained embeddings, heads, norms and biases keep 32-bit state under every one."""
     learning_rate: Annotated[float, Free, at_least(0)] = 2e-4
@@ -234,7 +224,7 @@ class TrainConfig:
     """AdamW beta2."""
     adam_epsilon: Annotated[float, Free, at_least(0), _EPSILON] = 1e-8
     """AdamW epsilon."""
-    gradient_checkpointing: Annotated[Checkpointing, Free, _SAME_POLICY] = "auto"
+    gradient_checkpointing: Annotated[Checkpointing, Free] = "auto"
     """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
     keep everything, recompute no matrix product. full (or block): keep the layer's input alone. In
     between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, all_but_attention. With
@@ -267,14 +257,14 @@ class TrainConfig:
     """Name of the run in these loggers; by default that of the output directory."""
     logging_dir: Annotated[str, Free, _LOGGER, _TRACKIO] = ""
     """Where these loggers write; by default the output directory. Not for trackio: $TRACKIO_DIR."""
-    save_strategy: Annotated[SaveStrategy, Free, Also({False: "no"})] = "steps"
+    save_strategy: Annotated[SaveStrategy, Free] = "steps"
     """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
     where an evaluation is the best so far, each also at the end; `no` only when stopped."""
     save_steps: Annotated[int, Free, at_least(1), _SAVE_STEPS] = 500
     """Steps between checkpoints under --save-strategy steps."""
     save_total_limit: Annotated[int, Free, at_least(0), _UNSAVED] = 0
     """Keep at most N checkpoints, the newest and the best always among them; 0 keeps all."""
-    eval_strategy: Annotated[Literal["no", "steps", "epoch"], Free, Also({False: "no"})] = "no"
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"], Free] = "no"
     """With --eval-dataset: `no` evaluates before the first step and after the last; `steps` also
     every eval_steps, `epoch` also after each pass over the rows."""
     eval_steps: Annotated[int, Free, at_least(0), _EVAL_STEPS] = 0
