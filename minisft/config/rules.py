@@ -165,11 +165,6 @@ def serves_in_4bit(config: TrainConfig) -> bool:
     return config.load_in_4bit and not (config.lora and config.lora.splits_weights)
 
 
-def eval_batch_size(config: TrainConfig) -> int:
-    """Rows per evaluation batch."""
-    return config.per_device_eval_batch_size or config.per_device_train_batch_size
-
-
 def keeps_best(config: TrainConfig) -> bool:
     """Whether the run depends on which evaluation is the best."""
     by_name = config.load_best_model_at_end or config.early_stopping_patience

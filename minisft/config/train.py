@@ -297,7 +297,6 @@ class TrainConfig:
     sources = property(rules.sources)
     base_name = property(rules.base_name)
     serves_in_4bit = property(rules.serves_in_4bit)
-    eval_batch_size = property(rules.eval_batch_size)
     keeps_best = property(rules.keeps_best)
     best_metric = property(rules.best_metric)
     column_map = property(rules.column_map)

@@ -65,7 +65,8 @@ def eval_batches(
 
 def eval_tokens(config: TrainConfig) -> int:
     """At a time; more than some thousand gain no speed."""
-    return min(config.eval_batch_size * config.max_length, 8192)
+    rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
+    return min(rows * config.max_length, 8192)
 
 
 def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
