@@ -5,12 +5,11 @@ Errors here name the column and the value; `minisft.data.tokenize` adds the file
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.text.parts import part_text, part_type
 
 FORMATS = ("input_ids", "prompt-completion", "messages", "sharegpt", "alpaca", "text")  # precedence
@@ -74,26 +73,20 @@ def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "t
     return [name for name in needed.get(format, [format]) if name not in columns]
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name spelt most like this one, or None if none is close."""
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.72)
-    return found[0] if found else None
-
-
 def _remedy(columns: list[str]) -> str:
     """The flag that most likely makes these columns a known format."""
 
     def guess(ours: str, taken: str | None = None) -> str | None:
         likely = [c for c in columns if c.lower() in (ours, *_LIKELY[ours])]
-        found = likely[0] if likely else nearest(ours, columns)
+        found = likely[0] if likely else closest(ours, columns)
         return None if found == taken else found
 
     prompt = guess("prompt")
     completion = guess("completion", prompt)
     if prompt and completion:
         return f"did you mean --columns prompt={prompt} completion={completion}?"
-    text = guess("text") or nearest("messages", columns)
-    if text and nearest("messages", [text]) == text:
+    text = guess("text") or closest("messages", columns)
+    if text and closest("messages", [text]) == text:
         return f"did you mean --columns messages={text}?"
     if text or len(columns) == 1:
         return f"did you mean --dataset-text-field {text or columns[0]}?"
@@ -214,7 +207,7 @@ def _message(value: Any, name: str) -> dict:
         message["content"] = message.pop("value")
     role = message.get("role")
     if role not in ROLES:
-        close = nearest(role, ROLES) if isinstance(role, str) else None
+        close = closest(role.lower(), ROLES) if isinstance(role, str) else None
         hint = f"; did you mean {close!r}?" if close else ""
         raise UserError(f"{name} has role {role!r}; expected one of {', '.join(ROLES)}{hint}")
     content = message.get("content")
@@ -226,7 +219,7 @@ def _message(value: Any, name: str) -> dict:
                 _check_part(part, f"{name}.content[{i}]")
     elif not isinstance(content, str) and not (content is None and _may_be_silent(message)):
         what = _kind(content) if "content" in message else "missing"
-        close = nearest("content", message) if what == "missing" else None
+        close = closest("content", message) if what == "missing" else None
         hint = f" (its {close!r} is not read; rename it)" if close else ""
         raise UserError(f"{name}.content is {what}; expected a string{hint}")
     return message
@@ -252,7 +245,7 @@ def _may_be_silent(message: dict) -> bool:
     A misspelt `content` does not count as another key.
     """
     others = [key for key, value in message.items() if value is not None and key != "role"]
-    meant = "content" not in message and nearest("content", others)
+    meant = "content" not in message and closest("content", others)
     return bool(others) and not meant and message["role"] not in ("user", "system", "developer")
 
 

@@ -80,7 +80,8 @@ def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data
         raise UserError("batch_fn takes rows as they are read; drop --packing")
     if data.eval is None:
         return data
-    rows, size = list(range(len(data.eval))), config.eval_batch_size
+    size = config.per_device_eval_batch_size or config.per_device_train_batch_size
+    rows = list(range(len(data.eval)))
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     return dataclasses.replace(data, eval=collator(data.eval, batches))
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.data import formats
 from minisft.files.disk import file_digest
 
@@ -118,11 +118,11 @@ def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
         columns = {ours: theirs for ours, theirs in columns.items() if theirs in rows.columns}
     for ours, theirs in columns.items():
         if ours not in formats.KNOWN_COLUMNS:
-            close = formats.nearest(ours, formats.KNOWN_COLUMNS)
+            close = closest(ours.lower(), formats.KNOWN_COLUMNS)
             hint = f"did you mean {close}?" if close else ", ".join(formats.KNOWN_COLUMNS)
             raise UserError(f"--columns {ours}={theirs}: {ours!r} is not a name we read; {hint}")
         if theirs not in rows.columns:
-            close = formats.nearest(theirs, rows.columns)
+            close = closest(theirs.lower(), rows.columns)
             hint = f"; did you mean {close!r}?" if close else ""
             raise UserError(
                 f"{rows.source}: no column {theirs!r} (asked for by --columns {ours}={theirs}); "

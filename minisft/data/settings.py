@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.data import formats
 from minisft.data.packing import check_packing
 from minisft.data.readers import Rows
@@ -58,7 +58,7 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
             rows.columns, text_field=settings.text_field, source=rows.source
         )
     elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
-        close = formats.nearest(missing[0], rows.columns)
+        close = closest(missing[0], rows.columns)
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(
             f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
