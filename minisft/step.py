@@ -12,8 +12,7 @@ from torch import Tensor
 
 from minisft.batches import StepBatch
 from minisft.config.train import TrainConfig
-from minisft.explicit import Choice, ExplicitPass, explicit_loss_and_grads
-from minisft.explicit import buffers as prepare
+from minisft.explicit import Choice, ExplicitPass, explicit_loss_and_grads, prepare
 from minisft.kernels.adamw import global_norm
 from minisft.kernels.nf4 import NF4Weight
 from minisft.llama import Compute, Weights
