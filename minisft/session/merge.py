@@ -92,7 +92,7 @@ def merge(
     out = Path(output_dir)
     if base not in BASES:
         raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
-    # `whole_directory` checks it again, but only after the base has been resolved and read.
+    # `atomic_directory` checks it again, but only after the base has been resolved and read.
     refuse_existing(out)
     directory = _base_directory(adapter, model, revision)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
