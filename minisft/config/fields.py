@@ -109,7 +109,7 @@ class Setting(NamedTuple):
             raise wrong(flag(self.name), value, self.expected)
         if self.kind is not tuple:
             return value
-        items = [value] if isinstance(value, str) else list(value)
+        items = [value] if isinstance(value, str) else list(value)  # pyright: ignore[reportArgumentType]
         for item in items:
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
                 raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")

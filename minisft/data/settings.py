@@ -58,7 +58,7 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
             rows.columns, text_field=settings.text_field, source=rows.source
         )
     elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
-        close = closest(missing[0], rows.columns)
+        close = closest(missing[0].lower(), rows.columns)
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(
             f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
