@@ -84,7 +84,7 @@ def _write_source(
 ) -> None:
     """Write the documents of a source as rows; adds to counts."""
     waiting: list[Piece] = []
-    max_length = settings.max_length or 0  # packing has one: `check_packing`
+    max_length = settings.max_length or 0  # packing has one
     for group in groups:
         counts.add(group.counts)
         for ids, _ in group.documents:
