@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         22,
-        "minisft/data/sources.py",
+        "minisft/data/load.py",
         '    highest = dataset.stats["max_token_id"]\n    if highest >= vocab_size:',
         '    highest = dataset.stats["max_token_id"]\n    if highest < 0:',
     ),
@@ -153,7 +153,7 @@ MUTANTS = [
         "return value",
     ),
     Mutant(
-        26, "minisft/data/sources.py",
+        26, "minisft/data/load.py",
         '        "settings": dataclasses.asdict(settings),\n',
         "",
     ),
