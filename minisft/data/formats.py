@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 from minisft.config.errors import UserError
 from minisft.text.parts import part_text, part_type
 
-FORMATS = ("input_ids", "prompt-completion", "messages", "sharegpt", "alpaca", "text")  # precedence
+# Format -> the columns that it needs; the first that has all of its columns is taken.
+FORMATS = {
+    "input_ids": ("input_ids",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),  # or --dataset-text-field
+}
 KNOWN_COLUMNS = (
     "text", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs",
     "instruction", "input", "output", "system", "input_ids", "labels", "completion_mask",
@@ -61,17 +69,9 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
 
 
 def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
-    """Return the columns that a format needs and that are missing; UserError if it is unknown."""
-    if format not in FORMATS:
-        raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
-    columns = set(columns)
-    needed = {
-        "prompt-completion": ["prompt", "completion"],
-        "sharegpt": ["conversations"],
-        "alpaca": ["instruction", "output"],
-        "text": [text_field],
-    }
-    return [name for name in needed.get(format, [format]) if name not in columns]
+    """Return the columns that a format needs and that are missing."""
+    needed = (text_field,) if format == "text" else FORMATS[format]
+    return [name for name in needed if name not in set(columns)]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -172,7 +172,7 @@ def is_empty(example: Example) -> bool:
     content = last.get("content")
     parts = content if isinstance(content, list) else [content or ""]
     blank = all((text := part_text(part)) is not None and not text.strip() for part in parts)
-    others = set(k for k, v in last.items() if v) - {"role", "content"}
+    others = {key for key, value in last.items() if value} - {"role", "content"}
     return last["role"] in ("assistant", "model") and blank and not others
 
 
@@ -274,6 +274,5 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
     return f"{kinds.get(type(value), type(value).__name__)} ({shown})"

@@ -7,6 +7,7 @@ for, so such a source may be larger than memory; .json and .csv files are read i
 from __future__ import annotations
 
 import bisect
+import codecs
 import csv
 import io
 import itertools
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minisft.config.errors import UserError
 from minisft.data import formats
@@ -29,19 +30,12 @@ _EXPECTED = ", ".join(EXTENSIONS)
 _CHUNK = 1000  # parquet rows that are converted to dicts together
 
 
-class Records(Protocol):
-    """What Rows holds: records[i] is the dict of row i, under the file's column names."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> dict: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of one source as dicts; `rows[i]` has its columns under our names."""
 
     source: str  # file name or hub id, for messages
-    records: Records
+    records: Any  # a sequence: records[i] is the dict of row i, under the file's column names
     columns: tuple[str, ...]  # under our names: the union over rows
     renames: dict[str, str] = field(default_factory=dict)  # our name -> the file's
     lines: array | list[int] | None = None  # line number of each row, where the file has lines
@@ -95,9 +89,8 @@ def read_rows(
         )
     readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     with _reading(source):
-        rows = (
-            _read_jsonl(path, skip_bad) if path.suffix == ".jsonl" else readers[path.suffix](path)
-        )
+        read = readers.get(path.suffix)
+        rows = read(path) if read else _read_jsonl(path, skip_bad)
     if not len(rows):
         skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
         raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
@@ -164,7 +157,11 @@ class _Lines:
 def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
     records, names, skipped = _Lines(path), {}, 0
     with path.open("rb") as file:
-        for number, offset, raw in _numbered_lines(file):
+        stop = 0
+        for number, raw in enumerate(file, 1):
+            offset, stop = stop, stop + len(raw)
+            if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                offset, raw = 3, raw[3:]
             try:
                 record = _parse_line(raw, f"{path}:{number}", path, offset)
             except UserError:
@@ -177,15 +174,6 @@ def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
                 records.numbers.append(number)
                 names.update(dict.fromkeys(record))
     return Rows(str(path), records, tuple(names), {}, records.numbers, skipped)
-
-
-def _numbered_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset of the line, its bytes), without the byte order mark."""
-    offset = 0
-    for number, raw in enumerate(file, 1):
-        mark = 3 if number == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
-        yield number, offset + mark, raw[mark:]
-        offset += len(raw)
 
 
 def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
@@ -253,7 +241,7 @@ def _read_utf8(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         # The codec counts from the end of a byte order mark.
-        start = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
+        start = e.start + (3 if raw.startswith(codecs.BOM_UTF8) else 0)
         raise UserError(
             f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
         ) from None
@@ -321,8 +309,7 @@ class _ParquetRows:
             if self._group[0] != group:
                 self._group = (group, self._read(group))
             first = i - (i - self.starts[group]) % _CHUNK
-            table = self._group[1].slice(first - self.starts[group], _CHUNK)
-            rows = table.to_pylist()
+            rows = self._group[1].slice(first - self.starts[group], _CHUNK).to_pylist()
             self._chunk = (first, rows)
         return rows[i - first]
 
@@ -375,7 +362,6 @@ def _read_hub(source: str, split: str) -> Rows:
 def source_digest(source: str, split: str = "train") -> str:
     """Return the SHA-256 of a file's bytes as hex, or the fingerprint of a hub dataset's split."""
     if not Path(source).is_file():
-        records: Any = _read_hub(source, split).records
-        return str(records._fingerprint)
+        return str(_read_hub(source, split).records._fingerprint)
     with _reading(source):
         return file_digest(Path(source))
