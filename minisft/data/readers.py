@@ -7,7 +7,6 @@ for, so such a source may be larger than memory; .json and .csv files are read i
 from __future__ import annotations
 
 import bisect
-import codecs
 import csv
 import io
 import itertools
@@ -145,7 +144,7 @@ class _Lines:
         with _reading(where):
             self._file = self._file or self.path.open("rb")
             self._file.seek(self.offsets[i])
-            record = _parse_line(self._file.readline(), where, self.path, self.offsets[i])
+            record = _parse_line(self._file.readline(), where, self.offsets[i])
         if record is None:
             raise UserError(f"{where}: the line is gone; the file was changed while it was read")
         return record
@@ -155,39 +154,29 @@ class _Lines:
 
 
 def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
-    records, names, skipped = _Lines(path), {}, 0
+    records, names, offset, skipped = _Lines(path), {}, 0, 0
     with path.open("rb") as file:
-        stop = 0
         for number, raw in enumerate(file, 1):
-            offset, stop = stop, stop + len(raw)
-            if number == 1 and raw.startswith(codecs.BOM_UTF8):
-                offset, raw = 3, raw[3:]
             try:
-                record = _parse_line(raw, f"{path}:{number}", path, offset)
+                record = _parse_line(raw, f"{path}:{number}", offset)
             except UserError:
                 if not skip_bad:
                     raise
-                skipped += 1
-                continue
+                record, skipped = None, skipped + 1
             if record is not None:
                 records.offsets.append(offset)
                 records.numbers.append(number)
                 names.update(dict.fromkeys(record))
+            offset += len(raw)
     return Rows(str(path), records, tuple(names), {}, records.numbers, skipped)
 
 
-def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
-    """The object of a line, None if it is blank; offset: of the line in the file, for messages."""
+def _parse_line(raw: bytes, where: str, offset: int) -> dict | None:
+    """The object of a line, None if it is blank; offset: of the line in the file."""
+    if not (text := _decode(raw, where, offset).strip()):
+        return None
     try:
-        text = raw.decode("utf-8").strip()
-        if not text:
-            return None
         record = json.loads(text)
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{where}: {path.name} is not UTF-8 at byte {offset + e.start} "
-            f"(0x{raw[e.start]:02x}); convert it to UTF-8"
-        ) from None
     except (ValueError, RecursionError) as e:
         raise UserError(
             f"{where}: malformed JSON ({_json_reason(e, text)}); expected one JSON object per line"
@@ -195,6 +184,18 @@ def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: the row is {type(record).__name__}; expected a JSON object")
     return record
+
+
+def _decode(raw: bytes, where: str | Path, offset: int = 0) -> str:
+    """The text of UTF-8 bytes from this offset of a file, without the byte order mark at 0."""
+    mark = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        return raw[mark:].decode("utf-8")
+    except UnicodeDecodeError as e:
+        at = mark + e.start
+        raise UserError(
+            f"{where}: not UTF-8 at byte {offset + at} (0x{raw[at]:02x}); convert it to UTF-8"
+        ) from None
 
 
 def _json_reason(error: Exception, text: str) -> str:
@@ -205,7 +206,7 @@ def _json_reason(error: Exception, text: str) -> str:
 
 
 def _read_json(path: Path) -> Rows:
-    text = _read_utf8(path)
+    text = _decode(path.read_bytes(), path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -235,21 +236,10 @@ def _read_json(path: Path) -> Rows:
     return Rows(str(path), value, tuple(names))
 
 
-def _read_utf8(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        # The codec counts from the end of a byte order mark.
-        start = e.start + (3 if raw.startswith(codecs.BOM_UTF8) else 0)
-        raise UserError(
-            f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
-        ) from None
-
-
 def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    text = _decode(path.read_bytes(), path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records, lines = [], []
     try:
         header = _checked_header(next((row for row in reader if row), []), path)

@@ -158,26 +158,23 @@ def _assistant_spans(
     if chat.has_generation_block(template):
         text, spans = chat.assistant_spans(template, marked, **arguments)
         return _encodable(text), spans
-
-    def render(messages: list[dict], generate: bool) -> str:
-        return chat.render(template, messages, add_generation_prompt=generate, **arguments)
-
     special = tokenizer.special_text
     shape = _turn_shape(template, json.dumps(arguments, sort_keys=True, default=str), special)
-    text, spans = masks.prefix_spans(render, marked, shape, special)
+    text, spans = masks.prefix_spans(_renderer(template, arguments), marked, shape, special)
     return _encodable(text), spans
+
+
+def _renderer(template: str, arguments: dict[str, Any]) -> masks.Render:
+    return lambda messages, generate: chat.render(
+        template, messages, add_generation_prompt=generate, **arguments
+    )
 
 
 # Rendering the probe chat for every row would double the rendering; rows share their arguments.
 @lru_cache(maxsize=64)
 def _turn_shape(template: str, arguments: str, special: re.Pattern[str]) -> masks.TurnShape:
     """`masks.turn_shape` of a template under a row's render arguments (JSON, to be hashable)."""
-    given = json.loads(arguments)
-
-    def render(messages: list[dict], generate: bool) -> str:
-        return chat.render(template, messages, add_generation_prompt=generate, **given)
-
-    return masks.turn_shape(render, special)
+    return masks.turn_shape(_renderer(template, json.loads(arguments)), special)
 
 
 def end_of_turn(settings: Settings, tokenizer: Tokenizer) -> str | None:
@@ -190,11 +187,7 @@ def end_of_turn(settings: Settings, tokenizer: Tokenizer) -> str | None:
         return None
     if tokenizer.chat_template is None:
         return None  # rows may bring their own template; each row without one is an error
-
-    def find(messages: list[dict]) -> tuple[str, Spans]:
-        return _assistant_spans(Example(None, messages), messages, tokenizer)
-
     try:
-        return masks.check_spans(find)
+        return masks.check_spans(lambda m: _assistant_spans(Example(None, m), m, tokenizer))
     except UserError as e:
         raise UserError(f"assistant_only_loss: {e}") from None

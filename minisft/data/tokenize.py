@@ -34,7 +34,7 @@ from minisft.data.stats import (
     source_stats,
 )
 from minisft.data.token_files import TokenWriter
-from minisft.text.encoding import TEXT_OPEN, encode_batch, encode_chat, encode_spans
+from minisft.text.encoding import encode_batch
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -85,15 +85,15 @@ def _write_source(
     """Write the documents of a source as rows; adds to counts."""
     waiting: list[Piece] = []
     max_length = settings.max_length or 0  # packing has one
-    for group in groups:
-        counts.add(group.counts)
-        for ids, _ in group.documents:
+    for documents, group_counts in groups:
+        counts.add(group_counts)
+        for ids, labels in documents:
             writer.seen(ids)
+            if settings.packing is None:
+                writer.add([(ids, labels)])
         if settings.packing is None:
-            for document in group.documents:
-                writer.add([document])
             continue
-        waiting += group.documents
+        waiting += documents
         while len(waiting) >= GROUP_ROWS:
             write_packed(writer, waiting[:GROUP_ROWS], max_length, settings.packing)
             waiting = waiting[GROUP_ROWS:]
@@ -112,11 +112,8 @@ class _Job(NamedTuple):
     settings: Settings  # from `settings_of_source`: format and completion_only_loss are known
 
 
-class _Group(NamedTuple):
-    """The documents of some consecutive rows, in row order, with their counts."""
-
-    documents: list[Piece]
-    counts: Counts
+# The documents of some consecutive rows, in row order, with their counts.
+_Group = tuple[list[Piece], Counts]
 
 
 def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
@@ -138,7 +135,7 @@ def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
             counts.seen["kept"] += 1
             counts.seen["two_bos"] += bool(len(ids) > 1 and ids[0] == bos == ids[1])
             counts.seen.update(document.seen)
-    return _Group(documents, counts)
+    return documents, counts
 
 
 def _malformed(job: _Job, row: int, error: UserError | str, counts: Counts) -> None:
@@ -189,9 +186,8 @@ def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tup
         if settings.instruction_part:
             counts.seen["instruction"] += settings.instruction_part in rendered[i].text
     encoded = iter(_encode_all(tokenizer, list(rendered.values())))
-    alone = [
-        Rendered(r.prompt, r.is_chat, None, None) for r in rendered.values() if r.prompt is not None
-    ]
+    rows = rendered.values()
+    alone = [row._replace(text=row.prompt, spans=None) for row in rows if row.prompt is not None]
     prompts = iter(_encode_all(tokenizer, alone))
     documents = []
     for i, row in rendered.items():
@@ -214,26 +210,14 @@ def _encode_all(
     tokenizer: Tokenizer, texts: list[Rendered]
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(ids, mask) of each text; mask (None: all trained) is True on tokens that the spans cover."""
-    batches: dict[tuple[bool, bool], Iterator[Any]] = {}
+    encoded = {}
     for is_chat in (False, True):
-        mine = [t for t in texts if t.is_chat == is_chat]
-        # A chat that marks special-token strings as text is encoded on its own, piece by piece.
-        plain = [t.text for t in mine if t.spans is None and not (is_chat and TEXT_OPEN in t.text)]
-        covered = [(t.text, t.spans) for t in mine if t.spans is not None]
-        ids = encode_batch(tokenizer, plain, add_special_tokens=not is_chat)
-        ids_and_mask = encode_spans(tokenizer, covered, add_special_tokens=not is_chat)
-        batches[is_chat, False], batches[is_chat, True] = iter(ids), iter(ids_and_mask)
+        mine = [(text.text, text.spans) for text in texts if text.is_chat == is_chat]
+        encoded[is_chat] = iter(encode_batch(tokenizer, mine, add_special_tokens=not is_chat))
     out = []
-    for t in texts:
-        mask = None
-        if t.spans is not None:
-            ids, mask = next(batches[t.is_chat, True])
-            mask = np.array(mask, dtype=bool)
-        elif t.is_chat and TEXT_OPEN in t.text:
-            ids = encode_chat(tokenizer, t.text)
-        else:
-            ids = next(batches[t.is_chat, False])
-        out.append((np.array(ids, dtype=np.int32), mask))
+    for text in texts:
+        ids, mask = next(encoded[text.is_chat])
+        out.append((np.array(ids, np.int32), None if mask is None else np.array(mask, bool)))
     return out
 
 

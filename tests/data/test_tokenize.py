@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_tokenizer import TEMPLATE, write_byte_level
-from tokenised import tokenize_rows
+from tokenised import encode_texts, tokenize_rows
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.readers import Rows, read_rows
 from minisft.data.token_files import data_hash
-from minisft.text.encoding import decode, encode_batch, encode_spans
+from minisft.text.encoding import decode, encode_batch
 from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -466,11 +466,11 @@ def test_rows_beyond_all_measure_are_refused(
 def test_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"row {i} " * (i % 7) for i in range(40)]
     spans = [(t, [(0, len(t) // 2)]) for t in texts]
-    at_once = encode_batch(tokenizer, texts, add_special_tokens=True)
-    covered = encode_spans(tokenizer, spans, add_special_tokens=True)
+    at_once = encode_texts(tokenizer, texts, add_special_tokens=True)
+    covered = encode_batch(tokenizer, spans, add_special_tokens=True)
     monkeypatch.setattr("minisft.text.encoding.PART_CHARS", 30)
-    assert encode_batch(tokenizer, texts, add_special_tokens=True) == at_once
-    assert encode_spans(tokenizer, spans, add_special_tokens=True) == covered
+    assert encode_texts(tokenizer, texts, add_special_tokens=True) == at_once
+    assert encode_batch(tokenizer, spans, add_special_tokens=True) == covered
 
 
 def test_special_strings_in_messages_stay_text(tokenizer: Tokenizer) -> None:
