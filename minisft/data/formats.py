@@ -1,6 +1,7 @@
 """Detect the format of a dataset from its columns, and read a row of each format as an Example.
 
-Errors here name the column and the value; `minisft.data.tokenize` adds the file and the row.
+A row is a UserError if a value is missing, null or of another type, a chat is empty, a role is
+unknown or content is not text. It names the column; `minisft.data.tokenize` adds file and row.
 """
 
 from __future__ import annotations
@@ -101,15 +102,12 @@ def _remedy(columns: list[str]) -> str:
 
 
 def read_text(record: dict, *, text_field: str = "text") -> Example:
-    """Read a row of plain text: Example(None, str). Raises UserError if it is not a string."""
+    """Read a row of plain text: Example(None, str)."""
     return Example(None, _string(record, text_field))
 
 
 def read_prompt_completion(record: dict) -> Example:
-    """Read a row of prompt and completion, both strings or both message lists.
-
-    Raises UserError for a missing or null value, another type, or one of each kind.
-    """
+    """Read a row of prompt and completion, both strings or both message lists."""
     prompt, completion = (_present(record, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Example(_string(record, "prompt"), _string(record, "completion"))
@@ -124,10 +122,7 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """Read a chat from `messages` (or `conversations`), role/content or from/value.
-
-    Raises UserError for an empty chat, an unknown role, or content that is not text.
-    """
+    """Read a chat from `messages` (or `conversations`), role/content or from/value."""
     other = "messages" not in record and "conversations" in record
     name = "conversations" if other else "messages"
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
@@ -136,8 +131,7 @@ def read_messages(record: dict) -> Example:
 def read_sharegpt(record: dict) -> Example:
     """Read a chat from `conversations` of from/value, and an optional `system` text.
 
-    from/value become role/content, human and gpt become user and assistant. Raises UserError as
-    `read_messages`.
+    from/value become role/content, human and gpt become user and assistant.
     """
     chat = _messages(_present(record, "conversations"), "conversations")
     if record.get("system"):
@@ -152,7 +146,7 @@ def read_alpaca(record: dict) -> Example:
     """Read `instruction`, `input` (may be empty or missing) and `output` as one turn of a chat.
 
     The user's message is the instruction and, after an empty line, the input; a `system` text comes
-    first. The output is the completion. Raises UserError for a value that is not a string.
+    first. The output is the completion.
     """
     asked = _string(record, "instruction")
     if record.get("input"):

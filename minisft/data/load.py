@@ -43,10 +43,6 @@ class Data:
     eval: TokenizedDataset | None
     hash: str  # "" of a sample
 
-    def record(self) -> dict[str, Any]:
-        """What run.json holds about the data."""
-        return {"data": self.train.stats, "eval_data": self.eval.stats if self.eval else None}
-
 
 def load_data(
     config: TrainConfig,

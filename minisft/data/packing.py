@@ -23,12 +23,7 @@ def write_packed(
     max_length: int,
     strategy: str,
 ) -> None:
-    """Write one group of at most GROUP_ROWS documents, (ids, labels) each, as packed rows.
-
-    "bfd": best fit decreasing, documents cut to max_length; "bfd_split": the rest of a long
-    document becomes documents of its own; "wrapped": all documents concatenated and cut every
-    max_length tokens, one document per row.
-    """
+    """Write one group of at most GROUP_ROWS documents, (ids, labels) each, as packed rows."""
     ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
     for row in _pack_group(offsets, max_length, strategy):

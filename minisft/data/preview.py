@@ -122,17 +122,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def write_preview(
-    dataset: TokenizedDataset, tokenizer: Tokenizer, count: int | None, file: str
-) -> None:
-    """Write the first `count` rows (None: all) as {"rows": [...]}, in dataset order.
-
-    A row has text, input_ids, labels (not shifted, -100 where not trained), position_ids (from 0
-    in each document) and document_ids (the number of each token's document in the row). Raises
-    UserError if the file cannot be written.
-    """
-    num_rows = len(dataset) if count is None else min(count, len(dataset))
-    path = Path(file)
+def _write_json(dataset: TokenizedDataset, tokenizer: Tokenizer, num_rows: int, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as out:
@@ -177,5 +167,5 @@ def show_preview(
         how = "in green" if style[0] == _GREEN else "between {} and {}".format(*style)
         say(f"{shown:,} of {len(dataset):,} rows shown; trained tokens are {how}")
     if file:
-        write_preview(dataset, tokenizer, count or None, file)
+        _write_json(dataset, tokenizer, shown if count else len(dataset), Path(file))
         say(f"rows written to {file}")

@@ -306,29 +306,30 @@ class _ParquetRows:
     def _read(self, group: int) -> Any:
         import pyarrow.parquet
 
-        try:
+        with _parquet(self.path, OSError):  # such as an unexpected end of the file
             self._file = self._file or pyarrow.parquet.ParquetFile(self.path)
             return self._file.read_row_group(group)
-        except (pyarrow.ArrowException, ValueError, OSError) as e:
-            raise _bad_parquet(self.path, e) from None
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process opens the file itself
         return self.__dict__ | {"_file": None, "_group": (-1, None), "_chunk": (-1, [])}
 
 
-def _read_parquet(path: Path) -> Rows:
+@contextmanager
+def _parquet(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors, and what pyarrow finds wrong with a file, into a UserError."""
     import pyarrow
 
     try:
+        yield
+    except (pyarrow.ArrowException, ValueError, *errors) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+
+
+def _read_parquet(path: Path) -> Rows:
+    with _parquet(path):
         records = _ParquetRows(path)
-    except (pyarrow.ArrowException, ValueError) as e:
-        raise _bad_parquet(path, e) from None
     return Rows(str(path), records, records.names)
-
-
-def _bad_parquet(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path}: not a readable parquet file ({reason}); write it again")
 
 
 def _read_hub(source: str, split: str) -> Rows:

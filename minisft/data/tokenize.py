@@ -19,12 +19,11 @@ import numpy as np
 
 from minisft.batches import TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.data import formats
+from minisft.data import formats, one_row
 from minisft.data.formats import Example
-from minisft.data.one_row import Document, Piece, fit, label_row, read_ids
+from minisft.data.one_row import Document, Piece
 from minisft.data.packing import GROUP_ROWS, write_packed
 from minisft.data.readers import Rows
-from minisft.data.render import Rendered, end_of_turn, render_example
 from minisft.data.settings import Settings, settings_of_source
 from minisft.data.stats import (
     Counts,
@@ -61,7 +60,7 @@ def tokenize(
     try:
         for rows in sources:
             resolved = settings_of_source(settings, rows, tokenizer)
-            end = end_of_turn(resolved, tokenizer) if len(rows) else None
+            end = one_row.end_of_turn(resolved, tokenizer) if len(rows) else None
             here, first_row = Counts(), writer.num_rows
             here.dropped["malformed"] += rows.skipped
             groups = _groups(_Job(rows, tokenizer, resolved), num_proc, limit)
@@ -101,9 +100,6 @@ def _write_source(
         write_packed(writer, waiting, max_length, settings.packing)
 
 
-# ------------------------------------------------------------------------------ groups of rows
-
-
 class _Job(NamedTuple):
     """One source and what its rows are tokenised with; sent once to each worker process."""
 
@@ -128,7 +124,7 @@ def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
     counts.longest = max((len(document.ids) for _, document in found), default=0)
     documents, bos = [], job.tokenizer.bos_token_id
     for i, document in found:
-        pieces = fit(document, job.settings, job.rows.where(i), counts)
+        pieces = one_row.fit(document, job.settings, job.rows.where(i), counts)
         documents += pieces
         if pieces:
             ids = document.ids
@@ -154,9 +150,7 @@ def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
         "messages": formats.read_messages,
         "sharegpt": formats.read_sharegpt,
         "alpaca": formats.read_alpaca,
-        "input_ids": lambda r: read_ids(
-            r, completion_only_loss=bool(settings.completion_only_loss)
-        ),
+        "input_ids": lambda r: one_row.read_ids(r, bool(settings.completion_only_loss)),
     }
     read = readers[settings.format or ""]
     examples = {}
@@ -176,10 +170,10 @@ def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
 def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tuple[int, Document]]:
     """(row, document) in row order; texts go to the tokenizer in batches, which use all cores."""
     settings, tokenizer = job.settings, job.tokenizer
-    rendered: dict[int, Rendered] = {}
+    rendered: dict[int, one_row.Rendered] = {}
     for i, example in examples.items():
         try:
-            rendered[i] = render_example(example, settings, tokenizer)
+            rendered[i] = one_row.render_example(example, settings, tokenizer)
         except UserError as e:
             _malformed(job, i, e, counts)
             continue
@@ -202,12 +196,12 @@ def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tup
             )
             _malformed(job, i, why, counts)
             continue
-        documents.append((i, label_row(ids, mask, prompt, row, settings, tokenizer)))
+        documents.append((i, one_row.label_row(ids, mask, prompt, row, settings, tokenizer)))
     return documents
 
 
 def _encode_all(
-    tokenizer: Tokenizer, texts: list[Rendered]
+    tokenizer: Tokenizer, texts: list[one_row.Rendered]
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(ids, mask) of each text; mask (None: all trained) is True on tokens that the spans cover."""
     encoded = {}
@@ -219,9 +213,6 @@ def _encode_all(
         ids, mask = next(encoded[text.is_chat])
         out.append((np.array(ids, np.int32), None if mask is None else np.array(mask, bool)))
     return out
-
-
-# ------------------------------------------------------------------------------ worker processes
 
 
 def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:

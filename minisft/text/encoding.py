@@ -74,7 +74,7 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
     Text between TEXT_OPEN and TEXT_CLOSE never becomes a special token.
     """
-    return [i for piece in _encode_pieces(tokenizer, rendered) for i in piece.ids]
+    return encode_batch(tokenizer, [(rendered, None)], add_special_tokens=False)[0][0]
 
 
 def encode_batch(
@@ -101,7 +101,7 @@ def encode_batch(
             pieces = _encode_pieces(tokenizer, text)
         else:
             pieces = [_Piece(0, len(text), next(batch), 0)]
-        ids = [i for piece in pieces for i in piece.ids]
+        ids = [i for piece in pieces for i in piece.encoding.ids[piece.skip :]]
         out.append((ids, None if spans is None else _mask(pieces, text, spans, len(ids))))
     return out
 
@@ -113,11 +113,6 @@ class _Piece(NamedTuple):
     stop: int
     encoding: Encoding
     skip: int  # tokens at the start of `encoding` that are not part of the chat
-
-    @property
-    def ids(self) -> list[int]:
-        """The piece's token ids."""
-        return self.encoding.ids[self.skip :]
 
 
 def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:

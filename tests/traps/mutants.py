@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(4, "minisft/batches.py", "    labels[cu[:-1]] = IGNORED\n", "    labels[0] = IGNORED\n"),
     Mutant(
-        5, "minisft/data/render.py",
+        5, "minisft/data/one_row.py",
         'completion += "" if completion.endswith(eos) else eos',
         'completion += ""',
     ),
