@@ -10,9 +10,8 @@ import torch
 
 from minisft.config.errors import flag
 from minisft.config.fields import idle_settings
-from minisft.data.load import is_sample
+from minisft.data.load import is_sample, num_shared
 from minisft.data.preview import describe_data, show_preview
-from minisft.data.sources import num_shared
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
