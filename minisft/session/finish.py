@@ -11,7 +11,7 @@ from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import load_trained_
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import write_json
-from minisft.files.export import describe_config, export_adapter, export_model, trained_file
+from minisft.files.export import export_adapter, export_model, trained_file
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
@@ -125,7 +125,7 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": describe_config(plain_config(config)),
+        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
     }
     files = serving_files(source, run.tokenizer, base.cfg)
     export_adapter(run.out, trainable, base, config, files, card)
