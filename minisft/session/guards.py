@@ -1,20 +1,42 @@
-"""Guards that stop training: non-finite numbers, a lasting loss spike, unchanged weights."""
+"""What refuses a run before it writes anything, and the guards that stop training."""
 
 from __future__ import annotations
 
 import math
+import shutil
 
 import torch
 
+from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import list_checkpoints
+from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
+from minisft.session.evaluate import check_evaluation
 from minisft.step import State, StepResult
+from minisft.variants.pissa import is_pair
 
 
 class TrainingStopped(RuntimeError):
     """A guard stopped training: non-finite loss, loss spike, or no weight changed. Exit code 3."""
+
+
+def check_run(run: Run) -> None:
+    """Raises UserError if evaluating would fail, or the disk is too small for the results."""
+    check_evaluation(run)
+    trained, lora = run.state.trainable, run.base.lora
+    # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
+    need = 4 * 4 * trained.buffer.numel()
+    # PiSSA and OLoRA also store the initial A and B, in the checkpoint and in the result.
+    if lora and lora.splits_weights:
+        need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
+    free = shutil.disk_usage(existing(run.out)).free
+    if free < need:
+        raise UserError(
+            f"--output-dir {run.out} has {free / 2**30:.2f} GiB free; one checkpoint and the "
+            f"result need {need / 2**30:.2f} GiB: free some space or choose another directory"
+        )
 
 
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
@@ -22,14 +44,13 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 
     rows: the training rows of the step, for the message.
     """
-    return _not_applied(run, result, rows) or _spike_(run, result, rows)
-
-
-def training_stopped(run: Run, reason: str) -> TrainingStopped:
-    """Returns the exception to raise; its message names the newest checkpoint."""
+    reason = _not_applied(run, result, rows) or _spike_(run, result, rows)
+    if not reason:
+        return ""
     found = list_checkpoints(run.out)
-    last = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return TrainingStopped(f"{reason}; {last}")
+    return f"{reason}; " + (
+        f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    )
 
 
 def _not_applied(run: Run, result: StepResult, rows: list[int]) -> str:
