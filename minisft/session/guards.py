@@ -44,16 +44,16 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 
     rows: the training rows of the step, for the message.
     """
-    reason = _not_applied(run, result, rows) or _spike_(run, result, rows)
+    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+    reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
     if not reason:
         return ""
     found = list_checkpoints(run.out)
-    return f"{reason}; " + (
-        f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    )
+    last = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return f"{reason}; {last}"
 
 
-def _not_applied(run: Run, result: StepResult, rows: list[int]) -> str:
+def _not_applied(run: Run, result: StepResult, rows: str) -> str:
     """Returns why an update that was not applied must stop training, or ""."""
     if result.applied:
         return ""
@@ -62,15 +62,16 @@ def _not_applied(run: Run, result: StepResult, rows: list[int]) -> str:
     # 1e-4 the scale is no longer the cause.
     if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
         return ""
-    what = "loss" if not math.isfinite(result.loss) else "gradient norm"
-    value = result.loss if what == "loss" else result.grad_norm
+    what = f"gradient norm is {result.grad_norm}"
+    if not math.isfinite(result.loss):
+        what = f"loss is {result.loss}"
     return (
-        f"step {state.step}: the {what} is {value}; the step changed no weight. Rows of the step: "
-        f"{_shown(rows)}. Inspect them, or lower --learning-rate and resume"
+        f"step {state.step}: the {what}; the step changed no weight. Rows of the step: {rows}. "
+        "Inspect them, or lower --learning-rate and resume"
     )
 
 
-def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
+def _spike_(run: Run, result: StepResult, rows: str) -> str:
     """Record the loss for spike detection; returns why a lasting spike must stop training, or "".
 
     A spike is a loss above twice the mean of the last 100 losses (spikes excluded) and more than 1
@@ -86,17 +87,13 @@ def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
     state.spikes += 1
     spike = (
         f"step {state.step}: the loss is {result.loss:.4g}; the mean of the previous "
-        f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {_shown(rows)}"
+        f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {rows}"
     )
     if state.spikes == 1:
         run.report.say(f"warning: {spike}")
     if state.spikes < 5 or not run.config.stop_on_loss_spike:
         return ""
     return f"{spike}. This is the fifth such step in a row: lower --learning-rate and resume"
-
-
-def _shown(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
 
 
 def trace(state: State) -> tuple[int, int]:
@@ -113,9 +110,7 @@ def check_changed(
 
     before: `trace` of the state before step `first`. total: steps done by now.
     """
-    if config.learning_rate == 0 or not any(
-        lr_factor(i, total, config) for i in range(first, total)
-    ):
+    if not any(config.learning_rate * lr_factor(i, total, config) for i in range(first, total)):
         return
     # float16 may have skipped every step of this process; that is an error only if the whole run,
     # earlier processes included, never applied one.
