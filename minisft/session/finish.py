@@ -64,7 +64,7 @@ def finish(
     elif merged.exists():
         say(f"warning: {merged} is from an earlier state of the run; --save-merged rewrites it")
     result = TrainOutput(run.state.step, metrics["train_loss"], metrics)
-    with run.place.stop.held():
+    with run.stop.held():
         # Written last: this file marks the run as complete.
         write_json(run.out / OUTPUT, result._asdict())
         summarise(run, result)
@@ -81,7 +81,7 @@ def closing_metrics(
         "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
-        "epoch": numbers.epoch,
+        "epoch": run.schedule.epoch_after(state.step - 1),
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
