@@ -19,15 +19,15 @@ from minisft.kernels.nf4 import NF4Weight, quantize
 from random_model import config_json
 from torch import Tensor
 
-from minisft.batches import Ahead, Batches, RowSchedule
+from minisft.batches import Ahead, Batches, RowSchedule, TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.config.hf import parse_model_config
 from minisft.config.model import ModelConfig
 from minisft.config.targets import split_targets
 from minisft.config.train import TrainConfig
-from minisft.data.packing import pack
-from minisft.data.tokenize import TokenizedDataset
+from minisft.data.packing import GROUP_ROWS, write_packed
+from minisft.data.token_files import TokenWriter
 from minisft.explicit import Choice, choose
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.load import Base
@@ -393,11 +393,15 @@ def random_rows(config: StepConfig) -> TokenizedDataset:
     ids = torch.randint(
         config.vocab_size, (int(lengths.sum()),), generator=generator, dtype=torch.int32
     )
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-    data = TokenizedDataset(ids, ids.clone(), offsets, torch.arange(count + 1), {})
-    if not config.packing:
-        return data
-    return pack(data, max_length=config.length, strategy="bfd")
+    writer = TokenWriter()
+    documents = [(d, d) for d in map(Tensor.numpy, ids.split(lengths.tolist()))]
+    if config.packing:
+        for begin in range(0, count, GROUP_ROWS):
+            write_packed(writer, documents[begin : begin + GROUP_ROWS], config.length, "bfd")
+    else:
+        for document in documents:
+            writer.add([document])
+    return writer.finish({})
 
 
 def floors(cfg: ModelConfig, rank: int, length: int, tokens: int) -> tuple[float, float]:

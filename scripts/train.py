@@ -27,7 +27,7 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(75))
 
-from minisft.config.flags import asks_for_help, parse_flags, run_main
+from minisft.config.flags import parse_flags, run_main
 from minisft.config.names import ALIASES
 from minisft.config.train import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         demo = not names_a_model(argv)
-        default = demo_config() if demo and not asks_for_help(argv) else TrainConfig()
+        asks_for_help = "--help" in argv or "-h" in argv
+        default = demo_config() if demo and not asks_for_help else TrainConfig()
         config = parse_flags(TrainConfig, argv, prog="train.py", default=default)
         # The demo writes to one directory: a second demo run replaces the first without a flag.
         if demo and not config.resume_from_checkpoint and holds_demo_run(config.output_dir):

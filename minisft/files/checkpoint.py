@@ -126,7 +126,12 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
     from step 0 would discard them, and for a path that does not verify.
     """
     if which != "auto":
-        return _verified(which)
+        path, problem, remedy = Path(which), "no such directory", "give a checkpoint-N directory"
+        if path.is_dir():
+            problem, remedy = verify(path), "use an older checkpoint"
+        if problem:
+            raise UserError(f"--resume-from-checkpoint {which}: {problem}; {remedy} or `auto`")
+        return path
     found = list_checkpoints(output_dir)
     for path in reversed(found):
         if not (problem := verify(path)):
@@ -138,17 +143,6 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
             f"({verify(found[-1])}); restore one, or start over with --overwrite-output-dir"
         )
     return None
-
-
-def _verified(which: str) -> Path:
-    path = Path(which)
-    if not path.is_dir():
-        problem, remedy = "no such directory", "give a checkpoint-N directory"
-    else:
-        problem, remedy = verify(path), "use an older checkpoint"
-    if problem:
-        raise UserError(f"--resume-from-checkpoint {which}: {problem}; {remedy} or `auto`")
-    return path
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
