@@ -113,7 +113,7 @@ def write_model_files(
     dtype: torch.dtype,
     files: dict[str, bytes],
 ) -> None:
-    """Write what a transformers directory holds beside its weights: `files`, then config.json.
+    """Write the files of a transformers directory other than weights: `files`, then config.json.
 
     base_directory: of the model whose config.json and generation_config.json these follow.
     """
