@@ -28,7 +28,7 @@ Schedule = Literal[
 ]  # fmt: skip
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Checkpointing = Literal[
-    "auto", "none", "recompute_gate_up", "recompute_gate_up+qkv", "all_but_attention", "full",
+    "auto", "none", "recompute_gate_up", "recompute_gate_up+qkv", "shownbut_attention", "full",
     "block", "none+offload", "offload", "recompute_gate_up+offload",
     "recompute_gate_up+qkv+offload", "full+offload",
 ]  # fmt: skip
@@ -245,7 +245,7 @@ class TrainConfig:
     gradient_checkpointing: Annotated[Checkpointing, Free] = "auto"
     """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
     keep everything, recompute no matrix product. full (or block): keep the layer's input alone. In
-    between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, all_but_attention. With
+    between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, shownbut_attention. With
     +offload, what is kept waits in host memory (with none: the residuals and attention's output);
     offload: all of it. At most 60 % of the host's free memory is used for this."""
     step_impl: Annotated[Literal["auto", "explicit", "autograd"], Free] = "auto"
@@ -384,7 +384,8 @@ class TrainConfig:
                 raise wrong("--dataset", item, "a weight above 0")
         given = [weight for _, weight in found if weight is not None]
         if given and len(given) != len(found):
-            raise wrong("--dataset", " ".join(self.dataset), "a weight for every dataset, or none")
+            shown = " ".join(self.dataset)
+            raise UserError(f"--dataset is {shown}; give every dataset a weight, or none")
         total = sum(given)
         return [(name, None if weight is None else weight / total) for name, weight in found]
 
