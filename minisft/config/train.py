@@ -346,7 +346,8 @@ class TrainConfig:
             if given and strategy == "no":
                 raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
         if best and self.save_strategy == "no":
-            raise UserError("--load-best-model-at-end needs checkpoints; use --save-strategy best")
+            missing = "needs checkpoints, but --save-strategy is no; use best"
+            raise UserError(f"--load-best-model-at-end {missing}")
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
 
