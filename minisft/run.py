@@ -133,7 +133,7 @@ def train_(run: Run) -> Numbers:
                     f"{stop.name}: stopped after step {state.step}, loss {result.loss:.4f}; "
                     f"{go_on(state.step)}"
                 )
-    check_changed(untrained, state, first, run.config, state.step)
+    check_changed(run, first, untrained)
     seconds = time.perf_counter() - started
     kept = run.config.save_strategy != "no"
     saved = go_on(state.step) if kept else "no checkpoint is kept (--save-strategy no)"

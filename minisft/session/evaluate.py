@@ -27,6 +27,7 @@ from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import InferenceModel, generate, stop_ids
+from minisft.session.report import say
 from minisft.step import State
 from minisft.text.encoding import decode
 from minisft.text.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def evaluate_before(run: Run) -> dict[str, Any]:
         before = _read_before(run.out / STEP0)
         if before.get("rows", rows) == rows:
             return before
-        run.report.say(
+        say(
             f"warning: {STEP0} was computed on other eval rows: no comparison with the untrained "
             "model"
         )

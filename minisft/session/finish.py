@@ -28,7 +28,7 @@ def take_best_(run: Run) -> int:
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
-        run.report.say(
+        say(
             f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations in "
             f"a row were no better than step {state.best_step}'s {name} {value:.4f}"
             f"{_by_threshold(config)}"
@@ -36,7 +36,7 @@ def take_best_(run: Run) -> int:
     if config.load_best_model_at_end and state.best_step not in (0, state.step):
         best = run.out / f"checkpoint-{state.best_step}"
         load_trained_(best, state, *trained_file(run.base.lora), run.base.initial_lora)
-        run.report.say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
+        say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
         return state.best_step
     return state.step
 
