@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import load_trained_
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import write_json
@@ -28,10 +27,11 @@ def take_best_(run: Run) -> int:
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
+        least = config.early_stopping_threshold
         say(
             f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations in "
             f"a row were no better than step {state.best_step}'s {name} {value:.4f}"
-            f"{_by_threshold(config)}"
+            + (f", or by no more than {least:g}" if least else "")
         )
     if config.load_best_model_at_end and state.best_step not in (0, state.step):
         best = run.out / f"checkpoint-{state.best_step}"
@@ -39,11 +39,6 @@ def take_best_(run: Run) -> int:
         say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
         return state.best_step
     return state.step
-
-
-def _by_threshold(config: TrainConfig) -> str:
-    least = config.early_stopping_threshold
-    return f", or by no more than {least:g}" if least else ""
 
 
 def finish(
