@@ -54,7 +54,6 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 
 
 def _not_applied(run: Run, result: StepResult, rows: str) -> str:
-    """Returns why an update that was not applied must stop training, or ""."""
     if result.applied:
         return ""
     dtype, state = run.base.compute.dtype, run.state

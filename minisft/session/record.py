@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ def start_over(run: Run) -> None:
 
 
 def _run_record(run: Run) -> dict[str, Any]:
-    """The content of run.json: command, resolved settings, versions, and the hash of the data."""
     base = run.base
     versions = {}
     for name in _PACKAGES:
@@ -105,16 +104,12 @@ def save(run: Run) -> None:
     """Write one complete checkpoint, then remove those beyond --save-total-limit."""
     # metrics.jsonl must not lack a step that a checkpoint holds.
     run.report.sync()
-
-    def write_model(directory: Path) -> None:
-        write_trained(directory, run.state.trainable, run.base, run.config)
-
-    settings = {
-        "config": plain_config(run.config),
-        "evaluated": run.state.step in run.report.evaluations,
-    }
-    save_checkpoint(run.out, run.state, write_model, settings | run.facts)
-    rotate(run.out, run.config.save_total_limit, run.state.best_step)
+    config, state = run.config, run.state
+    evaluated = state.step in run.report.evaluations
+    facts = {"config": plain_config(config), "evaluated": evaluated, **run.facts}
+    write = partial(write_trained, trainable=state.trainable, base=run.base, config=config)
+    save_checkpoint(run.out, state, write, facts)
+    rotate(run.out, config.save_total_limit, state.best_step)
 
 
 def save_due(run: Run, best: bool, end: bool) -> bool:
@@ -122,13 +117,11 @@ def save_due(run: Run, best: bool, end: bool) -> bool:
 
     best: this step's evaluation is the best so far. end: this step is the last one.
     """
-    config = run.config
-    if config.save_strategy == "no":
-        return False
-    by_epoch = config.save_strategy == "epoch"
-    every = run.schedule.steps_per_epoch if by_epoch else config.save_steps
-    periodic = config.save_strategy != "best" and run.state.step % every == 0
-    return end or periodic or (best and config.keeps_best)
+    config, step = run.config, run.state.step
+    every = {"epoch": run.schedule.steps_per_epoch, "steps": config.save_steps}
+    # With "no" and "best" no step is due by its number.
+    periodic = config.save_strategy in every and step % every[config.save_strategy] == 0
+    return config.save_strategy != "no" and (end or periodic or (best and config.keeps_best))
 
 
 def go_on(step: int) -> str:
