@@ -19,11 +19,10 @@ from minisft.schedules import lr_factor
 from minisft.session.context import Numbers, Run, session
 from minisft.session.describe import announce, end_of_dry_run, note_memory_needs
 from minisft.session.evaluate import evaluate_after, evaluate_before, evaluate_if_due, stops_early
-from minisft.session.finish import finish, take_best_
 from minisft.session.guards import TrainingStopped, check_changed, check_run, reason_to_stop, trace
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
-from minisft.session.record import go_on, report_step_, save, save_due, start_over
+from minisft.session.record import finish, go_on, log_step_, save, save_due, start_over, take_best_
 from minisft.session.report import reporting, say
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
 from minisft.session.signals import Preempted
@@ -133,7 +132,7 @@ def train_(run: Run) -> Numbers:
                     f"{stop.name}: stopped after step {state.step}, loss {result.loss:.4f}; "
                     f"{go_on(state.step)}"
                 )
-    check_changed(untrained, state, first, run.config, state.step)
+    check_changed(run, first, untrained)
     seconds = time.perf_counter() - started
     kept = run.config.save_strategy != "no"
     saved = go_on(state.step) if kept else "no checkpoint is kept (--save-strategy no)"
@@ -158,7 +157,7 @@ def steps_(run: Run) -> Iterator[StepResult]:
         seconds = time.perf_counter() - started
         state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
         if state.step % config.logging_steps == 0 or state.step == last or reason:
-            report_step_(run, result.grad_norm, batch.epoch, groups, factor)
+            log_step_(run, result.grad_norm, batch.epoch, groups, factor)
         if reason:
             raise TrainingStopped(reason)
         yield result

@@ -27,6 +27,7 @@ from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import InferenceModel, generate, stop_ids
+from minisft.session.report import say
 from minisft.step import State
 from minisft.text.encoding import decode
 from minisft.text.tokenizer import Tokenizer
@@ -81,12 +82,13 @@ def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> i
     return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
-def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
+def evaluate_now(run: Run, step: int) -> dict[str, Any]:
     """Evaluate the current weights, which belong to `step`; report and return the metrics.
 
     With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
     """
     assert run.data.eval is not None
+    epoch = run.schedule.epoch_after(step - 1)
     metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
     answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
     run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
@@ -102,12 +104,10 @@ def evaluate_before(run: Run) -> dict[str, Any]:
         before = _read_before(run.out / STEP0)
         if before.get("rows", rows) == rows:
             return before
-        run.report.say(
-            f"warning: {STEP0} was computed on other eval rows: no comparison with the untrained "
-            "model"
-        )
+        other = f"warning: {STEP0} was computed on other eval rows"
+        say(f"{other}: no comparison with the untrained model")
         return {}
-    before = evaluate_now(run, 0, 0.0)
+    before = evaluate_now(run, 0)
     write_json(run.out / STEP0, before | {"rows": rows})
     return before
 
@@ -121,10 +121,10 @@ def _read_before(file: Path) -> dict[str, Any]:
 
 def check_evaluation(run: Run) -> None:
     """Raises UserError if the first evaluation would fail: no prompts, or a bad step0.json."""
-    dataset = run.data.eval
-    if dataset is not None and run.config.eval_generate:
-        eval_prompts(dataset, run.config.eval_generate)
-    if dataset is not None and run.state.step > 0:
+    if run.data.eval is None:
+        return
+    eval_prompts(run.data.eval, run.config.eval_generate)
+    if run.state.step > 0:
         _read_before(run.out / STEP0)
 
 
@@ -134,17 +134,15 @@ def evaluate_if_due(run: Run) -> bool:
     The last step is evaluated after the loop, so here only if it can become the best. Called again
     after resuming, for an evaluation that a signal or a kill interrupted.
     """
-    config, state, schedule = run.config, run.state, run.schedule
-    done = state.step in run.report.evaluations
-    if run.data.eval is None or config.eval_strategy == "no" or done:
-        return False
+    config, step, schedule = run.config, run.state.step, run.schedule
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = schedule.steps_per_epoch
-    if (state.step == run.total_steps and not config.keeps_best) or state.step % every:
+    due = step % every == 0 and (config.keeps_best or step < run.total_steps)
+    done = step in run.report.evaluations
+    if run.data.eval is None or config.eval_strategy == "no" or done or not due:
         return False
-    metrics = evaluate_now(run, state.step, schedule.epoch_after(state.step - 1))
-    return note_evaluation_(state, metrics, config)
+    return note_evaluation_(run.state, evaluate_now(run, step), config)
 
 
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
@@ -183,7 +181,7 @@ def evaluate_after(run: Run, step: int) -> dict[str, Any]:
     same_rows = known.get("eval_num_loss_tokens") == int(trained_per_row(dataset).sum())
     if same_rows and answered and all(isinstance(number, float) for number in numbers):
         return known
-    return evaluate_now(run, step, run.schedule.epoch_after(step - 1))
+    return evaluate_now(run, step)
 
 
 def answer(run: Run, count: int) -> list[dict[str, Any]]:

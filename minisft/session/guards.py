@@ -8,12 +8,12 @@ import shutil
 import torch
 
 from minisft.config.errors import UserError
-from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import list_checkpoints
 from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
 from minisft.session.evaluate import check_evaluation
+from minisft.session.report import say
 from minisft.step import State, StepResult
 from minisft.variants.pissa import is_pair
 
@@ -54,7 +54,6 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 
 
 def _not_applied(run: Run, result: StepResult, rows: str) -> str:
-    """Returns why an update that was not applied must stop training, or ""."""
     if result.applied:
         return ""
     dtype, state = run.base.compute.dtype, run.state
@@ -90,7 +89,7 @@ def _spike_(run: Run, result: StepResult, rows: str) -> str:
         f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {rows}"
     )
     if state.spikes == 1:
-        run.report.say(f"warning: {spike}")
+        say(f"warning: {spike}")
     if state.spikes < 5 or not run.config.stop_on_loss_spike:
         return ""
     return f"{spike}. This is the fifth such step in a row: lower --learning-rate and resume"
@@ -103,13 +102,12 @@ def trace(state: State) -> tuple[int, int]:
     return state.updates, int(bits.sum(dtype=torch.int64))
 
 
-def check_changed(
-    before: tuple[int, int], state: State, first: int, config: TrainConfig, total: int
-) -> None:
+def check_changed(run: Run, first: int, before: tuple[int, int]) -> None:
     """Raises TrainingStopped if steps with a learning rate above 0 changed no trained weight.
 
-    before: `trace` of the state before step `first`. total: steps done by now.
+    before: `trace` of the state before step `first`.
     """
+    state, config, total = run.state, run.config, run.state.step
     if not any(config.learning_rate * lr_factor(i, total, config) for i in range(first, total)):
         return
     # float16 may have skipped every step of this process; that is an error only if the whole run,

@@ -132,14 +132,10 @@ def base_digests(directory: Path) -> dict[str, str]:
     return {"base_digest": config, "weights_digest": weights.hexdigest()}
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples become lists."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON gives them back."""
-    return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
+    """The settings as JSON gives them back: tuples become lists."""
+    settings = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def as_flags(config: TrainConfig) -> str:
@@ -149,9 +145,8 @@ def as_flags(config: TrainConfig) -> str:
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        name = flag(field.name)
         if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
+            words.append(flag(field.name if value else f"no_{field.name}"))
         else:
-            words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [flag(field.name), *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)

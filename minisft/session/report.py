@@ -28,15 +28,7 @@ class Reporter:
     total_steps: int
     evaluations: dict[int, dict[str, Any]]  # step -> its eval line, and `answers` if there are any
     log: Callable[[dict[str, Any]], None]  # writes a line to the loggers of --report-to
-    progress: Any = None  # rich.progress.Progress; None without a terminal
-
-    def __post_init__(self) -> None:
-        self._directory = Path(self.metrics.name).parent
-        self._task = self.progress.add_task("", total=self.total_steps) if self.progress else None
-
-    def say(self, line: str) -> None:
-        """Print one line, above the progress bar if there is one."""
-        say(line) if self.progress is None else self.progress.console.print(line, highlight=False)
+    progress: Any = None  # rich.progress.Progress with one task; None without a terminal
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append a line of step metrics to metrics.jsonl, and print it."""
@@ -49,37 +41,34 @@ class Reporter:
         if self.progress is None:
             say(f"step {metrics['step']}/{self.total_steps}  {text}")
         else:
-            self.progress.update(self._task, completed=metrics["step"], description=text)
+            (task,) = self.progress.task_ids
+            self.progress.update(task, completed=metrics["step"], description=text)
 
     def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
         """Append an eval line to metrics.jsonl and `answers` to samples.jsonl, and print both."""
+        step, path = metrics["step"], Path(self.metrics.name).with_name(SAMPLES)
         # Answers first: resuming drops answers without an eval line, which a kill may leave.
         if answers:
-            self._answers(metrics["step"], answers)
+            with writing(path), open(path, "ab") as file:
+                for answer in answers:
+                    file.write(to_json_line({"step": step, **answer}).encode())
+            right, ended = (sum(a[key] for a in answers) for key in ("right", "stopped"))
+            say(f"answers at step {step}: {right} of {len(answers)} right, end of turn in {ended}")
         self._write(metrics)
-        self.evaluations[metrics["step"]] = metrics | {"answers": answers}
-        self.say(
-            f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}  "
+        self.evaluations[step] = metrics | {"answers": answers}
+        say(
+            f"eval at step {step}: eval_loss {metrics['eval_loss']:.4f}  "
             f"accuracy {metrics['eval_mean_token_accuracy']:.4f}  "
             f"entropy {metrics['eval_entropy']:.4f}"
         )
 
-    def _answers(self, step: int, answers: list[dict[str, Any]]) -> None:
-        with writing(self._directory / SAMPLES), open(self._directory / SAMPLES, "ab") as file:
-            for answer in answers:
-                file.write(to_json_line({"step": step, **answer}).encode())
-        right, stopped = (sum(a[k] for a in answers) for k in ("right", "stopped"))
-        self.say(
-            f"answers at step {step}: {right} of {len(answers)} right, end of turn in {stopped}"
-        )
-
     def sync(self) -> None:
         """Sync metrics.jsonl to disk, before a checkpoint: the file must not lag behind it."""
-        with writing(self._directory / METRICS):
+        with writing(Path(self.metrics.name)):
             os.fsync(self.metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        with writing(self._directory / METRICS):
+        with writing(Path(self.metrics.name)):
             line = to_json_line(metrics).encode()
             # An unbuffered write may write only a part.
             while line:
@@ -118,9 +107,10 @@ def reporting(
             return
         from rich import progress as rich
 
-        description = rich.TextColumn("{task.description}")
-        columns = rich.BarColumn(), rich.MofNCompleteColumn(), description
+        # Inside, rich prints what goes to stdout above the bar.
+        columns = rich.BarColumn(), rich.MofNCompleteColumn(), "{task.description}"
         with rich.Progress(*columns, rich.TimeRemainingColumn()) as progress:
+            progress.add_task("", total=total_steps)
             yield Reporter(metrics, total_steps, kept, log, progress)
 
 

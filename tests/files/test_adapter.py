@@ -559,7 +559,7 @@ def test_a_malformed_field_is_refused_by_name(tmp_path: Path, key: str, value: o
         ({"target_modules": ""}, "target_modules pattern '' matches no module"),
         ({"target_modules": "(q_proj"}, "target_modules pattern '(q_proj' is not a regular"),
         ({"target_modules": "q_proj"}, "target_modules pattern 'q_proj' matches no module"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
+        ({"modules_to_save": ["norm"]}, "an item of modules_to_save is 'norm'"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
