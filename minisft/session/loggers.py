@@ -76,7 +76,7 @@ def _only_warning(warn: Callable[[str], None], name: str, what: str) -> Iterator
 
 
 def named(line: dict[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a metrics line under Trainer's names: train/loss, eval/loss."""
+    """Returns the finite numbers of a metrics line under Trainer's names."""
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
         for k, v in line.items()

@@ -18,23 +18,13 @@ from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
+from minisft.files import weights
 from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
 from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
 from minisft.files.load import token_ids
-from minisft.files.weights import (
-    Checkpoint,
-    dequantized,
-    four_bit_names,
-    kinds_of,
-    load_model_config,
-    open_checkpoint,
-    resolve_model,
-    stream_weights,
-    to_device,
-)
 from minisft.llama import EMBEDDING, logits, make_tokens
 from minisft.session.generate import Adapter, InferenceModel, load_for_inference
 from minisft.session.serving import serving_files
@@ -94,11 +84,11 @@ def merge(
     # `atomic_directory` checks it again, but only after the base has been resolved and read.
     refuse_existing(out)
     directory = _base_directory(adapter, model, revision)
-    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
     loaded = load_adapter(adapter, checkpoint.cfg)
-    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: unknown
+    in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # in training; None: unknown
     if base == "auto":
-        base = "dequant" if trained_in_4bit else "16bit"
+        base = "dequant" if in_4bit else "16bit"
     if base == "16bit" and checkpoint.four_bit:
         raise UserError(
             f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
@@ -107,9 +97,9 @@ def merge(
     place = resolve_device(device)
     stored = checkpoint.cfg.dtype or "bfloat16"
     kind = resolve_dtype(stored if dtype == "auto" else dtype, place)
-    four_bit = four_bit_names(checkpoint, base == "dequant")
-    trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
-    if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
+    four_bit = weights.four_bit_names(checkpoint, base == "dequant")
+    trained = four_bit if in_4bit is None else weights.four_bit_names(checkpoint, in_4bit)
+    if other := other_4bit(adapter, weights.kinds_of(checkpoint, trained)):
         warnings.warn(other, stacklevel=2)
     with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
@@ -119,7 +109,7 @@ def merge(
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
         files = serving_files("FROM .", tokenizer, cfg)
         write_model_files(temporary, directory, cfg, kind, files)
-        written = open_checkpoint(temporary, load_model_config(temporary))
+        written = weights.open_checkpoint(temporary, weights.load_model_config(temporary))
         ours = logits_of(load_for_inference(written, kind, place))
         live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
         relative, largest = difference(ours, live), (ours - live).abs().max().item()
@@ -143,24 +133,24 @@ def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Pa
     if not name:
         raise UserError(f"{adapter}: adapter_config.json names no base model; give --model")
     # The adapter's revision belongs to the base that the adapter names.
-    return resolve_model(name, revision or (None if model else raw.get("revision")))
+    return weights.resolve_model(name, revision or (None if model else raw.get("revision")))
 
 
 def merged_weights(
-    checkpoint: Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
+    checkpoint: weights.Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (key, float32 weight) of the merged model, one weight in memory at a time.
 
     four_bit: names of the weights that are quantised to 4 bits and decoded first.
     """
     lora, tensors = adapter
-    for name, weight in stream_weights(checkpoint):
+    for name, weight in weights.stream_weights(checkpoint):
         if name in tensors:  # a trained copy
             yield name, tensors[name]
             continue
         if name in four_bit:
-            weight = to_device(name, weight, device, torch.float32, True)
-        path, merged = name.removesuffix(".weight"), dequantized(weight)
+            weight = weights.to_device(name, weight, device, torch.float32, True)
+        path, merged = name.removesuffix(".weight"), weights.dequantized(weight)
         if name == EMBEDDING and TOKEN_ROWS in tensors:
             merged = merged.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
         elif name == EMBEDDING and EMBEDDING_A in tensors:
