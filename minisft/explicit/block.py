@@ -12,8 +12,6 @@ T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank 
 I, O  inputs and outputs of a fused linear
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

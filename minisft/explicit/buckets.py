@@ -3,8 +3,6 @@
 T tokens  M targets
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +26,14 @@ class StaticBatch:
     documents: Documents
     dense: bool  # M = T, and target i belongs to token i
 
-    def to(self, device: torch.device) -> StaticBatch:
+    def to(self, device: torch.device) -> "StaticBatch":
         """Copy the tensors to a GPU."""
         ids, positions, rows, targets, cu = (t.to(device, copy=True) for t in self._tensors())
         # A graph replays on documents of other lengths, so it must not depend on them.
         documents = self.documents._replace(cu_seqlens=cu, lengths=())
         return StaticBatch(ids, positions, rows, targets, documents, self.dense)
 
-    def copy_into(self, other: StaticBatch) -> None:
+    def copy_into(self, other: "StaticBatch") -> None:
         """Overwrite the tensors of a batch of the same bucket."""
         for source, target in zip(self._tensors(), other._tensors(), strict=True):
             # a copy from pageable memory would block the host

@@ -6,8 +6,6 @@ rank the choices. Rates are an H200's. mlp: tokens per chunk of the MLP.
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab  O, I of a linear
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

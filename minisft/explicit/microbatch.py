@@ -6,8 +6,6 @@ is captured in a CUDA graph (`graphs.py`).
 T tokens  M targets  D hidden  R rank
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

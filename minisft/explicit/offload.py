@@ -4,8 +4,6 @@ Copies run on a stream of their own: out while the next layer computes forward, 
 above computes backward. On a CPU the host is the same memory, and nothing is copied.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """Choose how a run computes its gradients: pass, memory policies, tokens at a time."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from bisect import bisect

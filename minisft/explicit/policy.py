@@ -3,8 +3,6 @@
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

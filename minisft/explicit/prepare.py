@@ -1,7 +1,5 @@
 """Build the explicit pass from a model: fused weights, adapters in the compute dtype, buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ All prompts run as one packed batch without padding, the same layout that traini
 first pass every active prompt contributes one token per round.
 """
 
-from __future__ import annotations
-
 from collections.abc import Set
 from contextlib import suppress
 from functools import partial

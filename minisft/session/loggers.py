@@ -4,8 +4,6 @@ Each receives every line of metrics.jsonl under Trainer's names (train/loss, eva
 fails, a single warning is printed and training continues without it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -1,7 +1,5 @@
 """Memory estimates, and one-line out-of-memory errors that suggest cheaper settings."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,10 +82,9 @@ def resident_gib(base: Base, state: State) -> Needs:
 def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluated: int) -> Needs:
     """Estimated memory of a run in GiB, by purpose.
 
-    tokens: of the largest training micro-batch. evaluated: of the largest evaluation batch (0
-    without evaluation). Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as
-    the trained tensors, the activations it saves, and two float32 blocks of logits. If evaluation
-    needs more than a training step, its need is counted instead.
+    tokens, evaluated: of the largest training micro-batch and evaluation batch (0: no evaluation).
+    Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as the trained tensors,
+    saved activations, two float32 blocks of logits. Evaluation counts instead if it needs more.
     """
     needs = resident_gib(base, state)
     V, cfg, size = base.cfg.vocab_size, base.cfg, base.compute.dtype.itemsize

@@ -5,8 +5,6 @@ and rounded once. W is either the base as it is stored (`16bit`) or the base dec
 that the adapter was trained on (`dequant`); the latter reproduces the trained model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -52,13 +50,13 @@ class Merged(NamedTuple):
             f"on that base by {self.relative_difference:.1e} (relative), "
             f"{self.largest_difference:.1e} (largest)"
         )
-        if self.from_trained is not None:
-            trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
-            line += (
-                f"; the adapter was trained on the base {trained}, and logits differ from those of "
-                f"that model by {self.from_trained:.1e} (relative)"
-            )
-        return line
+        if self.from_trained is None:
+            return line
+        trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
+        return (
+            f"{line}; the adapter was trained on the base {trained}, and logits differ from those "
+            f"of that model by {self.from_trained:.1e} (relative)"
+        )
 
 
 def merge(

@@ -1,7 +1,5 @@
 """SIGTERM, SIGINT and SIGHUP: when they stop a run. Standard library only."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
@@ -62,12 +60,11 @@ def stop_signals(where: str) -> Iterator[Stop]:
     """Handle SIGTERM, SIGINT and SIGHUP inside with the Stop that is yielded.
 
     A second signal has its default action: it ends the process at once. A signal that is ignored
-    (SIGHUP under nohup) stays ignored. Outside the main thread nothing is installed, because Python
-    accepts no handlers there.
+    (SIGHUP under nohup) stays ignored.
     """
     stop = Stop(where)
     previous = {}
-    with suppress(ValueError):  # not the main thread
+    with suppress(ValueError):  # outside the main thread Python accepts no handlers
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, stop.arrived)
