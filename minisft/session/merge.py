@@ -71,10 +71,9 @@ def merge(
 ) -> Merged:
     """Merge an adapter directory into its base and write output_dir, a transformers directory.
 
-    model, revision: default to the adapter's own. base: see BASES; `auto` is dequant if the adapter
-    was trained on a base in 4 bits, else 16bit. dtype: of the files; `auto` is the dtype in the
-    base's config.json, bfloat16 if it names none. output_dir appears once it is complete and its
-    logits are verified. Raises UserError for invalid input, and if the logits differ.
+    model, revision: default to the adapter's own. base: one of BASES; `auto`: what the adapter was
+    trained on. dtype: of the files; `auto`: that of the base's config.json, else bfloat16. Nothing
+    is written if the logits differ. Raises UserError then, and for invalid input.
     """
     out = Path(output_dir)
     if base not in BASES:
@@ -93,8 +92,7 @@ def merge(
             "use --base dequant"
         )
     place = resolve_device(device)
-    stored = checkpoint.cfg.dtype or "bfloat16"
-    kind = resolve_dtype(stored if dtype == "auto" else dtype, place)
+    kind = resolve_dtype((checkpoint.cfg.dtype or "bfloat16") if dtype == "auto" else dtype, place)
     four_bit = weights.four_bit_names(checkpoint, base == "dequant")
     trained = four_bit if in_4bit is None else weights.four_bit_names(checkpoint, in_4bit)
     if other := other_4bit(adapter, weights.kinds_of(checkpoint, trained)):
@@ -105,8 +103,7 @@ def merge(
         # An adapted embedding no longer equals the head.
         tied = checkpoint.cfg.tie_word_embeddings and not loaded[0].lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
-        files = serving_files("FROM .", tokenizer, cfg)
-        write_model_files(temporary, directory, cfg, kind, files)
+        write_model_files(temporary, directory, cfg, kind, serving_files("FROM .", tokenizer, cfg))
         written = weights.open_checkpoint(temporary, weights.load_model_config(temporary))
         ours = logits_of(load_for_inference(written, kind, place))
         live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
