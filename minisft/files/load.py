@@ -84,7 +84,7 @@ def load_base(
     is stored in 4 bits starts from its decoded values. initial_lora: Base.initial_lora of the run
     that is resumed; without it, what PiSSA and OLoRA start from is computed. directory: the result
     of `find_base`, if it was called already. With config.dry_run everything is checked and nothing
-    loaded: tensors lie on torch's meta device and have shapes only.
+    loaded: tensors are on torch's meta device and have shapes only.
     Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
     `check_patterns` and the readers do.
     """

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minisft.batches import Batches, RowSchedule
+from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data
 from minisft.files.device import resolve_device
 from minisft.files.load import Base
+from minisft.session.loggers import require_loggers
 from minisft.session.memory import Needs, out_of_memory
 from minisft.session.outputs import output_directory
 from minisft.session.report import Reporter
@@ -24,20 +26,13 @@ from minisft.text.tokenizer import Tokenizer
 
 
 @dataclass
-class Place:
-    """The surroundings of a run: output directory, signal handling, memory estimate."""
-
-    out: Path
-    stop: Stop
-    needs: Needs  # empty until the run is planned; quoted in out-of-memory messages
-
-
-@dataclass
 class Run:
     """One run, ready to train: settings, base model, state, data, plan, output directory."""
 
     config: TrainConfig
-    place: Place
+    out: Path  # the output directory
+    stop: Stop
+    needs: Needs  # the memory estimate; empty until the run is planned
     tokenizer: Tokenizer
     base: Base
     state: State
@@ -48,11 +43,6 @@ class Run:
     evaluated: bool = True  # False: the evaluation due at the resumed step still has to be run
     # Set right before the first step, when metrics.jsonl is opened.
     report: Reporter = field(init=False, repr=False)
-
-    @property
-    def out(self) -> Path:
-        """The output directory."""
-        return self.place.out
 
     @property
     def total_steps(self) -> int:
@@ -72,13 +62,24 @@ class Numbers(NamedTuple):
     steps: int
     tokens: int
     seconds: float
-    epoch: float  # epochs completed, including those before resuming
     memory_before_gib: float
 
 
 @contextmanager
-def session(config: TrainConfig) -> Iterator[Place]:
-    """Lock the output directory, handle signals and memory errors, set torch's switches."""
+def session(config: TrainConfig) -> Iterator[tuple[Path, Stop, Needs]]:
+    """Lock the output directory, handle signals and memory errors, set torch's switches.
+
+    Yields the first fields of `Run`. Raises UserError if --model, --dataset or a logger is missing.
+    """
+    if not config.model:
+        raise UserError(
+            "--model is missing: give a directory or a hub id (no flags at all run the demo)"
+        )
+    if not config.dataset:
+        raise UserError(
+            "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub id"
+        )
+    require_loggers(config)
     where = "before its first step: run the same command to start again"
     with (
         stop_signals(where) as stop,
@@ -87,4 +88,4 @@ def session(config: TrainConfig) -> Iterator[Place]:
         deterministic(config.deterministic),
         flash_attention(config.attn_implementation, resolve_device(config.device)),
     ):
-        yield Place(out, stop, needs)
+        yield out, stop, needs

@@ -10,20 +10,27 @@ import torch
 
 from minisft.config.errors import flag
 from minisft.config.fields import idle_settings
-from minisft.data.load import is_sample
+from minisft.data.load import is_sample, most_tokens, num_shared
 from minisft.data.preview import describe_data, show_preview
-from minisft.data.sources import num_shared
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
 from minisft.kernels.nf4 import NF4Weight
 from minisft.lora import EMBEDDING_WEIGHTS
 from minisft.session.context import Run
-from minisft.session.memory import in_words
+from minisft.session.evaluate import most_eval_tokens
+from minisft.session.memory import estimate, in_words
 from minisft.session.outputs import TrainOutput, as_flags
 from minisft.session.report import say
 from minisft.session.serving import commands, vllm_problems
 from minisft.variants.pissa import exported_lora
+
+
+def note_memory_needs(run: Run) -> None:
+    """Estimate the run's memory, for the dry run and for out-of-memory messages."""
+    tokens = most_tokens(run.data, run.batches, run.total_steps)
+    evaluated = most_eval_tokens(run.data.eval, run.config)
+    run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
 
 
 def announce(run: Run) -> None:
@@ -197,7 +204,7 @@ def _print_commands(run: Run) -> None:
 
 def end_of_dry_run(run: Run) -> TrainOutput:
     """Print the memory estimate; return estimates as metrics: total_steps, num_rows, memory_gib."""
-    base, needs = run.base, run.place.needs
+    base, needs = run.base, run.needs
     # On a CPU, the interpreter and torch take part of the same memory.
     if base.device.type == "cpu":
         needs = {"this process so far": memory_gib(base.device), **needs}

@@ -60,26 +60,25 @@ def eval_batches(
     dataset: TokenizedDataset, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Yield all rows in order, packed into batches of at most max_tokens tokens."""
-    for rows in _cuts(dataset, max_tokens):
+    lengths = dataset.row_lengths.tolist()
+    for rows in cut_by_tokens(list(range(len(dataset))), lengths, max_tokens):
         yield make_micro_batch(dataset, rows, device)
 
 
 def eval_tokens(config: TrainConfig) -> int:
     """Tokens per evaluation batch."""
+    rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
     # Beyond some thousand tokens, larger batches are not faster.
-    return min(config.eval_batch_size * config.max_length, 8192)
+    return min(rows * config.max_length, 8192)
 
 
 def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
     """Tokens of the largest evaluation batch; 0 without eval rows."""
     if dataset is None:
         return 0
-    lengths = dataset.row_lengths
-    return max(int(lengths[rows].sum()) for rows in _cuts(dataset, eval_tokens(config)))
-
-
-def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
-    return cut_by_tokens(list(range(len(dataset))), dataset.row_lengths.tolist(), max_tokens)
+    # The lengths stand for the rows: only their sums are wanted.
+    lengths = dataset.row_lengths.tolist()
+    return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
 def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
@@ -146,17 +145,6 @@ def evaluate_if_due(run: Run) -> bool:
         return False
     metrics = evaluate_now(run, state.step, schedule.epoch_after(state.step - 1))
     return note_evaluation_(state, metrics, config)
-
-
-def evaluate_missed(run: Run) -> bool:
-    """After resuming, run the evaluation that was interrupted, if there is one.
-
-    Returns True if it is the best so far and its checkpoint still has to be saved.
-    """
-    if not run.state.step or not evaluate_if_due(run):
-        return False
-    # The checkpoint is missing if the run was resumed from another directory.
-    return not (run.out / f"checkpoint-{run.state.step}").exists()
 
 
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:

@@ -11,7 +11,7 @@ from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import load_trained_
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import write_json
-from minisft.files.export import describe_config, export_adapter, export_model, trained_file
+from minisft.files.export import export_adapter, export_model, trained_file
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
@@ -64,7 +64,7 @@ def finish(
     elif merged.exists():
         say(f"warning: {merged} is from an earlier state of the run; --save-merged rewrites it")
     result = TrainOutput(run.state.step, metrics["train_loss"], metrics)
-    with run.place.stop.held():
+    with run.stop.held():
         # Written last: this file marks the run as complete.
         write_json(run.out / OUTPUT, result._asdict())
         summarise(run, result)
@@ -81,7 +81,7 @@ def closing_metrics(
         "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
-        "epoch": numbers.epoch,
+        "epoch": run.schedule.epoch_after(state.step - 1),
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
@@ -125,7 +125,7 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": describe_config(plain_config(config)),
+        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
     }
     files = serving_files(source, run.tokenizer, base.cfg)
     export_adapter(run.out, trainable, base, config, files, card)

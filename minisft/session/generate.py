@@ -39,7 +39,7 @@ class InferenceModel(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest share."""
+    """How the next token is chosen: temperature 0 is greedy; top_p is nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -175,7 +175,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
-        # Without the token's own probability: the likeliest token is never removed.
+        # Without the token's own probability: the most probable token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()

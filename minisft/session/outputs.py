@@ -6,10 +6,9 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,53 +45,44 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
     but nothing is created, locked or removed.
     """
     out = Path(config.output_dir)
-    if config.dry_run:
-        with _refusals(out):
-            _check_place(out, config)
-            check_writable(out)
-            if (out / ".lock").exists():
-                with open(out / ".lock") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        _check_free(out, config)
-        yield out
-        return
-    with _refusals(out):
-        _check_place(out, config)
-        out.mkdir(parents=True, exist_ok=True)
-        # The kernel drops the lock when the process dies, so a kill leaves no stale lock. The file
-        # stays: deleting it would let two later runs lock two different files.
-        lock = open(out / ".lock", "a")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with lock:
-        clean_temporaries(out)
-        _check_free(out, config)
-        yield out
-
-
-@contextmanager
-def _refusals(out: Path) -> Iterator[None]:
-    """Turns a held lock and other OSErrors into a UserError that names the directory."""
     try:
-        yield
+        lock = _locked(out, config)
     except BlockingIOError:
         raise UserError(
-            f"--output-dir {out}: another run is writing there; wait for it or choose another "
-            "directory"
+            f"--output-dir {out}: another run is writing there; "
+            "wait for it or choose another directory"
         ) from None
     except OSError as e:
         raise UserError(
             f"--output-dir {out}: not writable ({e.strerror}); choose another directory"
         ) from e
+    with lock:
+        if not config.dry_run:
+            clean_temporaries(out)
+        _check_free(out, config)
+        yield out
 
 
-def _check_place(out: Path, config: TrainConfig) -> None:
-    """Raises UserError if `out` is the base model's directory, OSError if it is a file."""
+def _locked(out: Path, config: TrainConfig) -> AbstractContextManager:
+    """Lock `out`; returns the context to release it. A dry run only looks whether that works."""
     if out.is_dir() and Path(config.model).is_dir() and out.samefile(config.model):
         raise UserError(
             f"--output-dir {out} is the base model's own directory; choose another directory"
         )
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+    if config.dry_run:
+        check_writable(out)
+        if (out / ".lock").exists():
+            with open(out / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    # The kernel drops the lock when the process dies, so a kill leaves no stale lock. The file
+    # stays: deleting it would let two later runs lock two different files.
+    lock = open(out / ".lock", "a")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:
