@@ -6,8 +6,6 @@ rank the choices. Rates are an H200's. mlp: tokens per chunk of the MLP.
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab  O, I of a linear
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter
@@ -83,8 +81,7 @@ def peak_bytes(dims: Dims, policies: tuple[Policy, ...], tokens: int, chunk: int
         in_attention = others + layer + host + 2 * D + attention_grads
         most = max(most, in_mlp * tokens, in_attention * tokens)
         others += mine
-    cos_and_sin = 2 * cfg.head_dim * itemsize
-    return int(most + cos_and_sin * tokens)
+    return int(most + 2 * cfg.head_dim * itemsize * tokens)  # and cos and sin
 
 
 def token_seconds(

@@ -4,9 +4,8 @@ All prompts run as one packed batch without padding, the same layout that traini
 first pass every active prompt contributes one token per round.
 """
 
-from __future__ import annotations
-
 from collections.abc import Set
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -14,22 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisft import llama
 from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
 from minisft.files.weights import Checkpoint, stream_weights, to_device
-from minisft.llama import (
-    TOKEN_IDS,
-    Compute,
-    Weights,
-    block,
-    embed,
-    head_weight,
-    layer_view,
-    leaf,
-    make_tokens,
-)
 from minisft.nn import Documents, LoraContext, packed_attention, rms_norm
 from minisft.rope import rope_table
 from minisft.text.chat import render
@@ -42,9 +31,9 @@ Adapter = tuple[LoraConfig, dict[str, Tensor]]  # the result of `load_adapter`
 class InferenceModel(NamedTuple):
     """The weights of a model and how to compute with them; everything is on `device`."""
 
-    trainable: Weights  # the adapter's tensors, or all weights after full fine-tuning
-    frozen: Weights
-    compute: Compute
+    trainable: llama.Weights  # the adapter's tensors, or all weights after full fine-tuning
+    frozen: llama.Weights
+    compute: llama.Compute
     device: torch.device
 
 
@@ -66,10 +55,7 @@ def load_for_inference(
     four_bit: Set[str] = frozenset(),
     adapter: Adapter | None = None,
 ) -> InferenceModel:
-    """Load a checkpoint to the device one tensor at a time, with or without an adapter.
-
-    four_bit: names of the weights to keep in 4 bits.
-    """
+    """Load a checkpoint to the device one tensor at a time. four_bit: weights kept in 4 bits."""
     lora, tensors = adapter or (None, {})
     frozen = {
         name: to_device(name, weight, device, dtype, name in four_bit)
@@ -77,11 +63,12 @@ def load_for_inference(
         if name not in tensors
     }
     cfg = checkpoint.cfg
-    compute = Compute(cfg, dtype)
+    compute = llama.Compute(cfg, dtype)
     if lora is not None:
-        compute = Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
+        compute = llama.Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
         if TOKEN_ROWS in tensors:
-            frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
+            ids = torch.tensor(lora.trainable_token_indices, device=device)
+            frozen[llama.TOKEN_IDS] = ids
     trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
     return InferenceModel(trainable, frozen, compute, device)
 
@@ -140,39 +127,34 @@ def _extend_(
     after each document's last token, [documents, V] float32.
     """
     trainable, frozen, compute, device = model
-    cfg, tokens = compute.model, make_tokens(inputs, device)
+    cfg, tokens = compute.model, llama.make_tokens(inputs, device)
     lengths = tokens.documents.lengths
     contexts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
-    offsets = torch.tensor(starts, device=device).repeat_interleave(
-        torch.tensor(lengths, device=device)
-    )
+    starts_B, lengths_B = torch.tensor([starts, lengths], device=device)
+    positions_T = tokens.position_ids_T + starts_B.repeat_interleave(lengths_B)
     # Dynamic RoPE depends on the length of the whole context, not on that of this pass's tokens.
     rope = rope_table(
-        tokens.position_ids_T + offsets, lengths, cfg.rope,
-        head_dim=cfg.head_dim, max_positions=cfg.max_position_embeddings,
-        dtype=compute.dtype, contexts=contexts,
+        positions_T, lengths, cfg.rope, head_dim=cfg.head_dim, dtype=compute.dtype,
+        max_positions=cfg.max_position_embeddings, contexts=contexts,
     )  # fmt: skip
-    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
+    x_TD = llama.embed(trainable, frozen, tokens.input_ids_T, compute)
     adapter, ratios = LoraContext(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
-    for i, layer in enumerate(cache):
-        attend = partial(_cached_attention, layer, starts, tokens.documents)
-        x_TD = block(x_TD, layer_view(trainable, frozen, i, ratios), rope, attend, adapter, cfg)
+    for i, stored in enumerate(cache):
+        attend = partial(_cached_attention, stored, starts, tokens.documents)
+        layer = llama.layer_view(trainable, frozen, i, ratios)
+        x_TD = llama.block(x_TD, layer, rope, attend, adapter, cfg)
     # The head is the largest matmul: run it on the last token of each document only.
     last = tokens.documents.cu_seqlens[1:].long() - 1
-    h_BD = rms_norm(x_TD[last], leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
-    return F.linear(h_BD, head_weight(trainable, frozen, cfg, compute.dtype)).float()
+    norm_D = llama.leaf(trainable, frozen, "model.norm.weight")
+    h_BD = rms_norm(x_TD[last], norm_D, cfg.rms_norm_eps)
+    return F.linear(h_BD, llama.head_weight(trainable, frozen, cfg, compute.dtype)).float()
 
 
 def _cached_attention(
-    cache: list[Tensor],
-    starts: list[int],
-    documents: Documents,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    cache: list[Tensor], starts: list[int], documents: Documents, *qkv: Tensor
 ) -> Tensor:
     """Attention of a layer that stores new keys and values, then attends to all stored ones."""
-    lengths = documents.lengths
+    (q_TNH, k_TKH, v_TKH), lengths = qkv, documents.lengths
     new = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
     for stored, start, (k, v) in zip(cache, starts, new, strict=True):
         stored[0, start : start + len(k)], stored[1, start : start + len(v)] = k, v
@@ -202,16 +184,12 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
 def stop_ids(tokenizer: Tokenizer, cfg: ModelConfig) -> set[int]:
     """Ids that end a turn: the EOS tokens of config.json and of the tokenizer, and the special
     token that the chat template writes after an assistant message, if there is one."""
-    stops = set(cfg.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            text = render(tokenizer.chat_template, turn, special_tokens=tokenizer.special_tokens)
-        # Some templates require other roles; nothing can be inferred from them.
-        except UserError:
-            return stops
+    ends = (*cfg.eos_token_ids, tokenizer.eos_token_id)
+    stops = {end for end in ends if end is not None}
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    # Some templates require other roles; nothing can be inferred from them.
+    with suppress(UserError):
+        text = render(tokenizer.chat_template or "", turn, special_tokens=tokenizer.special_tokens)
         after = encode(tokenizer, text[text.rfind("b") + 1 :].strip(), add_special_tokens=False)
         special = {t for t, a in tokenizer.backend.get_added_tokens_decoder().items() if a.special}
         stops |= set(after[:1]) & special

@@ -4,8 +4,6 @@ Each receives every line of metrics.jsonl under Trainer's names (train/loss, eva
 fails, a single warning is printed and training continues without it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -76,7 +74,7 @@ def _only_warning(warn: Callable[[str], None], name: str, what: str) -> Iterator
 
 
 def named(line: dict[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a metrics line under Trainer's names: train/loss, eval/loss."""
+    """Returns the finite numbers of a metrics line under Trainer's names."""
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
         for k, v in line.items()

@@ -5,8 +5,6 @@ and rounded once. W is either the base as it is stored (`16bit`) or the base dec
 that the adapter was trained on (`dequant`); the latter reproduces the trained model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -18,22 +16,12 @@ from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
+from minisft.files import weights
 from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
 from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
-from minisft.files.weights import (
-    Checkpoint,
-    dequantized,
-    four_bit_names,
-    kinds_of,
-    load_model_config,
-    open_checkpoint,
-    resolve_model,
-    stream_weights,
-    to_device,
-)
 from minisft.llama import EMBEDDING, logits, make_tokens
 from minisft.session.generate import Adapter, InferenceModel, load_for_inference
 from minisft.session.serving import serving_files
@@ -61,13 +49,13 @@ class Merged(NamedTuple):
             f"on that base by {self.relative_difference:.1e} (relative), "
             f"{self.largest_difference:.1e} (largest)"
         )
-        if self.from_trained is not None:
-            trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
-            line += (
-                f"; the adapter was trained on the base {trained}, and logits differ from those of "
-                f"that model by {self.from_trained:.1e} (relative)"
-            )
-        return line
+        if self.from_trained is None:
+            return line
+        trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
+        return (
+            f"{line}; the adapter was trained on the base {trained}, and logits differ from those "
+            f"of that model by {self.from_trained:.1e} (relative)"
+        )
 
 
 def merge(
@@ -82,10 +70,9 @@ def merge(
 ) -> Merged:
     """Merge an adapter directory into its base and write output_dir, a transformers directory.
 
-    model, revision: default to the adapter's own. base: see BASES; `auto` is dequant if the adapter
-    was trained on a base in 4 bits, else 16bit. dtype: of the files; `auto` is the dtype in the
-    base's config.json, bfloat16 if it names none. output_dir appears once it is complete and its
-    logits are verified. Raises UserError for invalid input, and if the logits differ.
+    model, revision: default to the adapter's own. base: one of BASES; `auto`: what the adapter was
+    trained on. dtype: of the files; `auto`: that of the base's config.json, else bfloat16. Nothing
+    is written if the logits differ. Raises UserError then, and for invalid input.
     """
     out = Path(output_dir)
     if base not in BASES:
@@ -93,22 +80,21 @@ def merge(
     # `atomic_directory` checks it again, but only after the base has been resolved and read.
     refuse_existing(out)
     directory = _base_directory(adapter, model, revision)
-    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
     loaded = load_adapter(adapter, checkpoint.cfg)
-    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: unknown
+    in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # in training; None: unknown
     if base == "auto":
-        base = "dequant" if trained_in_4bit else "16bit"
+        base = "dequant" if in_4bit else "16bit"
     if base == "16bit" and checkpoint.four_bit:
         raise UserError(
             f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
             "use --base dequant"
         )
     place = resolve_device(device)
-    stored = checkpoint.cfg.dtype or "bfloat16"
-    kind = resolve_dtype(stored if dtype == "auto" else dtype, place)
-    four_bit = four_bit_names(checkpoint, base == "dequant")
-    trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
-    if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
+    kind = resolve_dtype((checkpoint.cfg.dtype or "bfloat16") if dtype == "auto" else dtype, place)
+    four_bit = weights.four_bit_names(checkpoint, base == "dequant")
+    trained = four_bit if in_4bit is None else weights.four_bit_names(checkpoint, in_4bit)
+    if other := other_4bit(adapter, weights.kinds_of(checkpoint, trained)):
         warnings.warn(other, stacklevel=2)
     with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
@@ -116,9 +102,8 @@ def merge(
         # An adapted embedding no longer equals the head.
         tied = checkpoint.cfg.tie_word_embeddings and not loaded[0].lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
-        files = serving_files("FROM .", tokenizer, cfg)
-        write_model_files(temporary, directory, cfg, kind, files)
-        written = open_checkpoint(temporary, load_model_config(temporary))
+        write_model_files(temporary, directory, cfg, kind, serving_files("FROM .", tokenizer, cfg))
+        written = weights.open_checkpoint(temporary, weights.load_model_config(temporary))
         ours = logits_of(load_for_inference(written, kind, place))
         live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
         relative, largest = difference(ours, live), (ours - live).abs().max().item()
@@ -142,24 +127,24 @@ def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Pa
     if not name:
         raise UserError(f"{adapter}: adapter_config.json names no base model; give --model")
     # The adapter's revision belongs to the base that the adapter names.
-    return resolve_model(name, revision or (None if model else raw.get("revision")))
+    return weights.resolve_model(name, revision or (None if model else raw.get("revision")))
 
 
 def merged_weights(
-    checkpoint: Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
+    checkpoint: weights.Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (key, float32 weight) of the merged model, one weight in memory at a time.
 
     four_bit: names of the weights that are quantised to 4 bits and decoded first.
     """
     lora, tensors = adapter
-    for name, weight in stream_weights(checkpoint):
+    for name, weight in weights.stream_weights(checkpoint):
         if name in tensors:  # a trained copy
             yield name, tensors[name]
             continue
         if name in four_bit:
-            weight = to_device(name, weight, device, torch.float32, True)
-        path, merged = name.removesuffix(".weight"), dequantized(weight)
+            weight = weights.to_device(name, weight, device, torch.float32, True)
+        path, merged = name.removesuffix(".weight"), weights.dequantized(weight)
         if name == EMBEDDING and TOKEN_ROWS in tensors:
             ids = torch.tensor(lora.trainable_token_indices)
             merged = merged.float().index_copy(0, ids, tensors[TOKEN_ROWS])

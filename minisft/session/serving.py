@@ -1,7 +1,5 @@
 """How other programs use a result: the Ollama Modelfile, vLLM's rules, commands to copy."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,11 +23,9 @@ def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[s
     """Returns name -> content of the files to serve a result: tokenizer, template, Modelfile.
 
     source: the FROM line of Ollama's Modelfile (and its ADAPTER line); paths are relative to the
-    file. If there is no chat template, or it cannot be converted, the Modelfile passes prompts
-    through and a comment in it says so.
+    file. Without a chat template that can be converted, the Modelfile passes prompts through.
     """
-    lines = [source]
-    template = go_template(tokenizer)
+    lines, template = [source], go_template(tokenizer)
     if template is None:
         lines.append("# The chat template could not be converted: pass the whole text as prompt.")
         template = "{{ .Prompt }}"
@@ -80,13 +76,11 @@ def go_template(tokenizer: Tokenizer) -> str | None:
 def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]:
     """Returns why vLLM would reject or miscompute an adapter, one clause each; [] if it would not.
 
-    config: content of adapter_config.json. keys: tensor names in adapter_model.safetensors, if
-    known.
+    config: of adapter_config.json. keys: tensor names in adapter_model.safetensors, if known.
     """
-    found = [f"{name} is missing" for name in ("r", "lora_alpha", "target_modules")
-             if config.get(name) is None]  # fmt: skip
-    if found:
-        return found
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]
+    if missing:
+        return [f"{name} is missing" for name in missing]
     r, bias, copies = config["r"], config.get("bias", "none"), config.get("modules_to_save")
     same_scaling = "is ignored: all modules would get the same scaling"
     rules = (

@@ -1,7 +1,5 @@
 """SIGTERM, SIGINT and SIGHUP: when they stop a run. Standard library only."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
@@ -12,10 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(BaseException):
-    """A signal stopped the run; no completed step is lost. Exit code 75.
-
-    Not a subclass of Exception, like KeyboardInterrupt: `except Exception` must not catch it.
-    """
+    """A signal stopped the run: exit code 75. `except Exception` must not catch it."""
 
 
 @dataclass
@@ -32,24 +27,19 @@ class Stop:
             raise Preempted(f"{self.name}: stopped {self.where}")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, held: bool = True) -> Iterator[None]:
         """Inside, a signal is only noted, so that the current operation completes."""
-        self._held = True
+        before, self._held = self._held, held
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
         """A section inside `held` that a signal aborts; execution continues after the section."""
-        self._held = False
-        try:
+        with suppress(Preempted), self.held(False):
             yield
-        except Preempted:
-            pass
-        finally:
-            self._held = True
 
     def arrived(self, number: int, _frame: object) -> None:
         """The handler: note the signal, and raise Preempted unless held."""
@@ -70,12 +60,11 @@ def stop_signals(where: str) -> Iterator[Stop]:
     """Handle SIGTERM, SIGINT and SIGHUP inside with the Stop that is yielded.
 
     A second signal has its default action: it ends the process at once. A signal that is ignored
-    (SIGHUP under nohup) stays ignored. Outside the main thread nothing is installed, because Python
-    accepts no handlers there.
+    (SIGHUP under nohup) stays ignored.
     """
     stop = Stop(where)
     previous = {}
-    with suppress(ValueError):  # not the main thread
+    with suppress(ValueError):  # outside the main thread Python accepts no handlers
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, stop.arrived)

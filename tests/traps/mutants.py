@@ -123,8 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         20, "minisft/session/merge.py",
-        '    four_bit = four_bit_names(checkpoint, base == "dequant")',
-        '    four_bit = four_bit_names(checkpoint, False)',
+        '    four_bit = weights.four_bit_names(checkpoint, base == "dequant")',
+        '    four_bit = weights.four_bit_names(checkpoint, False)',
     ),
     Mutant(
         21, "minisft/session/merge.py",
