@@ -1,4 +1,4 @@
-"""Runs through a base in 4 bits: what is quantised, kept, recorded, resumed, served and refused."""
+"""Runs on a 4-bit base: what is quantised, recorded, resumed, served and refused."""
 
 import dataclasses
 import gc
@@ -269,7 +269,7 @@ def test_both_passes_train_through_what_a_checkpoint_keeps_in_4_bits(kind, rows,
 
 @pytest.mark.filterwarnings("always")
 def test_an_adapter_says_on_which_4_bits_it_was_trained(base, done, rows, tmp_path):
-    """Where it meets others, it is told: the merged model is not the one that was trained."""
+    """Merging onto another base warns: the merged model is not the one that was trained."""
     made = flags(model=base, output_dir=tmp_path / "fp4", quant_type="fp4", double_quant=False)
     assert call("quantize", made).code == 0
     out = run(tmp_path / "fp4", rows, tmp_path / "out")
