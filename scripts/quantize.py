@@ -20,16 +20,17 @@ from minisft.files.device import resolve_device
 from minisft.files.disk import atomic_directory, load_json_object, refuse_existing, write_json
 from minisft.files.export import save_shards, write_model_files
 from minisft.files.quant_state import to_tensors
+from minisft.files.safetensors import read_header
 from minisft.files.weights import (
     Checkpoint,
     load_model_config,
     open_checkpoint,
     quantising,
     resolve_model,
-    stored_dtype,
     stream_weights,
     to_device,
 )
+from minisft.llama import EMBEDDING
 from minisft.session.signals import Preempted, stop_signals
 from minisft.text.tokenizer import export_tokenizer_files, load_tokenizer
 
@@ -87,7 +88,9 @@ def write(config: QuantizeConfig) -> None:
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     if checkpoint.four_bit:
         raise UserError(f"{directory} is already in 4 bits; give the unquantised model")
-    stored = checkpoint.cfg.dtype or stored_dtype(checkpoint)
+    file, key = checkpoint.places[EMBEDDING]
+    dtype_in_file = str(read_header(file).tensors[key].dtype).removeprefix("torch.")
+    stored = checkpoint.cfg.dtype or dtype_in_file
     name = stored if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(directory)
     dtype = getattr(torch, name)

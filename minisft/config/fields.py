@@ -109,11 +109,11 @@ class Setting(NamedTuple):
             raise wrong(flag(self.name), value, self.expected)
         if self.kind is not tuple:
             return value
-        items = [value] if isinstance(value, str) else list(value)  # pyright: ignore[reportArgumentType]
-        for item in items:
+        given: Any = [value] if isinstance(value, str) else value
+        for item in given:
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
                 raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")
-        items = [str(item) for item in items]
+        items = [str(item) for item in given]
         # A comma may be part of a regular expression, and of a file name.
         if self.items.commas and not any(item.startswith("re:") for item in items):
             items = [part for item in items for part in item.split(",")]

@@ -346,7 +346,8 @@ class TrainConfig:
             if given and strategy == "no":
                 raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
         if best and self.save_strategy == "no":
-            raise UserError("--load-best-model-at-end needs checkpoints; use --save-strategy best")
+            missing = "needs checkpoints, but --save-strategy is no; use best"
+            raise UserError(f"--load-best-model-at-end {missing}")
         if self.eval_generate and not self.eval_dataset:
             raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
 
@@ -384,7 +385,8 @@ class TrainConfig:
                 raise wrong("--dataset", item, "a weight above 0")
         given = [weight for _, weight in found if weight is not None]
         if given and len(given) != len(found):
-            raise wrong("--dataset", " ".join(self.dataset), "a weight for every dataset, or none")
+            shown = " ".join(self.dataset)
+            raise UserError(f"--dataset is {shown}; give every dataset a weight, or none")
         total = sum(given)
         return [(name, None if weight is None else weight / total) for name, weight in found]
 

@@ -18,7 +18,6 @@ from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
-from minisft.files.load import token_ids
 from minisft.files.weights import Checkpoint, stream_weights, to_device
 from minisft.llama import (
     TOKEN_IDS,
@@ -82,7 +81,7 @@ def load_for_inference(
     if lora is not None:
         compute = Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
         if TOKEN_ROWS in tensors:
-            frozen[TOKEN_IDS] = token_ids(lora, device)
+            frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
     trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
     return InferenceModel(trainable, frozen, compute, device)
 
