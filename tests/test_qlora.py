@@ -394,7 +394,7 @@ def test_a_4_bit_checkpoint_is_served_as_it_is(copy):
     [
         ({"model": "base"}, "--output-dir is missing"),
         ({"output_dir": "out"}, "--model is missing"),
-        ({"model": "copy", "output_dir": "out"}, "in 4 bits already"),
+        ({"model": "copy", "output_dir": "out"}, "is already in 4 bits"),
         ({"model": "base", "output_dir": "copy"}, "exists already; choose a new directory"),
         ({"model": "base", "output_dir": "kept"}, "exists already; choose a new directory"),
         ({"model": "base", "output_dir": "out", "quant_type": "nf3"}, "expected nf4 or fp4"),
