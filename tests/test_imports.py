@@ -203,7 +203,7 @@ ALONE = textwrap.dedent(
 
 
 def test_the_core_trains_without_the_rooms_above_it(tmp_path):
-    """A copy without text/, data/, session/ and files/ takes steps on arrays made by hand."""
+    """A copy without text/, data/, session/ and files/ trains on hand-made arrays."""
     rooms = ("text", "data", "session", "files", "demo")
     ignored = shutil.ignore_patterns("__pycache__", *rooms)
     shutil.copytree(ROOT / "minisft", tmp_path / "minisft", ignore=ignored)
@@ -258,7 +258,7 @@ def test_packages_are_imported_where_they_belong(path):
         if package in sys.stdlib_module_names or package in ("minisft", "triton"):
             assert package not in ("pickle", "shelve", "marshal"), f"{path}: {module}"
         elif path.parent.name == "scripts" and (path.parent / f"{package}.py").exists():
-            pass  # a script beside it
+            pass  # a script in the same folder
         elif package not in EAGER:
             assert package in LAZY, f"{path}: {module} is not a known dependency"
             assert not at_the_top, f"{path}: import {module} inside the function that needs it"

@@ -433,7 +433,7 @@ def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     assert lines[at + 2].startswith("ids: 0 ") and lines[at + 2].endswith(" 1]]")
     text = write_rows(tmp_path / "text.jsonl", [{"text": "the fox"}])
     lines = train(**given | {"dataset": text}, preview=1).out.splitlines()
-    assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing comes before BOS: it is no target
+    assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing precedes BOS, so it is not a target
     short = train(**given).out.splitlines()
     assert "row 0   <|bos|>\\x1b[31mred What[[ fox\\n<|eot|>]]" in short
 

@@ -1,4 +1,4 @@
-"""Reading files, tokenising rows and packing: what is kept, what is counted, what errors say."""
+"""Reading files, tokenising rows and packing: rows kept, counts, error messages."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_text_gets_bos_and_one_eos(tokenizer: Tokenizer) -> None:
         ("<|bos|>the fox<|eot|>",) * 2,
         ("<|bos|>the dog<|eot|>",) * 2,
     ]
-    assert dataset.stats["num_trained_tokens"] == len(dataset.input_ids) - 2  # BOS is no target
+    assert dataset.stats["num_trained_tokens"] == len(dataset.input_ids) - 2  # BOS is not a target
     assert dataset.input_ids.dtype == dataset.labels.dtype == torch.int32
     assert dataset.row_offsets.dtype == dataset.document_offsets.dtype == torch.int64
     assert dataset.stats["max_token_id"] == int(dataset.input_ids.max())

@@ -222,7 +222,7 @@ def test_a_failed_config_write_is_refused_and_leaves_the_old_one(
         write(tmp_path, dataclasses.replace(PLAIN, lora_alpha=32))
     assert (tmp_path / "adapter_config.json").read_bytes() == before
     assert len(os.listdir(tmp_path)) == 2
-    # New weights beside the old config: the digest tells.
+    # New weights with the old config: the digest detects it.
     assert "was changed after training" in refusal(tmp_path)
 
 

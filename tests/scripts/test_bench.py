@@ -1,4 +1,4 @@
-"""scripts/bench.py on a CPU: what it prints, what it refuses, and its floors."""
+"""scripts/bench.py on a CPU: its output, its errors, and its lower bounds."""
 
 import json
 import sys

@@ -295,7 +295,7 @@ def test_before_and_after_are_of_the_same_rows(inputs, tmp_path, change):
 
 
 def test_the_expected_answer_ends_where_its_turn_ends():
-    """Of two trained turns the first; the user's next one is no part of it."""
+    """Take the first of two trained turns, without the user's next message."""
     ids, trained = [1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 0, 1]
     data = random_dataset([[len(ids)]])
     data.input_ids[:] = torch.tensor(ids)

@@ -1,4 +1,4 @@
-"""vLLM's rules for adapters: what is exported by default obeys them, what does not is told."""
+"""vLLM's rules for adapters: default exports obey them, others give a warning."""
 
 from pathlib import Path
 

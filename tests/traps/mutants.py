@@ -166,7 +166,7 @@ MUTANTS = [
 
 
 def occurrences(mutant: Mutant) -> int:
-    """How often the mutant's text stands in its file: a mutant that no longer fits is no mutant."""
+    """How often the mutant's text occurs in its file; it must be 1, or the mutant is outdated."""
     return (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
 
 
