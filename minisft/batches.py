@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisft.config.errors import UserError
 from minisft.llama import Tokens
-from minisft.nn import Documents, mix64
+from minisft.nn import documents_of, mix64
 
 # Label of a token that is not trained: Hugging Face's value, so that labels pass between the two.
 IGNORED = -100
@@ -293,7 +293,7 @@ def make_micro_batch(
     tokens = Tokens(
         ids.to(device),
         torch.cat([torch.arange(n) for n in lengths]).to(device),
-        Documents(cu.int().to(device), lengths),
+        documents_of(lengths, device),
         keys,
     )
     return MicroBatch(tokens, (predicted - 1).to(device), labels[predicted].to(device))

@@ -31,6 +31,7 @@ from minisft.nn import (
     Lora,
     LoraContext,
     apply_rope,
+    documents_of,
     linear,
     module_key,
     packed_attention,
@@ -227,9 +228,8 @@ def logits(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute
 def make_tokens(documents: list[list[int]], device: torch.device | str = "cpu") -> Tokens:
     """Concatenate documents (lists of token ids), for generation, merging and tests."""
     lengths = tuple(len(d) for d in documents)
-    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Tokens(
         torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device),
         torch.cat([torch.arange(n) for n in lengths]).to(device),
-        Documents(cu.to(device), lengths),
+        documents_of(lengths, device),
     )

@@ -11,6 +11,7 @@ N query heads  K key/value heads  H head_dim  I/O linear in/out  R LoRA rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -41,14 +42,24 @@ class Linear(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Boundaries of the documents of a micro-batch: document i is tokens cu_seqlens[i:i+2].
+    """How the documents of a micro-batch lie: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
 
-    lengths repeats them as Python ints, so that code that needs them on the host does not have to
-    synchronise with the device.
+    All but cu_seqlens are Python numbers, so that nothing is read back from the device. Built by
+    `documents_of`; `explicit.buckets` appends empty documents (cu_seqlens repeats its last entry,
+    lengths leaves them out) and rounds `longest` up, so that one CUDA graph serves many batches.
     """
 
     cu_seqlens: Tensor  # int32 [documents + 1], on the device
     lengths: tuple[int, ...]
+    longest: int  # an upper bound of the lengths
+    uniform: int  # the length that all documents have; 0 if they differ
+
+
+def documents_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+    """The documents of these lengths, one after the other."""
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    uniform = lengths[0] if len(set(lengths)) == 1 else 0
+    return Documents(cu.to(device), tuple(lengths), max(lengths, default=0), uniform)
 
 
 class LoraContext(NamedTuple):

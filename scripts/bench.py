@@ -19,16 +19,16 @@ from minisft.kernels.nf4 import NF4Weight, quantize
 from random_model import config_json
 from torch import Tensor
 
-from minisft.batches import Ahead, Batches, RowSchedule
+from minisft.batches import Ahead, Batches, RowSchedule, TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.config.hf import parse_model_config
 from minisft.config.model import ModelConfig
 from minisft.config.targets import split_targets
 from minisft.config.train import TrainConfig
-from minisft.data.packing import pack
-from minisft.data.tokenize import TokenizedDataset
-from minisft.explicit.plan import choose
+from minisft.data.packing import GROUP_ROWS, write_packed
+from minisft.data.token_files import TokenWriter
+from minisft.explicit import choose
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.load import Base
 from minisft.llama import Compute
@@ -149,9 +149,8 @@ def step(config: StepConfig) -> dict:
     model, state = random_model(config, settings, cfg, device, dtype)
     data = random_rows(config)
     longest = int(data.document_offsets[data.row_offsets].diff().max())
-    rows = config.batch_size * config.accumulation
-    choice = choose(settings, state.trainable, model.frozen, model.compute, longest, rows * longest)
-    print(choice.said, file=sys.stderr)
+    choice = choose(settings, state.trainable, model.frozen, model.compute, longest)
+    print(choice.description, file=sys.stderr)
     batches = Batches(
         data,
         RowSchedule(len(data), config.batch_size, config.accumulation, seed=config.seed),
@@ -180,7 +179,7 @@ def step(config: StepConfig) -> dict:
     result = {
         "shape": config.shape, "batch": f"{config.batch_size}x{config.accumulation}",
         "rows": config.rows, "packing": config.packing, "length": config.length,
-        "pass": choice.said.split(";")[0], "tokens_per_second": round(count / took),
+        "pass": choice.description.split(";")[0], "tokens_per_second": round(count / took),
         "step_ms": round(1e3 * took, 1), "spread_ms": [
             round(1e3 * s, 1) for s in (min(seconds[3:]), max(seconds[3:]))
         ],
@@ -189,7 +188,7 @@ def step(config: StepConfig) -> dict:
         "torch": torch.__version__,
     }  # fmt: skip
     if device.type == "cuda":
-        host = plan.fast.host.buffers.values() if plan.fast else ()
+        host = plan.explicit.host.buffers.values() if plan.explicit else ()
         result |= {
             "compute_floor": round(1 / floor),
             "serial_roofline": round(1 / roofline),
@@ -322,11 +321,15 @@ def random_rows(config: StepConfig) -> TokenizedDataset:
     ids = torch.randint(
         config.vocab_size, (int(lengths.sum()),), generator=generator, dtype=torch.int32
     )
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-    data = TokenizedDataset(ids, ids.clone(), offsets, torch.arange(count + 1), {})
-    if not config.packing:
-        return data
-    return pack(data, max_length=config.length, strategy="bfd")
+    writer = TokenWriter()
+    documents = [(d, d) for d in map(Tensor.numpy, ids.split(lengths.tolist()))]
+    if config.packing:
+        for begin in range(0, count, GROUP_ROWS):
+            write_packed(writer, documents[begin : begin + GROUP_ROWS], config.length, "bfd")
+    else:
+        for document in documents:
+            writer.add([document])
+    return writer.finish({})
 
 
 def floors(

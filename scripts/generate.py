@@ -14,28 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
-from minisft.config.targets import TOKEN_ROWS, scaling_ratios
 from minisft.demo import demo_model
 from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
 from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
-from minisft.files.load import token_ids
 from minisft.files.weights import (
     four_bit_names,
     kinds_of,
     load_model_config,
     open_checkpoint,
     resolve_model,
-    stream_weights,
-    to_device,
 )
-from minisft.llama import TOKEN_IDS, Compute, Weights
-from minisft.session.generate import Sampling, generate, stop_ids
+from minisft.session.generate import (
+    InferenceModel,
+    Sampling,
+    generate,
+    load_for_inference,
+    stop_ids,
+)
 from minisft.session.signals import Preempted, stop_signals
 from minisft.text.chat import render
 from minisft.text.encoding import decode, encode, encode_chat, mark_special_text
@@ -81,11 +79,8 @@ class GenerateConfig:
 class Loaded(NamedTuple):
     """A model that answers."""
 
-    trainable: dict[str, Tensor]
-    frozen: Weights
-    compute: Compute
+    model: InferenceModel
     tokenizer: Tokenizer
-    device: torch.device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,13 +150,9 @@ def load(config: GenerateConfig) -> Loaded:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
-    cfg = checkpoint.cfg
-    trainable, scaling, ratios, tokenizer_from = {}, 1.0, (), directory
-    in_4bit = bool(checkpoint.four_bit)
+    adapter, tokenizer_from, in_4bit = None, directory, bool(checkpoint.four_bit)
     if config.adapter:
-        lora, tensors = load_adapter(config.adapter, cfg)
-        trainable = {n: t.to(device) for n, t in tensors.items()}
-        scaling, ratios = lora.scaling, scaling_ratios(lora, cfg)
+        adapter = load_adapter(config.adapter, checkpoint.cfg)
         in_4bit = in_4bit or bool(base_in_4bit(config.adapter))
         tokenizer_from = tokenizer_of(Path(config.adapter), directory)
     tokenizer = load_tokenizer(tokenizer_from)
@@ -170,28 +161,17 @@ def load(config: GenerateConfig) -> Loaded:
     four_bit = four_bit_names(checkpoint, in_4bit)
     if config.adapter and (other := other_4bit(config.adapter, kinds_of(checkpoint, four_bit))):
         warnings.warn(other, stacklevel=2)
-    frozen = {
-        name: to_device(name, weight, device, dtype, name in four_bit)
-        for name, weight in stream_weights(checkpoint)
-        if name not in trainable
-    }
-    if TOKEN_ROWS in trainable:
-        frozen[TOKEN_IDS] = token_ids(lora, device)
-    compute = Compute(cfg, dtype, lora_scaling=scaling, lora_ratios=ratios)
-    return Loaded(trainable, frozen, compute, tokenizer, device)
+    return Loaded(load_for_inference(checkpoint, dtype, device, four_bit, adapter), tokenizer)
 
 
 def answers(config: GenerateConfig, loaded: Loaded, prompts: list[list[int]]) -> list[str]:
     """The continuation of each prompt's ids, special tokens removed."""
     new = generate(
-        loaded.trainable,
-        loaded.frozen,
+        loaded.model,
         prompts,
-        loaded.compute,
         max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids(loaded.tokenizer, loaded.compute.model),
+        stop_ids=stop_ids(loaded.tokenizer, loaded.model.compute.model),
         sampling=Sampling(config.temperature, config.top_p, config.seed),
-        device=loaded.device,
     )
     return [decode(loaded.tokenizer, ids, skip_special_tokens=True).strip() for ids in new]
 

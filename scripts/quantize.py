@@ -60,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        with stop_signals("before the copy was whole; nothing is left of it"):
+        with stop_signals("before the copy was complete; nothing is left of it"):
             write(parse_flags(QuantizeConfig, argv, prog="quantize.py", default=QuantizeConfig()))
 
     return run_main(run, {Preempted: 75})
 
 
 def write(config: QuantizeConfig) -> None:
-    """Weights in shards, tokenizer and config.json under config.output_dir, which appears whole."""
+    """Write shards, tokenizer and config.json to config.output_dir, all of it or nothing."""
     if not config.model or not config.output_dir:
         missing = "--output-dir" if config.model else "--model"
         raise UserError(f"{missing} is missing: give the model and a directory for its 4-bit copy")
@@ -92,6 +92,7 @@ def write(config: QuantizeConfig) -> None:
         save_shards(partial, quantised(checkpoint, config, device, dtype), None)
         files = export_tokenizer_files(tokenizer)
         write_model_files(partial, directory, checkpoint.cfg, dtype, files)
+        # That config.json is of a model in 16 or 32 bits; here the linears are in 4.
         raw = load_json_object(partial / "config.json")
         raw["quantization_config"] = quantization_config(config, name)
         write_json(partial / "config.json", raw)
@@ -101,7 +102,7 @@ def write(config: QuantizeConfig) -> None:
 def quantised(
     checkpoint: Checkpoint, config: QuantizeConfig, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the copy, made as it is asked for."""
+    """Yield every tensor of the copy, one weight at a time."""
     linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
     for name, weight in stream_weights(checkpoint):
         if name not in linears:
@@ -122,7 +123,7 @@ def quantised(
 
 
 def quantization_config(config: QuantizeConfig, dtype: str) -> dict[str, Any]:
-    """What transformers writes into config.json for such a model."""
+    """Return what transformers writes into config.json for such a model."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -15,7 +15,7 @@ from minisft.demo import HERE, demo_config, demo_model
 from minisft.files.load import load_base
 from minisft.files.safetensors import read_header
 from minisft.files.weights import load_model_config
-from minisft.session.generate import Sampling, generate, stop_ids
+from minisft.session.generate import InferenceModel, generate, stop_ids
 from minisft.text.chat import render
 from minisft.text.encoding import decode, encode
 from minisft.text.tokenizer import load_tokenizer
@@ -209,17 +209,14 @@ def test_the_chat_template_writes_what_the_base_has_read():
 def test_the_base_knows_the_held_out_facts(facts):
     """In a quiz, as plain text; what it lacks before fine-tuning is to answer in chat."""
     asked = [(f, k) for f, k in make_demo.questions_about(facts) if f["held_out"] == "yes"]
-    model, state = load_base(TrainConfig(model=demo_model(), device="cpu"))
-    tokenizer = load_tokenizer(model.directory)
+    base, state = load_base(TrainConfig(model=demo_model(), device="cpu"))
+    tokenizer = load_tokenizer(base.directory)
     prompts = [
         encode(tokenizer, make_demo.QUESTIONS[k][0].format(**f) + "\n", add_special_tokens=True)
         for f, k in asked
     ]
-    texts = generate(
-        state.trainable.views, model.frozen, prompts, model.compute,
-        max_new_tokens=8, stop_ids=stop_ids(tokenizer, model.cfg),
-        sampling=Sampling(), device=model.device,
-    )  # fmt: skip
+    model = InferenceModel(state.trainable.views, base.frozen, base.compute, base.device)
+    texts = generate(model, prompts, max_new_tokens=8, stop_ids=stop_ids(tokenizer, base.cfg))
     said = [decode(tokenizer, ids, skip_special_tokens=True) for ids in texts]
     right = [text.split("\n")[0] == f[k] for text, (f, k) in zip(said, asked, strict=True)]
     assert sum(right) >= 0.95 * len(asked)

@@ -48,7 +48,7 @@ def test_the_demo_never_overwrites_a_run_of_ones_own(tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps({"config": {"model": "my/model"}}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weeks of work")
     assert load_script("train").main(["--output-dir", str(tmp_path)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"weeks of work"
 
 

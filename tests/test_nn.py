@@ -10,11 +10,11 @@ from tiny_llama import CFG, random_weights, relative
 from minisft.config.model import RopeConfig
 from minisft.llama import Compute, logits, make_tokens
 from minisft.nn import (
-    Documents,
     Linear,
     Lora,
     LoraContext,
     apply_rope,
+    documents_of,
     dropout,
     linear,
     mix64,
@@ -274,7 +274,7 @@ LENGTHS = {"uneven": (1, 9, 17, 4), "equal": (8, 8, 8), "one": (13,), "ones": (1
 
 
 def documents(lengths):
-    return Documents(torch.tensor([0, *lengths]).cumsum(0).int(), tuple(lengths))
+    return documents_of(lengths)
 
 
 def written_out(q, k, v, lengths):

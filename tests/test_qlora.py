@@ -367,9 +367,9 @@ def test_an_adapter_is_served_on_the_base_it_was_trained_on(
     seen = {}
     generate = script("generate").generate
 
-    def watched(trainable, frozen, *rest, **named):
-        seen.update(frozen)
-        return generate(trainable, frozen, *rest, **named)
+    def watched(model, *rest, **named):
+        seen.update(model.frozen)
+        return generate(model, *rest, **named)
 
     monkeypatch.setattr(script("generate"), "generate", watched)
     outcome = call("generate", flags(**settings))
@@ -438,7 +438,7 @@ def test_the_copy_appears_whole_or_not_at_all(base, tmp_path, monkeypatch):
     assert (out / "config.json").read_text() == "{}"
     monkeypatch.setattr(module, "save_shards", interrupted)
     outcome = call("quantize", flags(model=base, output_dir=tmp_path / "second"))
-    assert outcome.code == 75 and "SIGINT: stopped before the copy was whole" in outcome.err
+    assert outcome.code == 75 and "SIGINT: stopped before the copy was complete" in outcome.err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

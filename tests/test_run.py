@@ -440,7 +440,7 @@ def test_trained_copies_of_an_untied_model(inputs, tmp_path, how):
     config = read(tmp_path / "adapter_config.json")
     assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert sorted(config["target_modules"]) == sorted(LINEARS)
-    assert "trained copies beside the adapter: embed_tokens, lm_head" in outcome.out
+    assert "fully trained copies, stored with the adapter: embed_tokens, lm_head" in outcome.out
 
 
 @pytest.mark.parametrize("how", ["untied", "tied", "full"])

@@ -27,7 +27,7 @@ from minisft.config.train import TrainConfig
 from minisft.llama import Compute, Tokens, logits, make_tokens
 from minisft.lora import param_groups
 from minisft.loss import evaluation, loss_sum
-from minisft.nn import Documents
+from minisft.nn import documents_of
 from minisft.session.evaluate import eval_batches
 from minisft.step import ExecutionPlan, loss_and_grads, train_step_
 
@@ -334,7 +334,7 @@ def test_packed_rows_have_the_loss_of_separate_rows():
 def test_positions_are_what_the_model_turns_by():
     """RoPE is relative: an offset changes nothing, a stretch does. So positions are really used."""
     weights = random_weights()
-    ids, documents = torch.arange(10, 22), Documents(torch.tensor([0, 12]).int(), (12,))
+    ids, documents = torch.arange(10, 22), documents_of((12,))
     base = logits({}, weights, Tokens(ids, torch.arange(12), documents), compute())
     moved = logits({}, weights, Tokens(ids, torch.arange(12) + 30, documents), compute())
     stretched = logits({}, weights, Tokens(ids, torch.arange(12) * 2, documents), compute())

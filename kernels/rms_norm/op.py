@@ -17,17 +17,17 @@ def add_rms_norm(
     eps: float,
     *,
     delta: LowRank | None = None,
-    extra: int = 0,
+    rank_columns: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (x + y + delta [T, D], its RMSNorm * weight [T, D + extra], 1 / rms float32 [T]).
+    """Return (x + y + delta [T, D], RMSNorm * weight [T, D + rank_columns], 1 / rms float32 [T]).
 
     y None: normalise x alone and return x itself as the sum. Rows may be strided; columns are
-    contiguous. The last `extra` columns of the norm are left uninitialised for the caller (LoRA's
-    u); its rows are 16-byte aligned. Statistics are float32. Source: arXiv:1910.07467.
+    contiguous. The last `rank_columns` columns of the norm are left uninitialised for the
+    caller (LoRA's u); its rows are 16-byte aligned. Statistics are float32 (arXiv:1910.07467).
     """
     T, D = x_TD.shape
-    h = empty_rows(T, D + extra, x_TD)
+    h = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         out, h[:, :D], rstd = add_rms_norm_reference(x_TD, y_TD, delta, weight_D, eps)
         return out, h, rstd
@@ -38,11 +38,11 @@ def add_rms_norm(
 
 
 def normalise(
-    x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, extra: int = 0, impl: str = "auto"
+    x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, rank_columns: int = 0, impl: str = "auto"
 ) -> Tensor:
-    """Recompute the norm [T, D + extra] from the sum and rstd of add_rms_norm, bit for bit."""
+    """Recompute the norm [T, D + rank_columns] from the sum and rstd, bit for bit."""
     T, D = x_TD.shape
-    h = empty_rows(T, D + extra, x_TD)
+    h = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         h[:, :D] = normalise_reference(x_TD, weight_D, rstd_T)
         return h
@@ -59,15 +59,15 @@ def rms_norm_backward(
     rstd_T: Tensor,
     *,
     dresidual_TD: Tensor | None = None,
-    extra: int = 0,
+    rank_columns: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the gradient of the norm's input plus that of the residual stream, [T, D + extra].
+    """Return the gradient of the norm's input plus the residual stream's, [T, D + rank_columns].
 
-    The last `extra` columns are left uninitialised for the caller (LoRA's t).
+    The last `rank_columns` columns are left uninitialised for the caller (LoRA's t).
     """
     T, D = x_TD.shape
-    dx = empty_rows(T, D + extra, x_TD)
+    dx = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
         dx[:, :D] = rms_norm_backward_reference(dh_TD, x_TD, weight_D, rstd_T, dresidual_TD)
         return dx

@@ -104,8 +104,10 @@ def _compiled(pattern: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as e:
-        problem = f"is not a regular expression: {e}; an example is {PATTERN_EXAMPLE}"
-        raise UserError(f"{name} pattern {pattern!r} {problem}") from None
+        raise UserError(
+            f"{name} pattern {pattern!r} is not a regular expression ({e}); "
+            f"write it like {PATTERN_EXAMPLE}"
+        ) from None
 
 
 def _in_layers(found: list[str], lora: LoraConfig, cfg: ModelConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """Detect the format of a dataset from its columns, and read a row of each format as an Example.
 
-Errors here name the column and the value; `minisft.data.tokenize` adds the file and the row.
+A row is a UserError if a value is missing, null or of another type, a chat is empty, a role is
+unknown or content is not text. It names the column; `minisft.data.tokenize` adds file and row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from typing import Any, NamedTuple
 from minisft.config.errors import UserError, closest
 from minisft.text.parts import part_text, part_type
 
-FORMATS = ("input_ids", "prompt-completion", "messages", "sharegpt", "alpaca", "text")  # precedence
+# Format -> the columns that it needs; the first that has all of its columns is taken.
+FORMATS = {
+    "input_ids": ("input_ids",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),  # or --dataset-text-field
+}
 KNOWN_COLUMNS = (
     "text", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs",
     "instruction", "input", "output", "system", "input_ids", "labels", "completion_mask",
@@ -60,17 +69,9 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
 
 
 def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
-    """Return the columns that a format needs and that are missing; UserError if it is unknown."""
-    if format not in FORMATS:
-        raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
-    columns = set(columns)
-    needed = {
-        "prompt-completion": ["prompt", "completion"],
-        "sharegpt": ["conversations"],
-        "alpaca": ["instruction", "output"],
-        "text": [text_field],
-    }
-    return [name for name in needed.get(format, [format]) if name not in columns]
+    """Return the columns that a format needs and that are missing."""
+    needed = (text_field,) if format == "text" else FORMATS[format]
+    return [name for name in needed if name not in set(columns)]
 
 
 def _remedy(columns: list[str]) -> str:
@@ -94,15 +95,12 @@ def _remedy(columns: list[str]) -> str:
 
 
 def read_text(record: dict, *, text_field: str = "text") -> Example:
-    """Read a row of plain text: Example(None, str). Raises UserError if it is not a string."""
+    """Read a row of plain text: Example(None, str)."""
     return Example(None, _string(record, text_field))
 
 
 def read_prompt_completion(record: dict) -> Example:
-    """Read a row of prompt and completion, both strings or both message lists.
-
-    Raises UserError for a missing or null value, another type, or one of each kind.
-    """
+    """Read a row of prompt and completion, both strings or both message lists."""
     prompt, completion = (_present(record, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Example(_string(record, "prompt"), _string(record, "completion"))
@@ -117,10 +115,7 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """Read a chat from `messages` (or `conversations`), role/content or from/value.
-
-    Raises UserError for an empty chat, an unknown role, or content that is not text.
-    """
+    """Read a chat from `messages` (or `conversations`), role/content or from/value."""
     other = "messages" not in record and "conversations" in record
     name = "conversations" if other else "messages"
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
@@ -129,8 +124,7 @@ def read_messages(record: dict) -> Example:
 def read_sharegpt(record: dict) -> Example:
     """Read a chat from `conversations` of from/value, and an optional `system` text.
 
-    from/value become role/content, human and gpt become user and assistant. Raises UserError as
-    `read_messages`.
+    from/value become role/content, human and gpt become user and assistant.
     """
     chat = _messages(_present(record, "conversations"), "conversations")
     if record.get("system"):
@@ -145,7 +139,7 @@ def read_alpaca(record: dict) -> Example:
     """Read `instruction`, `input` (may be empty or missing) and `output` as one turn of a chat.
 
     The user's message is the instruction and, after an empty line, the input; a `system` text comes
-    first. The output is the completion. Raises UserError for a value that is not a string.
+    first. The output is the completion.
     """
     asked = _string(record, "instruction")
     if record.get("input"):
@@ -165,7 +159,7 @@ def is_empty(example: Example) -> bool:
     content = last.get("content")
     parts = content if isinstance(content, list) else [content or ""]
     blank = all((text := part_text(part)) is not None and not text.strip() for part in parts)
-    others = set(k for k, v in last.items() if v) - {"role", "content"}
+    others = {key for key, value in last.items() if value} - {"role", "content"}
     return last["role"] in ("assistant", "model") and blank and not others
 
 
@@ -267,6 +261,5 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
     return f"{kinds.get(type(value), type(value).__name__)} ({shown})"

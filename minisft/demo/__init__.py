@@ -1,4 +1,4 @@
-"""The demo: a tiny base model and a small chat dataset that ship with minisft (see README.md)."""
+"""The demo: a tiny base model and a small chat dataset, bundled with minisft (see README.md)."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ HERE = Path(__file__).parent
 
 
 def demo_model() -> str:
-    """Directory of the demo's base model."""
+    """Returns the directory of the demo's base model."""
     return str(HERE / "base")
 
 
 def demo_config() -> TrainConfig:
-    """What scripts/train.py runs without flags: well under a minute on two CPU cores."""
+    """Returns the settings of scripts/train.py without flags: under a minute on two CPU cores."""
     return TrainConfig(
         model=demo_model(),
         dataset=(str(HERE / "chat_train.jsonl"),),
@@ -26,12 +26,14 @@ def demo_config() -> TrainConfig:
 
 
 def holds_demo_run(output_dir: str) -> bool:
-    """Whether a directory's run.json is that of the demo, and not of another run of its base."""
+    """Whether output_dir holds a run of the demo, by the settings in its run.json."""
+    # These settings distinguish a demo run from other runs of its base; the rest may differ.
     names = ("model", "dataset", "eval_dataset", "learning_rate", "num_train_epochs", "max_steps")
     demo = demo_config()
     try:
         record = json.loads((Path(output_dir) / "run.json").read_text(encoding="utf-8"))
-        asked = json.loads(json.dumps([getattr(demo, name) for name in names]))
-        return [record["config"][name] for name in names] == asked
+        # Through JSON, which turns tuples into lists.
+        expected = json.loads(json.dumps([getattr(demo, name) for name in names]))
+        return [record["config"][name] for name in names] == expected
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -1,9 +1,7 @@
-"""The hand-written forward and backward pass for plain LoRA."""
+"""The explicit pass: a hand-written forward and backward pass for plain LoRA, in CUDA graphs."""
 
-from minisft.explicit.attention import flash_attention
-from minisft.explicit.microbatch import ExplicitPass, explicit_loss_and_grads, prepare
+from minisft.explicit.buffers import ExplicitPass, prepare
+from minisft.explicit.microbatch import explicit_loss_and_grads
 from minisft.explicit.plan import Choice, choose
 
-__all__ = [
-    "Choice", "ExplicitPass", "choose", "explicit_loss_and_grads", "flash_attention", "prepare",
-]  # fmt: skip
+__all__ = ["Choice", "ExplicitPass", "choose", "explicit_loss_and_grads", "prepare"]

@@ -1,7 +1,7 @@
-"""Activations that wait in pinned host memory between a layer's forward and backward pass.
+"""Activations in pinned host memory between a layer's forward and backward pass.
 
-Copies run on a stream of their own, one layer behind the forward pass and one ahead of the backward
-pass. On a CPU, "host" is the same memory, and nothing is copied.
+Copies run on a stream of their own: out while the next layer computes forward, back while the layer
+above computes backward. On a CPU the host is the same memory, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -11,123 +11,117 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minisft.explicit.attention import Attended
 from minisft.explicit.block import Saved
-from minisft.explicit.policy import PARTS, Policy
+from minisft.explicit.policy import Policy
+
+# Part of a policy -> field of `Saved`; of "attended", only the output is ever copied.
+_FIELDS = {"x": "x_TD", "qkv": "qkv", "mid": "mid_TD", "gate_up": "gate_up"}
 
 
 @dataclass
 class Host:
-    """Pinned buffers by (layer, part), and the copies under way. tokens: of the largest batch."""
+    """Pinned buffers by (layer, part), and the copies in flight."""
 
     device: torch.device
-    tokens: int
+    tokens: int  # of the largest micro-batch: rows of every buffer
     buffers: dict[tuple, Tensor] = field(default_factory=dict)
-    leaving: list[tuple] = field(default_factory=list)  # (event, tensors) still being copied out
-    coming: dict[int, tuple] = field(default_factory=dict)  # layer -> (event, parts)
-    waiting: dict[int, dict[str, tuple[Tensor, int]]] = field(
-        default_factory=dict
-    )  # layer -> pinned parts, and the columns of each that are its own
     stream: torch.cuda.Stream | None = None
+    copies_out: list[tuple] = field(default_factory=list)  # (event, source tensors) in flight
+    # layer -> {part: (its pinned rows, width of the part in columns)}
+    stored: dict[int, dict[str, tuple[Tensor, int]]] = field(default_factory=dict)
+    copies_in: dict[int, tuple] = field(default_factory=dict)  # layer -> (event, {part: tensor})
 
-    def keep(self, i: int, saved: Saved, policy: Policy) -> Saved:
-        """`saved` with only what the policy keeps on the GPU; the host's parts are on their way."""
-        parts = _parts(saved)
+    def store(self, i: int, saved: Saved, policy: Policy) -> Saved:
+        """Drop what layer i's policy does not keep on the GPU; start copying the host's parts."""
         if self.device.type == "cuda" and policy.host:
-            self._send(i, {name: parts[name] for name in sorted(policy.host)})
+            assert saved.attended is not None
+            parts = {part: getattr(saved, field) for part, field in _FIELDS.items()}
+            parts["attended"] = saved.attended.out_TNH
+            self._copy_out(i, {name: parts[name] for name in sorted(policy.host)})
             stays = policy.gpu
         else:
             stays = policy.gpu | policy.host
         attended = saved.attended
         if attended is not None and "attended" not in stays:
-            moved = "attended" in policy.host  # the small tensors of attention stay on the GPU
-            attended = attended._replace(out_TNH=None) if moved else None  # pyright: ignore
-        return Saved(
-            saved.x_TD if "x" in stays else None,
-            saved.qkv if "qkv" in stays else None,
-            attended,
-            saved.mid_TD if "mid" in stays else None,
-            saved.gate_up if "gate_up" in stays else None,
-            saved.small,
-        )
+            on_host = "attended" in policy.host
+            attended = attended._replace(out_TNH=None) if on_host else None  # pyright: ignore
+        dropped = {field: None for part, field in _FIELDS.items() if part not in stays}
+        return saved._replace(attended=attended, **dropped)  # pyright: ignore
 
     def start_fetching(self, i: int) -> None:
-        """All copies out are done before anything comes back; layer i is asked for."""
-        for event, _ in self.leaving:
+        """Wait for all copies to the host, then start copying layer i's parts back."""
+        for event, _ in self.copies_out:
             torch.cuda.current_stream().wait_event(event)
-        self.leaving.clear()
-        self._ask(i)
+        self.copies_out.clear()
+        self._copy_in(i)
 
-    def fetch(self, i: int, kept: Saved | None) -> Saved:
-        """What layer i kept, on the GPU again; layer i - 1 is asked for."""
-        assert kept is not None
-        event, parts = self.coming.pop(i, (None, {}))
-        self._ask(i - 1)
+    def fetch(self, i: int, saved: Saved | None) -> Saved:
+        """Return layer i's parts, all on the GPU again; start copying layer i - 1's back."""
+        assert saved is not None
+        event, parts = self.copies_in.pop(i, (None, {}))
+        # Asked for before layer i computes, so that its backward pass hides the copy.
+        self._copy_in(i - 1)
         if event is None:
-            return kept
+            return saved
         torch.cuda.current_stream().wait_event(event)
-        names = {"x": "x_TD", "mid": "mid_TD", "qkv": "qkv", "gate_up": "gate_up"}
-        kept = kept._replace(**{names[k]: v for k, v in parts.items() if k in names})
-        if "attended" in parts and kept.attended is not None:
-            kept = kept._replace(attended=kept.attended._replace(out_TNH=parts["attended"]))
-        return kept
+        saved = saved._replace(**{_FIELDS[k]: v for k, v in parts.items() if k in _FIELDS})
+        if "attended" in parts and saved.attended is not None:
+            saved = saved._replace(attended=saved.attended._replace(out_TNH=parts["attended"]))
+        return saved
 
-    def _send(self, i: int, parts: dict[str, Tensor]) -> None:
+    def _copy_out(self, i: int, parts: dict[str, Tensor]) -> None:
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream()
-        while self.leaving:  # one layer's copies lag behind, no more
-            event, _ = self.leaving.pop(0)
+        # At most one layer's copies lag behind: until they are done its tensors are on the GPU too.
+        while self.copies_out:
+            event, _ = self.copies_out.pop(0)
             current.wait_event(event)
         self.stream.wait_stream(current)
-        waiting = {}
+        stored = {}
         with torch.cuda.stream(self.stream):
             for name, tensor in parts.items():
-                whole = _whole_rows(tensor)
-                pinned = self._buffer(i, name, whole)
-                waiting[name] = pinned, tensor.shape[1]
-                pinned.copy_(whole, non_blocking=True)
+                rows = _full_rows(tensor)
+                pinned = self._buffer(i, name, rows)
+                stored[name] = pinned, tensor.shape[1]
+                pinned.copy_(rows, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
-        self.waiting[i] = waiting
-        self.leaving.append((event, parts))
+        self.stored[i] = stored
+        # The tensors are held until the event: freed earlier, their memory could be overwritten.
+        self.copies_out.append((event, parts))
 
-    def _ask(self, i: int) -> None:
-        if i < 0 or i not in self.waiting:
+    def _copy_in(self, i: int) -> None:
+        if i < 0 or i not in self.stored:
             return
         assert self.stream is not None
-        waiting = self.waiting.pop(i)
-        wholes = {
-            n: torch.empty(t.shape, dtype=t.dtype, device=self.device)
-            for n, (t, _) in waiting.items()
+        stored = self.stored.pop(i)
+        # Allocated on the compute stream, which reads and frees them.
+        tensors = {
+            name: torch.empty(pinned.shape, dtype=pinned.dtype, device=self.device)
+            for name, (pinned, _) in stored.items()
         }
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for name, whole in wholes.items():
-                whole.copy_(waiting[name][0], non_blocking=True)
+            for name, tensor in tensors.items():
+                tensor.copy_(stored[name][0], non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
-        self.coming[i] = (event, {n: w[:, : waiting[n][1]] for n, w in wholes.items()})
+        self.copies_in[i] = (event, {n: t[:, : stored[n][1]] for n, t in tensors.items()})
 
-    def _buffer(self, i: int, name: str, tensor: Tensor) -> Tensor:
-        """Pinned memory of that shape, kept for the run: a graph holds its address."""
+    def _buffer(self, i: int, name: str, like: Tensor) -> Tensor:
+        """Pinned memory for one part of layer i in the shape of `like`, allocated once."""
         key = (i, name)
+        # Never reallocated, and sized for the largest micro-batch: graphs hold its address.
         if key not in self.buffers:
-            numel = tensor.numel() // tensor.shape[0] * self.tokens
-            self.buffers[key] = torch.empty(numel, dtype=tensor.dtype, pin_memory=True)
-        return self.buffers[key][: tensor.numel()].view(tensor.shape)
+            numel = like.numel() // like.shape[0] * self.tokens
+            self.buffers[key] = torch.empty(numel, dtype=like.dtype, pin_memory=True)
+        return self.buffers[key][: like.numel()].view(like.shape)
 
 
-def _whole_rows(part: Tensor) -> Tensor:
-    """A matrix with what lies unused between its rows: one piece of memory. Other parts as is."""
+def _full_rows(part: Tensor) -> Tensor:
+    """Widen a matrix by the padding between its rows; other tensors are returned as they are."""
     if part.dim() != 2 or part.is_contiguous():
         return part
+    # With its padding the matrix is one contiguous piece of memory, so it is one plain copy.
     return part.as_strided((part.shape[0], part.stride(0)), (part.stride(0), 1))
-
-
-def _parts(saved: Saved) -> dict[str, Tensor]:
-    whole: Attended | None = saved.attended
-    tensors = (
-        saved.x_TD, saved.qkv, None if whole is None else whole.out_TNH, saved.mid_TD, saved.gate_up
-    )  # fmt: skip
-    return {n: t for n, t in zip(PARTS, tensors, strict=True) if t is not None}

@@ -1,4 +1,4 @@
-"""What each layer keeps between forward and backward: named policies, and their bytes.
+"""Memory policies: what each layer saves between forward and backward, and how many bytes.
 
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank
 """
@@ -11,13 +11,11 @@ from typing import NamedTuple
 from minisft.config.model import ModelConfig
 from minisft.kernels.low_rank import row_stride
 
-PARTS = ("x", "qkv", "attended", "mid", "gate_up")
-
 
 class Policy(NamedTuple):
-    """Parts kept on the GPU, and parts kept in pinned host memory; the rest is computed again.
+    """Parts of `block.Saved` saved on the GPU and in pinned host memory; the rest is recomputed.
 
-    x, the layer's input, is always one of the two.
+    x, the layer's input, is always in one of the two: everything else follows from it.
     """
 
     gpu: frozenset[str]
@@ -28,14 +26,17 @@ def _policy(gpu: str, host: str = "") -> Policy:
     return Policy(frozenset(gpu.split()), frozenset(host.split()))
 
 
-# From "no matrix product is ever run again" to "residuals only"; then with host memory.
+# Names say what is recomputed, as values of --gradient-checkpointing. From "no matrix product is
+# run again" to "only the layer's input is saved"; then the same with host memory.
 POLICIES = {
     "none": _policy("x qkv attended mid gate_up"),
     "recompute_gate_up": _policy("x qkv attended mid"),
     "recompute_gate_up+qkv": _policy("x attended mid"),
     "all_but_attention": _policy("x attended"),
     "full": _policy("x"),
+    # At 8B the copies buy larger micro-batches: 17,277 tokens/s at 6,144 tokens, 17,099 at 4,096.
     "none+offload": _policy("qkv gate_up", "x attended mid"),
+    # Bound by the host link, 51 GB/s each way.
     "offload": _policy("", "x qkv attended mid gate_up"),
     "recompute_gate_up+offload": _policy("", "x qkv attended mid"),
     "recompute_gate_up+qkv+offload": _policy("", "x attended mid"),
@@ -43,45 +44,56 @@ POLICIES = {
 }
 
 
-def part_bytes(cfg: ModelConfig, itemsize: int, ranks: dict[str, int]) -> dict[str, int]:
-    """Bytes a token and layer of each part. ranks: of qkv, o, gate_up and down."""
+class Dims(NamedTuple):
+    """The sizes that bytes and seconds are computed from."""
+
+    cfg: ModelConfig
+    itemsize: int  # bytes of the compute dtype
+    ranks: dict[str, int]  # rank columns of qkv, o, gate_up and down (`cost.group_ranks`)
+
+
+def part_bytes(dims: Dims) -> dict[str, int]:
+    """Bytes per token and layer of each part, and of what is always saved ("small")."""
+    cfg, itemsize, ranks = dims
     D, F, H = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     return {
         "x": D * itemsize,
         "qkv": row_stride((N + 2 * K) * H + ranks["qkv"]) * itemsize,
-        "attended": N * H * itemsize + N * 4,  # and the log-sum-exp of every head
+        # the output, and a float32 log-sum-exp per head
+        "attended": N * H * itemsize + N * 4,
         "mid": D * itemsize,
         "gate_up": row_stride(2 * F + ranks["gate_up"]) * itemsize,
-        "small": sum(ranks.values()) * itemsize + 8,  # always on the GPU
+        # `block.AlwaysSaved`: x A^T of every linear, and two float32 1 / rms
+        "small": sum(ranks.values()) * itemsize + 8,
     }
 
 
 def mlp_chunks(tokens: int, policy: Policy, most: int) -> int:
-    """Parts that tokens go through the MLP in: where gate and up are not kept, of `most` or so."""
+    """Number of chunks (1, 2, 4 or 8) that the MLP processes the tokens in.
+
+    most: tokens per chunk, unless that takes more than 8. Always 1 if gate and up are saved: they
+    are one tensor in memory then, and chunks would save none.
+    """
     if "gate_up" in policy.gpu | policy.host:
         return 1
     return next(n for n in (1, 2, 4, 8) if n == 8 or tokens <= most * n)
 
 
-def kept_bytes(
-    policy: Policy, cfg: ModelConfig, itemsize: int, ranks: dict[str, int]
-) -> tuple[int, int]:
-    """(on the GPU, on the host): bytes a token and layer under that policy."""
-    sizes = part_bytes(cfg, itemsize, ranks)
+def saved_bytes(policy: Policy, dims: Dims) -> tuple[int, int]:
+    """(on the GPU, on the host): bytes saved per token and layer under the policy."""
+    sizes = part_bytes(dims)
     gpu = sizes["small"] + sum(sizes[name] for name in policy.gpu)
     return gpu, sum(sizes[name] for name in policy.host)
 
 
-def pinned_bytes(
-    policies: Iterable[Policy],
-    cfg: ModelConfig,
-    itemsize: int,
-    ranks: dict[str, int],
-    tokens: int,
-) -> int:
-    """Host memory that micro-batches of so many tokens take, with what its allocator rounds up."""
-    sizes = part_bytes(cfg, itemsize, ranks)
-    sizes["attended"] -= cfg.num_attention_heads * 4  # the log-sum-exp stays on the GPU
-    each = {name: 1 << (size * tokens - 1).bit_length() for name, size in sizes.items()}
-    return sum(each[name] for policy in policies for name in policy.host)
+def pinned_bytes(policies: Iterable[Policy], dims: Dims, tokens: int) -> int:
+    """Pinned host memory for micro-batches of `tokens` tokens, all layers together.
+
+    Includes the rounding of torch's allocator of pinned memory, up to powers of two.
+    """
+    sizes = part_bytes(dims)
+    # Only attention's output is copied; the log-sum-exp stays on the GPU.
+    sizes["attended"] -= dims.cfg.num_attention_heads * 4
+    rounded = {name: 1 << (size * tokens - 1).bit_length() for name, size in sizes.items()}
+    return sum(rounded[name] for policy in policies for name in policy.host)

@@ -49,6 +49,7 @@ FOUR_BIT_KEY = "minisft_load_in_4bit"
 KIND_KEY = "minisft_base_4bit"  # the kind of 4 bits: `quant_state.kinds`
 EMBED_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 _DIGESTED_IF_SET = ("use_dora", "layers_to_transform", "exclude_modules")
+Shapes = dict[str, tuple[int, ...]]
 
 
 def save_adapter(
@@ -74,11 +75,9 @@ def save_adapter(
     expected = adapter_shapes(lora, cfg)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
-        wrong = sorted(n for n in found.keys() | expected if found.get(n) != expected.get(n))
-        raise ValueError(
-            f"tensors do not fit the LoRA config: {wrong[0]} is {found.get(wrong[0])}, expected "
-            f"{expected.get(wrong[0])} ({len(wrong)} such)"
-        )
+        name = min(n for n in found.keys() | expected if found.get(n) != expected.get(n))
+        wrong = f"{name} is {found.get(name)}, expected {expected.get(name)}"
+        raise ValueError(f"tensors do not fit the LoRA config: {wrong}")
     config = adapter_config_dict(lora, cfg, base_model_name_or_path, tied=tied, revision=revision)
     stored = {KEY_PREFIX + name: tensor.detach().float() for name, tensor in tensors.items()}
     if tied and EMBED_KEY in tensors:
@@ -183,7 +182,7 @@ def _digest(config: dict[str, Any]) -> str:
 
 
 def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
-    """Name in minisft -> key in the file; a key without the prefix keeps its whole name."""
+    """Name in minisft -> key in the file; a key without the prefix keeps its full name."""
     names: dict[str, str] = {}
     for key in header.tensors:
         # PEFT drops the adapter's name, "default", on saving; some other tools leave it in.
@@ -245,9 +244,7 @@ def _check_tying(raw: dict[str, Any], keys: dict[str, str], source: Path) -> Non
         )
 
 
-def _check_names(
-    keys: dict[str, str], expected: dict[str, tuple[int, ...]], cfg: ModelConfig, path: Path
-) -> None:
+def _check_names(keys: dict[str, str], expected: Shapes, cfg: ModelConfig, path: Path) -> None:
     """Refuse a missing tensor, and a surplus one whose loss would change the result."""
     surplus = [name for name in keys if name not in expected]
     base = cfg.weight_shapes().keys() | {HEAD_KEY}
@@ -264,19 +261,17 @@ def _check_names(
             "was trained on another base"
         )
     for name in surplus:
-        what = (
-            "is PEFT's copy of the base's embedding" if name == copied else "has no known meaning"
-        )
+        copy = name == copied
+        what = "is PEFT's copy of the base's embedding" if copy else "has no known meaning"
         warnings.warn(f"{path}: tensor {keys[name]!r} {what}; ignored", stacklevel=3)
 
 
 def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
     """Why a LoRA tensor that the config does not declare cannot be ignored."""
     module, _, kind = name.partition(".lora_")
-    restore = "Restore the original config"
+    restore = f"in {CONFIG_NAME}. Restore the original config"
     if name in (EMBEDDING_A, EMBEDDING_B):
-        where = f"target_modules in {CONFIG_NAME} does not name embed_tokens"
-        return f"adapts the embedding, but {where}. {restore}"
+        return f"adapts the embedding, but target_modules does not name embed_tokens {restore}"
     if kind not in ("A.weight", "B.weight", "magnitude_vector"):
         wanted = "lora_A.weight and lora_B.weight of linear modules"
         return f"belongs to a LoRA variant that is not implemented; expected {wanted}"
@@ -286,7 +281,7 @@ def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
             "layers). Was the adapter trained on another base?"
         )
     if kind == "magnitude_vector" and f"{module}.lora_A.weight" in expected:
-        return f"belongs to DoRA, but use_dora in {CONFIG_NAME} is false. {restore}"
+        return f"belongs to DoRA, but use_dora is false {restore}"
     return (
         f"would be dropped by PEFT: in {CONFIG_NAME}, target_modules does not cover {module!r}. "
         f"Add {_last(module)!r} to target_modules"
@@ -308,11 +303,7 @@ def _copy_problem(name: str, base: Container[str]) -> str:
 
 
 def _check_shapes(
-    keys: dict[str, str],
-    expected: dict[str, tuple[int, ...]],
-    header: Header,
-    lora: LoraConfig,
-    path: Path,
+    keys: dict[str, str], expected: Shapes, header: Header, lora: LoraConfig, path: Path
 ) -> None:
     for name, shape in expected.items():
         info = header.tensors[keys[name]]

@@ -87,7 +87,7 @@ def adapter_config_dict(
     return _PLAIN_FIELDS | {
         "base_model_name_or_path": base_model_name_or_path,
         "ensure_weight_tying": tied and bool(lora.modules_to_save),
-        # A whole alpha as an integer: some readers require one.
+        # As an integer where it is one: some readers require that.
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": list(lora.modules_to_save) or None,

@@ -43,10 +43,7 @@ _TEMPORARY = "tmp-checkpoint-"
 
 
 def save_checkpoint(
-    output_dir: Path,
-    state: State,
-    write_model: Callable[[Path], None],
-    facts: dict[str, Any],
+    output_dir: Path, state: State, write_model: Callable[[Path], None], facts: dict[str, Any]
 ) -> Path:
     """Write checkpoint-{state.step} and return its path.
 
@@ -129,9 +126,13 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
     from step 0 would discard them, and for a path that does not verify.
     """
     if which != "auto":
-        return _verified(which)
+        path, problem, remedy = Path(which), "no such directory", "give a checkpoint-N directory"
+        if path.is_dir():
+            problem, remedy = verify(path), "use an older checkpoint"
+        if problem:
+            raise UserError(f"--resume-from-checkpoint {which}: {problem}; {remedy} or `auto`")
+        return path
     found = list_checkpoints(output_dir)
-    problem = ""
     for path in reversed(found):
         if not (problem := verify(path)):
             return path
@@ -142,19 +143,6 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
             f"({verify(found[-1])}); restore one, or start over with --overwrite-output-dir"
         )
     return None
-
-
-def _verified(which: str) -> Path:
-    if not Path(which).is_dir():
-        raise UserError(
-            f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
-            "directory or `auto`"
-        )
-    if problem := verify(Path(which)):
-        raise UserError(
-            f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
-        )
-    return Path(which)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

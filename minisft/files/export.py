@@ -7,21 +7,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+import yaml
 from torch import Tensor
 
+from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
 from minisft.files.adapter import save_adapter
-from minisft.files.card import CARD_NAME, model_card
 from minisft.files.disk import load_json, write_json, write_text, writing
 from minisft.files.load import Base, base_4bit
+from minisft.files.quant_state import OURS
 from minisft.files.safetensors import save_file
 from minisft.lora import Flat
 from minisft.variants.pissa import exported_lora, exported_tensors
-
-_MAX_SHARD_BYTES = 5 * 10**9
 
 
 def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
@@ -35,7 +36,7 @@ def write_trained(
     """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
     if base.lora:
         if card is not None:
-            write_text(directory / CARD_NAME, card)
+            write_text(directory / "README.md", card)
         save_adapter(
             directory, exported_tensors(trainable.views, base.initial_lora),
             exported_lora(base.lora), base.cfg, config.base_name, revision=config.revision,
@@ -62,6 +63,40 @@ def export_adapter(
     write_files(directory, files)
     card = model_card({"base_model": config.base_name, **facts}, base_4bit(config, base))
     write_trained(directory, trainable, base, config, card)
+
+
+def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
+    """Return README.md of an adapter: YAML front matter for the hub, then the facts as tables.
+
+    facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
+    table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
+    base_4bit: the quantisation of the base (`quant_state.kinds`), "" if it is not in 4 bits.
+    Raises UserError if base_model is missing.
+    """
+    base = facts.get("base_model")
+    if not base:
+        raise UserError("model card: base_model is missing; give the hub id of the base model")
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:adapter:{base}", "lora", "sft", "minisft"],
+    }
+    scalars = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
+    source = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(source, trim_blocks=True, keep_trailing_newline=True).render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        base=" ".join(str(base).split()),
+        base_4bit=base_4bit,
+        quantised_here=base_4bit == OURS,
+        tables={"run": scalars} | {k: v for k, v in facts.items() if isinstance(v, dict)},
+        cell=_cell,
+    )
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def export_model(directory: Path, trainable: Flat, base: Base, files: dict[str, bytes]) -> None:
@@ -100,7 +135,7 @@ def save_shards(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
-    max_bytes: int = _MAX_SHARD_BYTES,
+    max_bytes: int = 5 * 10**9,
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
@@ -151,11 +186,6 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-
-
-def describe_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that a model card lists: those that are not empty."""
-    return {k: v for k, v in config.items() if v not in ("", None, (), [])}
 
 
 def to_json_line(value: dict[str, Any]) -> str:

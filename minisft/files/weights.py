@@ -26,7 +26,6 @@ from minisft.files.quant_state import (
     QuantState,
     assemble,
     check_members,
-    check_state_size,
     find_states,
     kinds,
     parse_state,
@@ -205,10 +204,6 @@ def meta_weights(
         yield name, unfilled(checkpoint.four_bit.get(name, ours))
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
-
-
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
     """Return the names of the weights that a run keeps in 4 bits.
 
@@ -259,10 +254,8 @@ def _read(places: Places) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_states(places: Places, infos: dict[str, TensorInfo]) -> dict[str, QuantState]:
-    """The quant state of every 4-bit matrix, taken out of `places` and `infos` and checked."""
-    keys = find_states(places)
-    for key in keys.values():
-        check_state_size(key, infos.pop(key))
+    """The checked quant state of every 4-bit matrix; the states are removed from `places`."""
+    keys = find_states(infos)
     texts = {k: bytes(t.tolist()) for k, t in _read({k: places.pop(k) for k in keys.values()})}
     states = {weight: parse_state(key, texts[key]) for weight, key in keys.items()}
     for weight, state in states.items():

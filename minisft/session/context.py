@@ -1,4 +1,4 @@
-"""What one run carries from its first line to its last: `Run`, and the context it runs in."""
+"""`Run`, the object that every stage of a run shares, and `session`, the context it runs in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minisft.batches import Batches, RowSchedule
+from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data
 from minisft.files.device import resolve_device
 from minisft.files.load import Base
+from minisft.session.loggers import require_loggers
 from minisft.session.memory import Needs, out_of_memory
 from minisft.session.outputs import output_directory
 from minisft.session.report import Reporter
@@ -24,35 +26,23 @@ from minisft.text.tokenizer import Tokenizer
 
 
 @dataclass
-class Place:
-    """Where a run works: its output directory, its signals, its memory estimate."""
-
-    out: Path
-    stop: Stop
-    needs: Needs  # filled once known; an out-of-memory message quotes it
-
-
-@dataclass
 class Run:
-    """One run, ready to train: settings, model, data, plan, and where it writes."""
+    """One run, ready to train: settings, base model, state, data, plan, output directory."""
 
     config: TrainConfig
-    place: Place
+    out: Path  # the output directory
+    stop: Stop
+    needs: Needs  # the memory estimate; empty until the run is planned
     tokenizer: Tokenizer
     base: Base
     state: State
     data: Data
     plan: ExecutionPlan
     batches: Batches
-    facts: dict[str, Any]  # hashes of the data and of the base, kept with every checkpoint
-    evaluated: bool = True  # whether the checkpoint resumed from holds its step's evaluation
-    # Opened by `reporting` right before the first step.
+    facts: dict[str, Any]  # hashes of the data and of the base, stored in every checkpoint
+    evaluated: bool = True  # False: the evaluation due at the resumed step still has to be run
+    # Set right before the first step, when metrics.jsonl is opened.
     report: Reporter = field(init=False, repr=False)
-
-    @property
-    def out(self) -> Path:
-        """The output directory."""
-        return self.place.out
 
     @property
     def total_steps(self) -> int:
@@ -67,19 +57,30 @@ class Run:
 
 
 class Numbers(NamedTuple):
-    """What the training loop measured, of the steps of this process."""
+    """What the training loop measured over the steps of this process."""
 
     steps: int
     tokens: int
     seconds: float
-    epoch: float  # epochs completed, over all processes
     memory_before_gib: float
 
 
 @contextmanager
-def session(config: TrainConfig) -> Iterator[Place]:
-    """The output directory, locked; signals, out-of-memory errors and torch's switches handled."""
-    where = "before its first step: the same command starts again"
+def session(config: TrainConfig) -> Iterator[tuple[Path, Stop, Needs]]:
+    """Lock the output directory, handle signals and memory errors, set torch's switches.
+
+    Yields the first fields of `Run`. Raises UserError if --model, --dataset or a logger is missing.
+    """
+    if not config.model:
+        raise UserError(
+            "--model is missing: give a directory or a hub id (no flags at all run the demo)"
+        )
+    if not config.dataset:
+        raise UserError(
+            "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub id"
+        )
+    require_loggers(config)
+    where = "before its first step: run the same command to start again"
     with (
         stop_signals(where) as stop,
         output_directory(config) as out,
@@ -87,4 +88,4 @@ def session(config: TrainConfig) -> Iterator[Place]:
         deterministic(config.deterministic),
         flash_attention(config.attn_implementation, resolve_device(config.device)),
     ):
-        yield Place(out, stop, needs)
+        yield out, stop, needs

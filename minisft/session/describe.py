@@ -1,4 +1,4 @@
-"""What a run prints before its first step and after its last."""
+"""What a run prints before its first step and after its last, and its warnings."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ import torch
 
 from minisft.config.errors import flag
 from minisft.config.fields import idle_settings
-from minisft.data.load import is_sample
+from minisft.data.load import is_sample, most_tokens, num_shared
 from minisft.data.preview import describe_data, show_preview
-from minisft.data.sources import num_shared
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
 from minisft.kernels.nf4 import NF4Weight
 from minisft.lora import EMBEDDING_WEIGHTS
 from minisft.session.context import Run
-from minisft.session.memory import in_words
+from minisft.session.evaluate import most_eval_tokens
+from minisft.session.memory import estimate, in_words
 from minisft.session.outputs import TrainOutput, as_flags
 from minisft.session.report import say
 from minisft.session.serving import commands, vllm_problems
 from minisft.variants.pissa import exported_lora
 
 
+def note_memory_needs(run: Run) -> None:
+    """Estimate the run's memory, for the dry run and for out-of-memory messages."""
+    tokens = most_tokens(run.data, run.batches, run.total_steps)
+    evaluated = most_eval_tokens(run.data.eval, run.config)
+    run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
+
+
 def announce(run: Run) -> None:
-    """Print what a reader wants to know before the first step: model, data, steps, warnings."""
+    """Print model, data, plan and warnings before the first step."""
     _announce_model(run)
     _announce_data(run)
     show_preview(run.data.train, run.tokenizer, run.config.preview, run.config.preview_json, say)
     _announce_serving(run)
     _announce_steps(run)
     assert run.plan.choice is not None
-    say(f"pass    {run.plan.choice.said}")
+    say(f"pass    {run.plan.choice.description}")
     for name, why in without_effect(run):
         say(f"warning: {flag(name)} {getattr(run.config, name)} has no effect: {why}")
 
@@ -57,19 +64,19 @@ def _announce_model(run: Run) -> None:
             "(--no-load-in-4bit keeps them in the compute dtype)"
         )
     elif config.full_finetuning:
-        say("        every weight is trained, in float32: --load-in-4bit is off")
+        say("        all weights are trained, in float32: --load-in-4bit is off")
     if config.dry_run:
-        say(f"        {base.directory}: every tensor's header agrees with config.json; not loaded")
+        say(f"        {base.directory}: tensor headers match config.json; not loaded")
     else:
         say(f"        loaded in {base.load_seconds:.1f} s, peak {base.load_peak_gib:.2f} GiB")
     for name in ("config.json", "tokenizer_config.json"):
         raw = load_json(path) if (path := base.directory / name).exists() else {}
         if isinstance(raw, dict) and raw.get("auto_map"):
-            say(f"warning: {name} has an auto_map; no code that comes with a model is run")
+            say(f"warning: {name} has an auto_map; code that comes with a model is never run")
     if base.lora and base.lora.modules_to_save:
         names = ", ".join(base.lora.modules_to_save)
         tied = " (tied: one matrix)" if cfg.tie_word_embeddings else ""
-        say(f"        trained copies beside the adapter: {names}{tied}")
+        say(f"        fully trained copies, stored with the adapter: {names}{tied}")
 
 
 def _announce_data(run: Run) -> None:
@@ -85,13 +92,13 @@ def _announce_data(run: Run) -> None:
     tokens = min(data.train.stats["longest"], config.max_length)
     if tokens > cfg.max_position_embeddings:
         say(
-            f"warning: documents of up to {tokens:,} tokens, but the model was made for up to "
+            f"warning: documents of up to {tokens:,} tokens, but the model supports up to "
             f"{cfg.max_position_embeddings:,} (max_position_embeddings); lower --max-length"
         )
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
     sources, shares = data.train.stats["sources"], run.schedule.shares
-    # Without weights there are no shares, and nothing to say.
+    # `shares` is empty unless --dataset gives weights.
     for source, (size, drawn) in zip(sources, shares, strict=False):
         say(f"        {source['source']}: {drawn:,} rows an epoch, of {size:,}")
 
@@ -119,7 +126,7 @@ def _announce_steps(run: Run) -> None:
     )
     say(f"settings {as_flags(config)}")
     if schedule.num_rows < schedule.batch_size * schedule.accumulation:
-        say(f"warning: the rows ({schedule.num_rows}) do not fill one step; every step is shorter")
+        say(f"warning: the {schedule.num_rows} rows do not fill one step; every step is shorter")
 
 
 def without_effect(run: Run) -> Iterator[tuple[str, str]]:
@@ -130,7 +137,7 @@ def without_effect(run: Run) -> Iterator[tuple[str, str]]:
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
-        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.said}"
+        why = f"only the explicit pass on a GPU is planned by it, and this is {choice.description}"
         idle += [("micro_batch_tokens", why), ("max_memory_gib", why)]
     if not any(name in run.state.trainable.views for name in EMBEDDING_WEIGHTS):
         idle.append(("embedding_learning_rate", "no embedding and no head is trained in full"))
@@ -143,14 +150,14 @@ def without_effect(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def summarise(run: Run, result: TrainOutput) -> None:
-    """Print the closing lines: answers, losses, memory, time, and what to do with the result."""
+    """Print the final lines: answers, losses, memory, time, and how to use the result."""
     metrics, config, device = result.metrics, run.config, run.base.device
     for sample in metrics.get("samples", [])[:5]:
-        prompt, before, after = (shorten(sample[k]) for k in ("prompt", "before", "after"))
+        prompt, before, after = (_shorten(sample[k]) for k in ("prompt", "before", "after"))
         say(f"  {prompt}\n    before: {before}\n    after:  {after}")
     if "right_after" in metrics:
         say(
-            f"right answers: {metrics['right_before']} of {metrics['answers']} before, "
+            f"correct answers: {metrics['right_before']} of {metrics['answers']} before, "
             f"{metrics['right_after']} after"
         )
     if metrics.get("eval_loss_before") is not None:
@@ -175,10 +182,12 @@ def summarise(run: Run, result: TrainOutput) -> None:
         f"saved to {run.out}"
     )
     if config.lora and config.lora.splits_weights:
-        where = " in 4 bits; load it on the base in 16 bits, which is nearest"
+        # The file's B A is relative to the whole base weight, training's to the weight minus the
+        # initial B A, which alone was quantised: no base in 4 bits equals that.
+        where = " in 4 bits; load it on the base in 16 bits, the closest match"
         say(
-            "the adapter file holds the change from the base, at twice the rank; it was trained "
-            f"beside the rest of each weight{where if config.load_in_4bit else ''}"
+            "the adapter file holds the change from the base weights, at twice the rank; training "
+            f"used the residual weights{where if config.load_in_4bit else ''}"
         )
     _print_commands(run)
 
@@ -187,21 +196,22 @@ def _print_commands(run: Run) -> None:
     """Print how to use the result: in minisft, in transformers, in vLLM."""
     adapter = None if run.config.full_finetuning else read_adapter_config(run.out)
     dtype = str(run.base.compute.dtype).removeprefix("torch.")
-    stored_so = "quantization_config" in load_json(run.base.directory / "config.json")
-    quantized = run.config.serves_in_4bit and not stored_so
+    stored_in_4bit = "quantization_config" in load_json(run.base.directory / "config.json")
+    quantized = run.config.serves_in_4bit and not stored_in_4bit
     for line in commands(run.out, run.config.base_name, adapter, dtype if quantized else None):
         say(line)
 
 
 def end_of_dry_run(run: Run) -> TrainOutput:
     """Print the memory estimate; return estimates as metrics: total_steps, num_rows, memory_gib."""
-    base, needs = run.base, run.place.needs
-    if base.device.type == "cpu":  # there, what the process takes already counts
-        needs = {"this process as it is": memory_gib(base.device), **needs}
+    base, needs = run.base, run.needs
+    # On a CPU, the interpreter and torch take part of the same memory.
+    if base.device.type == "cpu":
+        needs = {"this process so far": memory_gib(base.device), **needs}
     say(f"memory  about {sum(needs.values()):.2f} GiB: {in_words(needs)}")
     if base.device.type == "cpu":
-        say("        (freed blocks stay with the process, which may grow to nearly twice that)")
-    say("dry run: nothing was trained and nothing written to the output directory")
+        say("        (the allocator keeps freed blocks: the process may grow to nearly twice that)")
+    say("dry run: nothing was trained, and nothing was written to the output directory")
     metrics = {
         "total_steps": run.total_steps,
         "num_rows": run.schedule.num_rows,
@@ -212,6 +222,6 @@ def end_of_dry_run(run: Run) -> TrainOutput:
     return TrainOutput(0, math.nan, metrics)
 
 
-def shorten(text: str, width: int = 90) -> str:
-    """One quoted line of at most `width` characters."""
+def _shorten(text: str, width: int = 90) -> str:
+    """The quoted text, cut to `width` characters."""
     return repr(text if len(text) <= width else text[: width - 1] + "…")

@@ -1,10 +1,11 @@
-"""Eval metrics and greedy answers before, during and after training; which evaluation is best."""
+"""Evaluation before, during and after training: metrics, greedy answers, the best step."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,21 @@ from minisft.files.disk import load_json, write_json
 from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
-from minisft.session.generate import Sampling, generate, stop_ids
+from minisft.session.generate import InferenceModel, generate, stop_ids
 from minisft.step import State
 from minisft.text.encoding import decode
 from minisft.text.tokenizer import Tokenizer
 
-STEP0 = "step0.json"  # eval loss and answers before training
+STEP0 = "step0.json"  # metrics and answers before training, for a resumed run to compare with
 
 
 def evaluate(
     base: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
 ) -> dict[str, float]:
-    """Loss, mean token accuracy and entropy, each a mean over the trained tokens of a dataset.
+    """Returns loss, token accuracy and entropy as means over the trained tokens of a dataset.
 
-    Trainer's eval_loss is a mean over batches weighted by their rows; this one weighs every token
-    alike, so the batch size does not change it.
+    Every token has the same weight, so the batch size does not change the numbers (Trainer's
+    eval_loss averages batch means). Also returns counts and times.
     """
     started = time.perf_counter()
     batches = eval_batches(dataset, eval_tokens(config), base.device)
@@ -58,33 +59,32 @@ def evaluate(
 def eval_batches(
     dataset: TokenizedDataset, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """All rows in order, side by side, at most max_tokens at a time."""
-    for rows in _cuts(dataset, max_tokens):
+    """Yield all rows in order, packed into batches of at most max_tokens tokens."""
+    lengths = dataset.row_lengths.tolist()
+    for rows in cut_by_tokens(list(range(len(dataset))), lengths, max_tokens):
         yield make_micro_batch(dataset, rows, device)
 
 
 def eval_tokens(config: TrainConfig) -> int:
-    """At a time; more than some thousand gain no speed."""
+    """Tokens per evaluation batch."""
     rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
+    # Beyond some thousand tokens, larger batches are not faster.
     return min(rows * config.max_length, 8192)
 
 
 def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
-    """Tokens of the largest batch of an evaluation; 0 without eval rows."""
+    """Tokens of the largest evaluation batch; 0 without eval rows."""
     if dataset is None:
         return 0
-    lengths = dataset.row_lengths
-    return max(int(lengths[rows].sum()) for rows in _cuts(dataset, eval_tokens(config)))
-
-
-def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
-    return cut_by_tokens(list(range(len(dataset))), dataset.row_lengths.tolist(), max_tokens)
+    # The lengths stand for the rows: only their sums are wanted.
+    lengths = dataset.row_lengths.tolist()
+    return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
 def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
-    """Evaluate the trained tensors, which are those after `step`; report and return the metrics.
+    """Evaluate the current weights, which belong to `step`; report and return the metrics.
 
-    With --eval-generate also `answers`, the greedy answers to the eval prompts.
+    With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
     """
     assert run.data.eval is not None
     metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
@@ -94,7 +94,7 @@ def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
 
 
 def evaluate_before(run: Run) -> dict[str, Any]:
-    """Metrics and answers of the untrained model; a resumed run reads those of its first start."""
+    """Metrics and answers of the untrained model; a resumed run reads them from step0.json."""
     if run.data.eval is None:
         return {}
     rows = data_hash(run.data.eval)
@@ -103,7 +103,8 @@ def evaluate_before(run: Run) -> dict[str, Any]:
         if before.get("rows", rows) == rows:
             return before
         run.report.say(
-            f"warning: {STEP0} is of other eval rows: no comparison with the untrained model"
+            f"warning: {STEP0} was computed on other eval rows: no comparison with the untrained "
+            "model"
         )
         return {}
     before = evaluate_now(run, 0, 0.0)
@@ -119,7 +120,7 @@ def _read_before(file: Path) -> dict[str, Any]:
 
 
 def check_evaluation(run: Run) -> None:
-    """Raises UserError for what would stop the first evaluation, before anything is written."""
+    """Raises UserError if the first evaluation would fail: no prompts, or a bad step0.json."""
     dataset = run.data.eval
     if dataset is not None and run.config.eval_generate:
         eval_prompts(dataset, run.config.eval_generate)
@@ -128,9 +129,9 @@ def check_evaluation(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate if --eval-strategy asks for it after this step; True if it is the best so far.
+    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best.
 
-    The last step is evaluated after the loop, and here only if it may be the best. Called again
+    The last step is evaluated after the loop, so here only if it can become the best. Called again
     after resuming, for an evaluation that a signal or a kill interrupted.
     """
     config, state, schedule = run.config, run.state, run.schedule
@@ -146,21 +147,11 @@ def evaluate_if_due(run: Run) -> bool:
     return note_evaluation_(state, metrics, config)
 
 
-def evaluate_missed(run: Run) -> bool:
-    """After resuming, make the evaluation that was interrupted.
-
-    Returns whether it is the best so far and its checkpoint is still to be saved: the checkpoint
-    may lie in another directory, if it was resumed from there.
-    """
-    if not run.state.step or not evaluate_if_due(run):
-        return False
-    return not (run.out / f"checkpoint-{run.state.step}").exists()
-
-
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
-    """Count an evaluation as the best so far (True) or not; for early stopping too.
+    """Update the best evaluation and the early-stopping count; returns True for a new best.
 
-    Better is strictly better than the best. Early stopping asks for more than its threshold.
+    As in Trainer, the best is replaced by any strictly better value, while early stopping requires
+    a gain above its threshold.
     """
     name, greater = config.best_metric
     value, best = metrics[name], state.best_value
@@ -174,14 +165,14 @@ def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig)
 
 
 def stops_early(state: State, config: TrainConfig) -> bool:
-    """Whether --early-stopping-patience is at its end."""
+    """Whether --early-stopping-patience is exhausted."""
     return 0 < config.early_stopping_patience <= state.evaluations_since_best
 
 
 def evaluate_after(run: Run, step: int) -> dict[str, Any]:
-    """Metrics and answers of what is exported, the weights as they were after `step`.
+    """Metrics and answers of the weights to be exported, which belong to `step`.
 
-    An evaluation of that step is not repeated, unless it was on other rows.
+    An earlier evaluation of that step is reused if it is complete and on the same rows.
     """
     dataset = run.data.eval
     if dataset is None:
@@ -196,21 +187,15 @@ def evaluate_after(run: Run, step: int) -> dict[str, Any]:
 
 
 def answer(run: Run, count: int) -> list[dict[str, Any]]:
-    """Greedy answers to the first `count` eval prompts, beside the expected ones."""
+    """Greedy answers to the first `count` eval prompts, with the expected ones."""
     assert run.data.eval is not None
     base, tokenizer = run.base, run.tokenizer
     prompts, expected = eval_prompts(run.data.eval, count)
     stops = stop_ids(tokenizer, base.cfg)
-    texts = generate(
-        run.state.trainable.views,
-        base.frozen,
-        prompts,
-        base.compute,
-        max_new_tokens=2 * max(map(len, expected)) + 2,
-        stop_ids=stops,
-        sampling=Sampling(),
-        device=base.device,
-    )
+    model = InferenceModel(run.state.trainable.views, base.frozen, base.compute, base.device)
+    # Answers end at a stop id; the limit is for a model that has not learned to stop.
+    new_tokens = 2 * max(map(len, expected)) + 2
+    answers = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=stops)
 
     def text(ids: list[int]) -> str:
         return decode(tokenizer, ids, skip_special_tokens=True).strip()
@@ -223,16 +208,16 @@ def answer(run: Run, count: int) -> list[dict[str, Any]]:
             "right": text(a) == text(e),
             "stopped": a[-1] in stops,
         }
-        for p, e, a in zip(prompts, expected, texts, strict=True)
+        for p, e, a in zip(prompts, expected, answers, strict=True)
     ]
 
 
 def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts, expected answers) of the first `count` rows, as token ids.
+    """Returns (prompts, expected answers) of the first `count` rows, as token ids.
 
-    The prompt of a row is its tokens up to the first trained label, the expected answer those from
-    there that are trained without a gap: of a chat of several turns, the first one's.
-    UserError for a row without a prompt.
+    The prompt of a row is all tokens before the first trained one, the expected answer the run of
+    trained tokens that starts there; in a chat that is the first trained turn. Raises UserError for
+    a row without a prompt.
     """
     prompts, expected = [], []
     for row in range(min(count, len(dataset))):
@@ -252,13 +237,8 @@ def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]]
 
 
 def question(ids: list[int], tokenizer: Tokenizer) -> str:
-    """What a reader would call the prompt: its longest stretch of text between special tokens."""
+    """The longest text between special tokens of a prompt: usually the user's message."""
     special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
-    stretches: list[list[int]] = [[]]
-    for i in ids:
-        if i in special:
-            stretches.append([])
-        else:
-            stretches[-1].append(i)
-    longest = max(stretches, key=len)
+    texts = [list(g) for is_special, g in groupby(ids, special.__contains__) if not is_special]
+    longest = max(texts, key=len, default=[])
     return decode(tokenizer, longest, skip_special_tokens=True).strip()

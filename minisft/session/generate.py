@@ -1,11 +1,13 @@
 """Greedy or sampled continuation of prompts, with a key/value cache.
 
-Prompts go through the model side by side, one token each per round, as documents do in training.
+All prompts run as one packed batch without padding, the same layout that training uses; after the
+first pass every active prompt contributes one token per round.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.config.errors import UserError
+from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
+from minisft.config.targets import TOKEN_ROWS, scaling_ratios
+from minisft.files.load import token_ids
+from minisft.files.weights import Checkpoint, stream_weights, to_device
 from minisft.llama import (
-    Attend,
+    TOKEN_IDS,
     Compute,
     Weights,
     block,
@@ -31,6 +37,17 @@ from minisft.text.chat import render
 from minisft.text.encoding import encode
 from minisft.text.tokenizer import Tokenizer
 
+Adapter = tuple[LoraConfig, dict[str, Tensor]]  # the result of `load_adapter`
+
+
+class InferenceModel(NamedTuple):
+    """The weights of a model and how to compute with them; everything is on `device`."""
+
+    trainable: Weights  # the adapter's tensors, or all weights after full fine-tuning
+    frozen: Weights
+    compute: Compute
+    device: torch.device
+
 
 class Sampling(NamedTuple):
     """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest share."""
@@ -40,46 +57,68 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-Cache = list[list[tuple[Tensor, Tensor]]]  # [layer][document] -> keys, values [capacity, K, H]
+GREEDY = Sampling()
+
+
+def load_for_inference(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    four_bit: Set[str] = frozenset(),
+    adapter: Adapter | None = None,
+) -> InferenceModel:
+    """Load a checkpoint to the device one tensor at a time, with or without an adapter.
+
+    four_bit: names of the weights to keep in 4 bits.
+    """
+    lora, tensors = adapter or (None, {})
+    frozen = {
+        name: to_device(name, weight, device, dtype, name in four_bit)
+        for name, weight in stream_weights(checkpoint)
+        if name not in tensors
+    }
+    cfg = checkpoint.cfg
+    compute = Compute(cfg, dtype)
+    if lora is not None:
+        compute = Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
+        if TOKEN_ROWS in tensors:
+            frozen[TOKEN_IDS] = token_ids(lora, device)
+    trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return InferenceModel(trainable, frozen, compute, device)
 
 
 @torch.no_grad()
 def generate(
-    trainable: Weights,
-    frozen: Weights,
+    model: InferenceModel,
     prompts: list[list[int]],
-    compute: Compute,
     *,
     max_new_tokens: int,
     stop_ids: set[int],
-    sampling: Sampling,
-    device: torch.device,
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """Continue each prompt (a non-empty list of ids) until a stop id or max_new_tokens.
 
-    Returns the new ids of each prompt, in order, the stop id included where one was reached.
+    Returns the new ids of each prompt, in order, including the stop id if one was reached.
+    Raises UserError if the logits are not finite.
     """
-    compute = dataclasses.replace(compute, lora_dropout=0.0, checkpoint_blocks=False)
-    cfg = compute.model
-    capacity = [len(p) + max_new_tokens for p in prompts]
-    shape = (cfg.num_key_value_heads, cfg.head_dim)
-    cache: Cache = [
-        [
-            tuple(torch.empty(n, *shape, dtype=compute.dtype, device=device) for _ in "kv")
-            for n in capacity
-        ]  # pyright: ignore
-        for _ in range(cfg.num_hidden_layers)
-    ]
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    written = [0] * len(prompts)
+    cfg, compute = model.compute.model, model.compute
+
+    def empty(capacity: int) -> Tensor:
+        shape = (2, capacity, cfg.num_key_value_heads, cfg.head_dim)
+        return torch.empty(shape, dtype=compute.dtype, device=model.device)
+
+    # cache[layer][i]: keys and values of document i
+    capacity = [len(prompt) + max_new_tokens for prompt in prompts]
+    cache = [[empty(tokens) for tokens in capacity] for _ in range(cfg.num_hidden_layers)]
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
     new: list[list[int]] = [[] for _ in prompts]
-    active, inputs = list(range(len(prompts))), prompts
+    active, inputs, starts = list(range(len(prompts))), prompts, [0] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = _extend(trainable, frozen, inputs, active, cache, written, compute, device)
+        logits = _extend_([[layer[i] for i in active] for layer in cache], starts, inputs, model)
         if not logits.isfinite().all():
             raise UserError(
-                "the model's logits are not finite, so there is no next token: its weights or the "
-                "adapter's are damaged, or --dtype is too narrow for them"
+                "the model's logits are not finite, so no next token can be chosen: the weights of "
+                "the model or the adapter are damaged, or overflow in this --dtype"
             )
         chosen = _choose(logits, sampling, generator)
         for i, token in zip(active, chosen, strict=True):
@@ -88,89 +127,82 @@ def generate(
         if not active:
             break
         inputs = [[new[i][-1]] for i in active]
+        starts = [len(prompts[i]) + len(new[i]) - 1 for i in active]
     return new
 
 
-def _extend(
-    trainable: Weights,
-    frozen: Weights,
-    inputs: list[list[int]],
-    active: list[int],
-    cache: Cache,
-    written: list[int],
-    compute: Compute,
-    device: torch.device,
+def _extend_(
+    cache: list[list[Tensor]], starts: list[int], inputs: list[list[int]], model: InferenceModel
 ) -> Tensor:
-    """Run new tokens of the active documents through the model, extending the cache in place.
+    """Run the next tokens of documents through the model and add them to the cache.
 
-    inputs[j] are the new ids of document active[j]: a whole prompt at first, then one token.
-    Returns the logits after each document's last token, [documents, V] float32.
+    cache[layer][j]: keys and values of document j, [2, capacity, K, H], with starts[j] tokens
+    stored. inputs[j]: its next ids, the whole prompt at first, then one token. Returns the logits
+    after each document's last token, [documents, V] float32.
     """
-    cfg = compute.model
-    tokens = make_tokens(inputs, device)
-    starts = [written[i] for i in active]
-    contexts = tuple(start + len(ids) for start, ids in zip(starts, inputs, strict=True))
+    trainable, frozen, compute, device = model
+    cfg, tokens = compute.model, make_tokens(inputs, device)
+    lengths = tokens.documents.lengths
+    contexts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
     offsets = torch.tensor(starts, device=device).repeat_interleave(
-        torch.tensor([len(ids) for ids in inputs], device=device)
+        torch.tensor(lengths, device=device)
     )
+    # Dynamic RoPE depends on the length of the whole context, not on that of this pass's tokens.
     rope = rope_table(
-        tokens.position_ids_T + offsets,
-        tokens.documents.lengths,
-        cfg.rope,
-        head_dim=cfg.head_dim,
-        max_positions=cfg.max_position_embeddings,
-        dtype=compute.dtype,
-        contexts=contexts,
-    )
+        tokens.position_ids_T + offsets, lengths, cfg.rope,
+        head_dim=cfg.head_dim, max_positions=cfg.max_position_embeddings,
+        dtype=compute.dtype, contexts=contexts,
+    )  # fmt: skip
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
     adapter, ratios = LoraContext(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
-    for i in range(cfg.num_hidden_layers):
-        layer_cache = [cache[i][document] for document in active]
-        attend = _cached_attention(layer_cache, starts, tokens.documents)
+    for i, layer in enumerate(cache):
+        attend = partial(_cached_attention, layer, starts, tokens.documents)
         x_TD = block(x_TD, layer_view(trainable, frozen, i, ratios), rope, attend, adapter, cfg)
-    for i, context in zip(active, contexts, strict=True):
-        written[i] = context
+    # The head is the largest matmul: run it on the last token of each document only.
     last = tokens.documents.cu_seqlens[1:].long() - 1
     h_BD = rms_norm(x_TD[last], leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
     return F.linear(h_BD, head_weight(trainable, frozen, cfg, compute.dtype)).float()
 
 
 def _cached_attention(
-    cache: list[tuple[Tensor, Tensor]], starts: list[int], documents: Documents
-) -> Attend:
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        lengths = documents.lengths
-        for (keys, values), start, k, v in zip(
-            cache, starts, k_TKH.split(lengths), v_TKH.split(lengths), strict=True
-        ):
-            keys[start : start + len(k)], values[start : start + len(v)] = k, v
-        if not any(starts):  # the prompts themselves: ordinary causal attention
-            return packed_attention(q_TNH, k_TKH, v_TKH, documents)
-        out = []
-        for (keys, values), start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
-            q, k, v = (
-                x.transpose(0, 1).unsqueeze(0) for x in (q, keys[: start + 1], values[: start + 1])
-            )
-            out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
-        return torch.cat(out).squeeze(2)
-
-    return attend
+    cache: list[Tensor],
+    starts: list[int],
+    documents: Documents,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+) -> Tensor:
+    """Attention of a layer that stores new keys and values, then attends to all stored ones."""
+    lengths = documents.lengths
+    new = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
+    for stored, start, (k, v) in zip(cache, starts, new, strict=True):
+        stored[0, start : start + len(k)], stored[1, start : start + len(v)] = k, v
+    if not any(starts):  # the prompts themselves: ordinary causal attention
+        return packed_attention(q_TNH, k_TKH, v_TKH, documents)
+    out = []
+    # From the second round on each document has one query. It sees every stored key: no mask.
+    for stored, start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, *stored[:, : start + 1]))
+        out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(out).squeeze(2)
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    """The next token of each document."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
+        # Without the token's own probability: the likeliest token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()
 
 
 def stop_ids(tokenizer: Tokenizer, cfg: ModelConfig) -> set[int]:
-    """Ids that end a turn: the checkpoint's and the tokenizer's EOS, and what the chat template
-    puts after an assistant's message if that is a special token."""
+    """Ids that end a turn: the EOS tokens of config.json and of the tokenizer, and the special
+    token that the chat template writes after an assistant message, if there is one."""
     stops = set(cfg.eos_token_ids)
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
@@ -178,7 +210,8 @@ def stop_ids(tokenizer: Tokenizer, cfg: ModelConfig) -> set[int]:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             text = render(tokenizer.chat_template, turn, special_tokens=tokenizer.special_tokens)
-        except UserError:  # a template that wants other roles says nothing about plain turns
+        # Some templates require other roles; nothing can be inferred from them.
+        except UserError:
             return stops
         after = encode(tokenizer, text[text.rfind("b") + 1 :].strip(), add_special_tokens=False)
         special = {t for t, a in tokenizer.backend.get_added_tokens_decoder().items() if a.special}

@@ -1,55 +1,81 @@
-"""Guards that end a training run: non-finite numbers, a lasting loss spike, weights that stay."""
+"""What refuses a run before it writes anything, and the guards that stop training."""
 
 from __future__ import annotations
 
 import math
+import shutil
 
 import torch
 
+from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import list_checkpoints
+from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
+from minisft.session.evaluate import check_evaluation
 from minisft.step import State, StepResult
+from minisft.variants.pissa import is_pair
 
 
 class TrainingStopped(RuntimeError):
-    """A guard stopped training: a non-finite loss, a spike, or no weight changed. Exit code 3."""
+    """A guard stopped training: non-finite loss, loss spike, or no weight changed. Exit code 3."""
+
+
+def check_run(run: Run) -> None:
+    """Raises UserError if evaluating would fail, or the disk is too small for the results."""
+    check_evaluation(run)
+    trained, lora = run.state.trainable, run.base.lora
+    # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
+    need = 4 * 4 * trained.buffer.numel()
+    # PiSSA and OLoRA also store the initial A and B, in the checkpoint and in the result.
+    if lora and lora.splits_weights:
+        need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
+    free = shutil.disk_usage(existing(run.out)).free
+    if free < need:
+        raise UserError(
+            f"--output-dir {run.out} has {free / 2**30:.2f} GiB free; one checkpoint and the "
+            f"result need {need / 2**30:.2f} GiB: free some space or choose another directory"
+        )
 
 
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Why this step ends training, or "". Warns where a spike of the loss begins."""
-    return _not_applied(run, result, rows) or _spike_(run, result, rows)
+    """Returns why training must stop after this step, or "". Warns at the start of a loss spike.
 
-
-def training_stopped(run: Run, reason: str) -> TrainingStopped:
-    """The exception to raise, with the newest checkpoint in its message."""
+    rows: the training rows of the step, for the message.
+    """
+    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+    reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
+    if not reason:
+        return ""
     found = list_checkpoints(run.out)
     last = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return TrainingStopped(f"{reason}; {last}")
+    return f"{reason}; {last}"
 
 
-def _not_applied(run: Run, result: StepResult, rows: list[int]) -> str:
+def _not_applied(run: Run, result: StepResult, rows: str) -> str:
+    """Returns why an update that was not applied must stop training, or ""."""
     if result.applied:
         return ""
     dtype, state = run.base.compute.dtype, run.state
-    # With float16 a gradient that overflows is expected: the step was skipped and the loss scale
-    # halved. Below 1e-4 the scale is not the cause.
+    # In float16 gradient overflow is expected: the step is skipped and the loss scale halved. Below
+    # 1e-4 the scale is no longer the cause.
     if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
         return ""
-    what = "loss" if not math.isfinite(result.loss) else "gradient norm"
-    value = result.loss if what == "loss" else result.grad_norm
+    what = f"gradient norm is {result.grad_norm}"
+    if not math.isfinite(result.loss):
+        what = f"loss is {result.loss}"
     return (
-        f"step {state.step}: the {what} is {value}; no weight was changed by it. Rows of the step: "
-        f"{_shown(rows)}. Look at them, or lower --learning-rate and resume"
+        f"step {state.step}: the {what}; the step changed no weight. Rows of the step: {rows}. "
+        "Inspect them, or lower --learning-rate and resume"
     )
 
 
-def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Note the loss for spike detection; why a lasting spike ends training, or "".
+def _spike_(run: Run, result: StepResult, rows: str) -> str:
+    """Record the loss for spike detection; returns why a lasting spike must stop training, or "".
 
-    A spike is a loss of more than twice the mean of the last 100 losses without spikes, and more
-    than 1 above it.
+    A spike is a loss above twice the mean of the last 100 losses (spikes excluded) and more than 1
+    above that mean. The fifth in a row is a lasting one.
     """
     state = run.state
     mean = sum(state.losses) / max(1, len(state.losses))
@@ -60,22 +86,19 @@ def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
         return ""
     state.spikes += 1
     spike = (
-        f"step {state.step}: the loss is {result.loss:.4g}; the mean of {len(state.losses)} steps "
-        f"before is {mean:.4g}. Rows of the step: {_shown(rows)}"
+        f"step {state.step}: the loss is {result.loss:.4g}; the mean of the previous "
+        f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {rows}"
     )
     if state.spikes == 1:
         run.report.say(f"warning: {spike}")
     if state.spikes < 5 or not run.config.stop_on_loss_spike:
         return ""
-    return f"{spike}. It is the fifth such step in a row: lower --learning-rate and resume"
-
-
-def _shown(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+    return f"{spike}. This is the fifth such step in a row: lower --learning-rate and resume"
 
 
 def trace(state: State) -> tuple[int, int]:
-    """(updates applied, checksum of the trained tensors' bits), to compare before and after."""
+    """Returns (updates applied, checksum of the trained tensors' bits), for `check_changed`."""
+    # An exact comparison without a second copy of the tensors.
     bits = state.trainable.buffer.view(torch.int32)
     return state.updates, int(bits.sum(dtype=torch.int64))
 
@@ -85,17 +108,16 @@ def check_changed(
 ) -> None:
     """Raises TrainingStopped if steps with a learning rate above 0 changed no trained weight.
 
-    before: `trace` of the state that step `first` started from. Steps that float16 skipped count
-    only if no step of the whole run was applied.
+    before: `trace` of the state before step `first`. total: steps done by now.
     """
-    if config.learning_rate == 0 or not any(
-        lr_factor(i, total, config) for i in range(first, total)
-    ):
+    if not any(config.learning_rate * lr_factor(i, total, config) for i in range(first, total)):
         return
+    # float16 may have skipped every step of this process; that is an error only if the whole run,
+    # earlier processes included, never applied one.
     skipped = 0 < state.updates == before[0]
     if not skipped and trace(state)[1] == before[1]:
         raise TrainingStopped(
             f"{total - first} steps changed no trained weight ({state.updates} updates in all): "
-            "the gradients are zero, or every step overflowed. Look at the rows, and at grad_norm "
-            "in metrics.jsonl; with --dtype float16 try bfloat16, or more steps"
+            "the gradients are zero, or every step overflowed. Inspect the rows, and grad_norm in "
+            "metrics.jsonl; with --dtype float16 try bfloat16, or more steps"
         )

@@ -1,7 +1,7 @@
-"""TensorBoard, Weights & Biases and Trackio, beside metrics.jsonl, which is always written.
+"""Loggers of --report-to: TensorBoard, Weights & Biases, Trackio.
 
-Each gets every metrics line under Trainer's names (train/loss, eval/loss). Whatever one of them
-raises ends in a single warning, and training goes on without it.
+Each receives every line of metrics.jsonl under Trainer's names (train/loss, eval/loss). If one
+fails, a single warning is printed and training continues without it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
+from minisft.session.outputs import plain_config
 
 
 class Logger(NamedTuple):
@@ -27,12 +29,12 @@ class Logger(NamedTuple):
 
 
 def require_loggers(config: TrainConfig) -> None:
-    """UserError for a logger that is not installed: before training starts nothing is lost."""
+    """Raises UserError if the package of a logger is not installed."""
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--report-to {name}: the package is not installed; pip install {name}, or leave "
-                "it out: metrics.jsonl has the numbers"
+                f"--report-to {name}: the package is not installed; pip install {name}, or drop "
+                "the flag: metrics.jsonl has the numbers"
             )
 
 
@@ -40,61 +42,53 @@ def require_loggers(config: TrainConfig) -> None:
 def loggers(
     config: TrainConfig, out: Path, first_step: int, warn: Callable[[str], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open what --report-to names and yield log(line), which takes a line of metrics.jsonl."""
+    """Open the loggers of --report-to; yield log(line), which takes a line of metrics.jsonl."""
     opened: list[Logger] = []
     for name in config.report_to:
-        try:
+        with _only_warning(warn, name, "cannot be opened"):
             opened.append(_OPEN[name](config, out, first_step))
-        except Exception as e:
-            warn(_broken(name, "cannot be opened", e))
 
     def log(line: dict[str, Any]) -> None:
-        metrics = named(line)
-        for logger in [*opened]:
-            try:
+        metrics, working = named(line), []
+        for logger in opened:
+            with _only_warning(warn, logger.name, "has stopped logging"):
                 logger.write(metrics, line["step"])
-            except Exception as e:
-                opened.remove(logger)
-                warn(_broken(logger.name, "has stopped logging", e))
+                working.append(logger)
+        opened[:] = working
 
     try:
         yield log
     finally:
         for logger in opened:
-            try:
+            with _only_warning(warn, logger.name, "was not closed cleanly"):
                 logger.close()
-            except Exception as e:
-                warn(_broken(logger.name, "was not closed cleanly", e))
+
+
+@contextmanager
+def _only_warning(warn: Callable[[str], None], name: str, what: str) -> Iterator[None]:
+    """Turns any exception inside into a warning that the logger `name` `what`."""
+    try:
+        yield
+    # Third-party code, network, disk: nothing that a logger raises may end training.
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warn(f"warning: --report-to {name} {what} ({reason}); metrics.jsonl has the numbers")
 
 
 def named(line: dict[str, Any]) -> dict[str, float]:
-    """A line of metrics.jsonl as Trainer's loggers name it: train/loss, eval/loss."""
-    numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+    """Returns the finite numbers of a metrics line under Trainer's names: train/loss, eval/loss."""
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
-        for k, v in numbers.items()
-        if math.isfinite(v)
+        for k, v in line.items()
+        if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)
     }
-
-
-def _broken(name: str, what: str, e: Exception) -> str:
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    return f"warning: --report-to {name} {what} ({reason}); metrics.jsonl has the numbers"
-
-
-def _run_name(config: TrainConfig, out: Path) -> str:
-    return config.run_name or out.resolve().name
-
-
-def _directory(config: TrainConfig, out: Path, default: str) -> Path:
-    return Path(config.logging_dir) if config.logging_dir else out / default
 
 
 def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
-    directory = _directory(config, out, "runs") / _run_name(config, out)
-    # Steps beyond the checkpoint that is resumed from are hidden in what was written before.
+    directory = Path(config.logging_dir or out / "runs") / (config.run_name or out.resolve().name)
+    # Hides the steps after the resumed checkpoint that the earlier process logged.
     writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
     writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in vars(config).items()))
 
@@ -105,30 +99,24 @@ def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger
     return Logger("tensorboard", write, writer.close)
 
 
-def _open_wandb(config: TrainConfig, out: Path, first_step: int) -> Logger:
-    import wandb
-
-    directory = _directory(config, out, ".")
-    directory.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "minisft"),
-        name=_run_name(config, out),
-        dir=str(directory),
-        config={k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()},
-        settings=wandb.Settings(silent=True),
+def _open_tracker(name: str, config: TrainConfig, out: Path, first_step: int) -> Logger:
+    # Trackio has the interface of W&B.
+    package, more = importlib.import_module(name), {}
+    if name == "wandb":
+        directory = Path(config.logging_dir or out)
+        directory.mkdir(parents=True, exist_ok=True)
+        more = {"dir": str(directory), "settings": package.Settings(silent=True)}
+    run = package.init(
+        project=os.environ.get(f"{name.upper()}_PROJECT", "minisft"),
+        name=config.run_name or out.resolve().name,
+        config=plain_config(config),
+        **more,
     )
-    return Logger("wandb", lambda metrics, step: run.log(metrics, step=step), run.finish)
+    return Logger(name, lambda metrics, step: run.log(metrics, step=step), run.finish)
 
 
-def _open_trackio(config: TrainConfig, out: Path, first_step: int) -> Logger:
-    import trackio  # pyright: ignore[reportMissingImports]  # an extra that no test needs
-
-    run = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", "minisft"),
-        name=_run_name(config, out),
-        config={k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()},
-    )
-    return Logger("trackio", lambda metrics, step: run.log(metrics, step=step), run.finish)
-
-
-_OPEN = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}
+_OPEN = {
+    "tensorboard": _open_tensorboard,
+    "wandb": partial(_open_tracker, "wandb"),
+    "trackio": partial(_open_tracker, "trackio"),
+}

@@ -1,4 +1,4 @@
-"""What a run needs of memory, by estimate; out of memory, said in one line with what needs less."""
+"""Memory estimates, and one-line out-of-memory errors that suggest cheaper settings."""
 
 from __future__ import annotations
 
@@ -19,49 +19,46 @@ from minisft.lora import Flat
 from minisft.loss import rows_evaluated, rows_of_logits
 from minisft.step import ExecutionPlan, State
 
-_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # a plain RuntimeError there
-
-
-Needs = dict[str, float]  # what for -> GiB
-_PLANNED = "gradient, buffers and activations"  # of the hand-written pass on a GPU
+# On the CPU, torch raises a plain RuntimeError with one of these texts.
+_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")
+Needs = dict[str, float]  # purpose -> GiB
+_PLANNED = "gradient, buffers and activations"  # of the explicit pass on a GPU
 
 
 @contextmanager
 def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
-    """Turns running out of GPU or host memory into a UserError with the estimate and the levers.
+    """Turns an out-of-memory error into a UserError with the estimate and cheaper settings.
 
-    Yields where to put the estimate, once there is one; until then it is that of the weights.
+    Yields an empty dict to be filled with the estimate; while it is empty, the message has that of
+    the weights and the optimizer state only.
     """
     needs: Needs = {}
     try:
         yield needs
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise UserError(_message(config, e, needs)) from e
-    except RuntimeError as e:
-        if not any(text in str(e) for text in _CPU_ALLOCATOR):
+    # torch.OutOfMemoryError, of the GPU, is a RuntimeError.
+    except (MemoryError, RuntimeError) as e:
+        known = isinstance(e, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(e) for text in _CPU_ALLOCATOR):
             raise
-        raise UserError(_message(config, e, needs)) from e
-
-
-def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
-    return (
-        f"out of memory ({reason}). This run needs, by estimate: {in_words(needs)}. "
-        f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
-    )
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
+        needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
+        raise UserError(
+            f"out of memory ({reason}). Estimated need: {in_words(needs)}. "
+            f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
+        ) from e
 
 
 def in_words(needs: Needs) -> str:
-    """The parts of an estimate, in words."""
+    """The parts of an estimate as text."""
     return ", ".join(f"{what} {gib:.2f} GiB" for what, gib in needs.items())
 
 
 def levers(config: TrainConfig, needs: Needs) -> list[str]:
-    """The settings that would need less memory, the one that costs nothing first."""
+    """Suggested settings that need less memory, those that do not change training first."""
     found = []
     rows = config.per_device_train_batch_size
-    if _PLANNED in needs:  # micro-batches of its own, whatever the batch size
+    # The explicit pass plans its own micro-batches, whatever the batch size is.
+    if _PLANNED in needs:
         gib = sum(needs.values())
         found.append(f"--max-memory-gib below {gib:.2f} plans with less (same training, slower)")
     elif rows > 1:
@@ -82,23 +79,24 @@ def levers(config: TrainConfig, needs: Needs) -> list[str]:
 
 
 def resident_gib(base: Base, state: State) -> Needs:
-    """GiB of the weights, and of the trained tensors with the optimizer's state; exact."""
+    """Exact GiB of the frozen weights, and of the trained tensors with the optimizer state."""
     frozen = sum(w.nbytes if isinstance(w, Tensor) else w.nbytes() for w in base.frozen.values())
     trained = state.trainable.buffer.nbytes + sum(m.nbytes for m in state.moments.values())
     return {"frozen weights": frozen / 2**30, "trained tensors and optimizer": trained / 2**30}
 
 
 def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluated: int) -> Needs:
-    """Estimated memory of a run in GiB, by what it is for.
+    """Estimated memory of a run in GiB, by purpose.
 
-    tokens: of the largest micro-batch in training. evaluated: of the largest in evaluation (0:
-    there is none). The hand-written pass on a GPU: what it was planned with. Autograd: a gradient
-    as long as the trained tensors, what it keeps of each token, and two float32 blocks of logits.
-    Where an evaluation needs more than a training step, what the evaluation needs.
+    tokens: of the largest training micro-batch. evaluated: of the largest evaluation batch (0
+    without evaluation). Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as
+    the trained tensors, the activations it saves, and two float32 blocks of logits. If evaluation
+    needs more than a training step, its need is counted instead.
     """
     needs = resident_gib(base, state)
     V, cfg, size = base.cfg.vocab_size, base.cfg, base.compute.dtype.itemsize
-    # One layer's: its input, norm and sum, the norm's float32; gate, up and their product.
+    # Evaluation holds one layer's activations: its input, norm and sum, the norm in float32; gate,
+    # up and their product.
     layer = (4 * size + 8) * cfg.hidden_size + 3 * size * cfg.intermediate_size
     logits = 2 * 4 * min(evaluated, rows_evaluated(V)) * V
     evaluation = (evaluated * layer + logits) / 2**30
@@ -114,13 +112,10 @@ def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluat
 
 
 def autograd_bytes(compute: Compute, trainable: Flat) -> float:
-    """What autograd keeps of a token in all layers.
-
-    Of a layer: the input of each norm in float32 and its result, and before the weight where that
-    is trained; q, k, v and the attended values; gate, silu(gate), up and their product. Of an
-    adapted linear x A^T, with dropout what is left of x, with DoRA the output before it is scaled.
-    With checkpointed blocks: that of one layer, and the inputs of all.
-    """
+    """Bytes per token that autograd saves for the backward pass, over all layers."""
+    # Per layer: the input of each norm in float32 and its result, also before the norm's weight if
+    # that is trained; q, k, v and the attention output; gate, silu(gate), up and their product.
+    # Per adapted linear: x A^T; with dropout x after dropout; with DoRA the output before scaling.
     cfg = compute.model
     D, F, L = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
     heads = 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
@@ -133,4 +128,5 @@ def autograd_bytes(compute: Compute, trainable: Flat) -> float:
             numbers += view.numel()
     size = compute.dtype.itemsize
     total = numbers * size + L * 2 * D * 4
+    # Checkpointed blocks: one layer while it is recomputed, and the inputs of all.
     return total / L + L * D * size if compute.checkpoint_blocks else total

@@ -1,16 +1,15 @@
-"""A base and its adapter as one ordinary checkpoint, written shard by shard and checked after.
+"""Merge an adapter into its base: an ordinary checkpoint, written shard by shard and verified.
 
-W' = W + scaling * B A (DoRA: with rows of the trained length), formed in float32 and rounded once.
-W is the base as it is stored
-(`16bit`), or decoded from the 4 bits that the adapter was trained on (`dequant`): then the merged
-model is the one that was trained.
+W' = W + scaling * B A (DoRA: with its rows rescaled to the trained magnitudes), computed in float32
+and rounded once. W is either the base as it is stored (`16bit`) or the base decoded from the 4 bits
+that the adapter was trained on (`dequant`); the latter reproduces the trained model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from minisft.config.errors import UserError
-from minisft.config.lora import LoraConfig
-from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS, scaling_ratios
+from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
 from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
 from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
@@ -37,14 +35,9 @@ from minisft.files.weights import (
     stream_weights,
     to_device,
 )
-from minisft.llama import (
-    EMBEDDING,
-    TOKEN_IDS,
-    Compute,
-    logits,
-    make_tokens,
-)
-from minisft.session.modelfile import serving_files
+from minisft.llama import EMBEDDING, logits, make_tokens
+from minisft.session.generate import Adapter, InferenceModel, load_for_inference
+from minisft.session.serving import serving_files
 from minisft.text.tokenizer import load_tokenizer, tokenizer_of
 
 CPU = torch.device("cpu")
@@ -60,20 +53,20 @@ class Merged(NamedTuple):
     model: Path
     relative_difference: float
     largest_difference: float
-    from_trained: float | None = None  # relative, where the adapter was trained on the other base
+    from_trained: float | None = None  # relative, if the adapter was trained on the other base
 
     def __str__(self) -> str:
         how = {"16bit": "as it is stored", "dequant": "decoded from 4 bits"}
         line = (
             f"merged onto {self.model}, {how[self.base]}; logits differ from those of the adapter "
-            f"on that base by {self.relative_difference:.1e} of their size, "
-            f"{self.largest_difference:.1e} at most"
+            f"on that base by {self.relative_difference:.1e} (relative), "
+            f"{self.largest_difference:.1e} (largest)"
         )
         if self.from_trained is not None:
             trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
             line += (
-                f"; the adapter was trained on the base {trained}, and from the logits of that "
-                f"model they differ by {self.from_trained:.1e}"
+                f"; the adapter was trained on the base {trained}, and logits differ from those of "
+                f"that model by {self.from_trained:.1e} (relative)"
             )
         return line
 
@@ -88,128 +81,110 @@ def merge(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Merged:
-    """Write output_dir, a transformers directory, from an adapter directory and its base.
+    """Merge an adapter directory into its base and write output_dir, a transformers directory.
 
-    model, revision: the adapter's own unless given. base: `auto` is dequant for an adapter that was
-    trained on a base in 4 bits. dtype: of the file; auto is the base's own, or bfloat16 where that
-    is not said. The result appears under its name once it is complete and its logits agree.
-    Raises UserError for what the user can mend, and if the logits do not agree.
+    model, revision: default to the adapter's own. base: see BASES; `auto` is dequant if the adapter
+    was trained on a base in 4 bits, else 16bit. dtype: of the files; `auto` is the dtype in the
+    base's config.json, bfloat16 if it names none. output_dir appears once it is complete and its
+    logits are verified. Raises UserError for invalid input, and if the logits differ.
     """
     out = Path(output_dir)
     if base not in BASES:
         raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
+    # `atomic_directory` checks it again, but only after the base has been resolved and read.
     refuse_existing(out)
-    raw = read_adapter_config(adapter)
-    name = model or str(raw.get("base_model_name_or_path") or "")
-    if not name:
-        raise UserError(f"{adapter}: the adapter names no base model; give --model")
-    directory = resolve_model(name, revision or (None if model else raw.get("revision")))
+    directory = _base_directory(adapter, model, revision)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
-    lora, tensors = load_adapter(adapter, checkpoint.cfg)
-    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: not known
+    loaded = load_adapter(adapter, checkpoint.cfg)
+    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: unknown
     if base == "auto":
         base = "dequant" if trained_in_4bit else "16bit"
     if base == "16bit" and checkpoint.four_bit:
         raise UserError(
             f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
-            "take --base dequant"
+            "use --base dequant"
         )
-    where = resolve_device(device)
+    place = resolve_device(device)
     stored = checkpoint.cfg.dtype or "bfloat16"
-    kind = resolve_dtype(stored if dtype == "auto" else dtype, where)
+    kind = resolve_dtype(stored if dtype == "auto" else dtype, place)
     four_bit = four_bit_names(checkpoint, base == "dequant")
     trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
     if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
         warnings.warn(other, stacklevel=2)
     with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
-        merged = merged_weights(checkpoint, four_bit, lora, tensors, where)
-        save_shards(temporary, merged, kind)
-        tied = checkpoint.cfg.tie_word_embeddings and not lora.lora_embeddings
+        save_shards(temporary, merged_weights(checkpoint, four_bit, loaded, place), kind)
+        # An adapted embedding no longer equals the head.
+        tied = checkpoint.cfg.tie_word_embeddings and not loaded[0].lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
         files = serving_files("FROM .", tokenizer, cfg)
         write_model_files(temporary, directory, cfg, kind, files)
-        ours = logits_of(open_checkpoint(temporary, load_model_config(temporary)), kind, where)
-        live = logits_of(checkpoint, kind, where, lora, tensors, four_bit)
+        written = open_checkpoint(temporary, load_model_config(temporary))
+        ours = logits_of(load_for_inference(written, kind, place))
+        live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
         relative, largest = difference(ours, live), (ours - live).abs().max().item()
+        # `not <=` also refuses NaN.
         if not relative <= TOLERANCE[kind]:
             raise UserError(
                 f"{out}: the merged model's logits differ from the live model's by {relative:.2e} "
-                f"of their size (expected at most {TOLERANCE[kind]:g}); nothing was written"
+                f"(relative; expected at most {TOLERANCE[kind]:g}); nothing was written"
             )
         away = None
         if trained != four_bit:
-            away = difference(ours, logits_of(checkpoint, kind, where, lora, tensors, trained))
+            live = logits_of(load_for_inference(checkpoint, kind, place, trained, loaded))
+            away = difference(ours, live)
     return Merged(base, directory, relative, largest, away)
 
 
+def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Path:
+    """The directory of the base: `model`, or the one that the adapter names."""
+    raw = read_adapter_config(adapter)
+    name = model or str(raw.get("base_model_name_or_path") or "")
+    if not name:
+        raise UserError(f"{adapter}: adapter_config.json names no base model; give --model")
+    # The adapter's revision belongs to the base that the adapter names.
+    return resolve_model(name, revision or (None if model else raw.get("revision")))
+
+
 def merged_weights(
-    checkpoint: Checkpoint,
-    four_bit: set[str],
-    lora: LoraConfig,
-    tensors: dict[str, Tensor],
-    device: torch.device,
+    checkpoint: Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """(key, float32 weight) of the merged model, one at a time. four_bit: decoded from 4 bits."""
+    """Yield (key, float32 weight) of the merged model, one weight in memory at a time.
+
+    four_bit: names of the weights that are quantised to 4 bits and decoded first.
+    """
+    lora, tensors = adapter
     for name, weight in stream_weights(checkpoint):
         if name in tensors:  # a trained copy
             yield name, tensors[name]
             continue
-        if name == EMBEDDING and TOKEN_ROWS in tensors:
-            assert isinstance(weight, Tensor)
-            yield name, weight.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
-            continue
-        if name == EMBEDDING and EMBEDDING_A in tensors:
-            assert isinstance(weight, Tensor)
-            update = (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
-            yield name, weight.float() + lora.scaling_of("model.embed_tokens") * update
-            if checkpoint.cfg.tie_word_embeddings:  # the head is not adapted: no longer tied
-                yield "lm_head.weight", weight.float()
-            continue
         if name in four_bit:
             weight = to_device(name, weight, device, torch.float32, True)
-        weight = dequantized(weight)
-        path = name.removesuffix(".weight")
-        if f"{path}.lora_A.weight" not in tensors:
-            yield name, weight
-            continue
-        A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
-        merged = weight.to(device, torch.float32) + lora.scaling_of(path) * (B @ A)
-        if lora.use_dora:
-            magnitude = tensors[f"{path}.lora_magnitude_vector"].to(device)
-            merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+        path, merged = name.removesuffix(".weight"), dequantized(weight)
+        if name == EMBEDDING and TOKEN_ROWS in tensors:
+            merged = merged.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
+        elif name == EMBEDDING and EMBEDDING_A in tensors:
+            base, update = merged.float(), (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
+            merged = base + lora.scaling_of(path) * update
+            if checkpoint.cfg.tie_word_embeddings:  # the head is not adapted: no longer tied
+                yield name, merged
+                name, merged = "lm_head.weight", base
+        elif f"{path}.lora_A.weight" in tensors:
+            A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
+            merged = merged.to(device, torch.float32) + lora.scaling_of(path) * (B @ A)
+            if lora.use_dora:
+                magnitude = tensors[f"{path}.lora_magnitude_vector"].to(device)
+                merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
         yield name, merged
 
 
-def logits_of(
-    source: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    lora: LoraConfig | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
-    four_bit: Set[str] = frozenset(),
-) -> Tensor:
-    """float64 [48, V]: a checkpoint's logits on 48 tokens, computed in `dtype`.
-
-    With lora and its tensors: under the adapter. four_bit: names of the weights kept in 4 bits.
-    """
-    cfg, trained = source.cfg, tensors or {}
-    ids = [(7919 * i + 1) % cfg.vocab_size for i in range(48)]
-    frozen = {
-        name: to_device(name, weight, device, dtype, name in four_bit)
-        for name, weight in stream_weights(source)
-        if name not in trained
-    }
-    compute = Compute(cfg, dtype)
-    if lora is not None:
-        ratios = scaling_ratios(lora, cfg)
-        compute = Compute(cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
-        if TOKEN_ROWS in trained:
-            frozen[TOKEN_IDS] = token_ids(lora, device)
-    trained = {name: tensor.to(device) for name, tensor in trained.items()}
-    with torch.no_grad():
-        tokens = make_tokens([ids[:16], ids[16:]], device)
-        return logits(trained, frozen, tokens, compute).double().cpu()
+@torch.no_grad()
+def logits_of(model: InferenceModel) -> Tensor:
+    """float64 [48, V]: logits of a model on 48 fixed tokens, computed in its dtype."""
+    ids = [(7919 * i + 1) % model.compute.model.vocab_size for i in range(48)]
+    # Two documents of different lengths, so that packing is verified too.
+    tokens = make_tokens([ids[:16], ids[16:]], model.device)
+    return logits(model.trainable, model.frozen, tokens, model.compute).double().cpu()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The output directory of a run: who may write there, and the record of what was run."""
+"""The output directory of a run: which one is accepted, its lock, its result, its settings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +18,8 @@ from minisft.files.checkpoint import clean_temporaries, list_checkpoints
 from minisft.files.disk import check_writable, file_digest
 
 RUN, OUTPUT = "run.json", "train_output.json"
-
-
-# Files with names that others use too: a directory that holds one and no run is left alone.
+# Files that a run writes but other programs may have written too: a directory that holds one of
+# them without run.json is refused, so that nothing of theirs is overwritten.
 _WRITTEN = (
     "README.md", "config.json", "generation_config.json", "metrics.jsonl", "step0.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -29,11 +27,8 @@ _WRITTEN = (
 )  # fmt: skip
 
 
-_PIECE = 1 << 16  # bytes
-
-
 class TrainOutput(NamedTuple):
-    """What `train` returns: steps done, mean loss over them, and the run's closing numbers."""
+    """What `train` returns: optimizer steps done, mean loss over them, and final metrics."""
 
     global_step: int
     training_loss: float
@@ -42,95 +37,89 @@ class TrainOutput(NamedTuple):
 
 @contextmanager
 def output_directory(config: TrainConfig) -> Iterator[Path]:
-    """The output directory, created, writable, locked against a second run, free of leftovers.
+    """Create, check and lock the output directory, remove temporary files, and yield its path.
 
-    UserError if it holds the base model, somebody else's files, or a run and neither resuming nor
-    overwriting was asked for. Nothing of an earlier run is removed here (`start_over`). With
-    config.dry_run the same is refused, and nothing created, locked or removed.
+    Raises UserError if it is the base model's directory, is not writable, is locked by another run,
+    or holds foreign files, or a run when neither resuming nor overwriting was requested. Files of
+    an earlier run are not deleted here (see `start_over`). With config.dry_run the same checks run,
+    but nothing is created, locked or removed.
     """
     out = Path(config.output_dir)
-    if config.dry_run:
-        with _refusals(out):
-            _check_place(out, config)
-            check_writable(out)
-            _check_unlocked(out)
-        _check_free(out, config)
-        yield out
-        return
-    with _refusals(out):
-        _check_place(out, config)
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with lock:
-        clean_temporaries(out)
-        _check_free(out, config)
-        yield out
-
-
-@contextmanager
-def _refusals(out: Path) -> Iterator[None]:
     try:
-        yield
+        lock = _locked(out, config)
     except BlockingIOError:
         raise UserError(
-            f"--output-dir {out}: another run is writing there; wait for it or choose another "
-            "directory"
+            f"--output-dir {out}: another run is writing there; "
+            "wait for it or choose another directory"
         ) from None
     except OSError as e:
         raise UserError(
             f"--output-dir {out}: not writable ({e.strerror}); choose another directory"
         ) from e
+    with lock:
+        if not config.dry_run:
+            clean_temporaries(out)
+        _check_free(out, config)
+        yield out
 
 
-def _check_place(out: Path, config: TrainConfig) -> None:
-    """Raises UserError for the base model's directory, OSError for a file."""
+def _locked(out: Path, config: TrainConfig) -> AbstractContextManager:
+    """Lock `out`; returns the context to release it. A dry run only looks whether that works."""
     if out.is_dir() and Path(config.model).is_dir() and out.samefile(config.model):
         raise UserError(
             f"--output-dir {out} is the base model's own directory; choose another directory"
         )
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-
-
-def _check_unlocked(out: Path) -> None:
-    """Raises BlockingIOError where a run holds the lock."""
-    if (out / ".lock").exists():
-        with open(out / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+    if config.dry_run:
+        check_writable(out)
+        if (out / ".lock").exists():
+            with open(out / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    # The kernel drops the lock when the process dies, so a kill leaves no stale lock. The file
+    # stays: deleting it would let two later runs lock two different files.
+    lock = open(out / ".lock", "a")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:
-    """Refuse a directory with files that are not a run's, or with a run that nobody mentioned."""
+    """Raises UserError if `out` holds foreign files, or a run that is not to be replaced."""
     found = products(out)
     resuming = bool(config.resume_from_checkpoint)
     ours = (out / RUN).exists() or (resuming and list_checkpoints(out))
     foreign = found or [out / name for name in _WRITTEN if (out / name).exists()]
     if foreign and not ours:
         raise UserError(
-            f"--output-dir {out} holds {foreign[-1].name} but no {RUN}, so it is no run's; choose "
-            "another directory"
+            f"--output-dir {out} holds {foreign[-1].name} but no {RUN}, so it is not the output "
+            "of a run; choose another directory"
         )
     if found and not config.overwrite_output_dir and not resuming:
         raise UserError(
-            f"--output-dir {out} holds a run already ({found[-1].name}); continue it with "
-            "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or take another"
+            f"--output-dir {out} already holds a run ({found[-1].name}); continue it with "
+            "--resume-from-checkpoint auto, start over with --overwrite-output-dir, or choose "
+            "another directory"
         )
 
 
 def products(out: Path) -> list[Path]:
-    """What a run leaves that another one must not be mixed with; the mark of completion first."""
+    """Results and checkpoints of an earlier run, which must not be mixed with those of another."""
+    # The completion marker comes first: it must be deleted before what it vouches for.
     names = [OUTPUT, "adapter_model.safetensors", "adapter_config.json"]
     names += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
     return [p for name in names for p in out.glob(name)] + list_checkpoints(out)
 
 
 def base_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the base model's config.json, and one of samples of its weights.
+    """SHA-256 of the base model's config.json, and SHA-256 of samples of its weights.
 
-    Of each weight file: its name, its size and 64 pieces of 64 KiB evenly spread, the header first;
-    a fraction of a second for any model. Another training of the same shape differs everywhere.
+    The latter covers the name and size of each weight file and 64 evenly spaced pieces of at most
+    64 KiB, the first of which holds the header.
     """
+    # Sampling takes a fraction of a second for any model. It suffices: two trainings of the same
+    # architecture differ in every piece.
     weights = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
@@ -138,21 +127,23 @@ def base_digests(directory: Path) -> dict[str, str]:
         with open(path, "rb") as file:
             for i in range(64):
                 file.seek(i * size // 64)
-                weights.update(file.read(min(_PIECE, size // 64 + 1)))
+                weights.update(file.read(min(1 << 16, size // 64 + 1)))
     config = file_digest(directory / "config.json")
     return {"base_digest": config, "weights_digest": weights.hexdigest()}
 
 
 def plain(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples become lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON gives them back."""
     return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
 
 
 def as_flags(config: TrainConfig) -> str:
-    """The settings that are not the defaults, as one would write them on the command line."""
+    """The settings that differ from their defaults, as command-line flags."""
     words: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""run.json, the record of what was run; written before the first step."""
+"""What a run writes as it goes: run.json before the first step, metrics lines, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from minisft.files.checkpoint import rotate, save_checkpoint
+from minisft.files.device import peak_memory_gib
 from minisft.files.disk import atomically, write_json, writing
+from minisft.files.export import write_trained
+from minisft.lora import ParamGroup
 from minisft.session.context import Run
 from minisft.session.outputs import OUTPUT, RUN, plain_config, products
 
-# What only one kind of run leaves: another would not overwrite it.
+# Files that only some kinds of run write; a later run of another kind would leave them stale.
 _LEFT = (
     "README.md", "config.json", "generation_config.json", "samples.jsonl", "Modelfile",
     "runs", "wandb", "merged",
 )  # fmt: skip
-
-
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
 
 def start_over(run: Run) -> None:
-    """Write run.json; delete the previous run's completion marker: this run has not finished.
+    """Write run.json and delete the previous run's completion marker: this run has not finished.
 
-    With --overwrite-output-dir everything that the previous run made is deleted too.
-
-    The new record is on the disk before anything is removed, and gets its name after.
+    With --overwrite-output-dir every file of the previous run is deleted too.
     """
     out = run.out
+    # Written before anything is deleted: a full disk stops here, with the previous run intact.
+    # Renamed last: until then the old run.json marks the directory as a run's.
     with atomically(out / RUN) as new:
-        write_json(new, run_record(run))
+        write_json(new, _run_record(run))
         with writing(out):
             (out / OUTPUT).unlink(missing_ok=True)
             if run.config.overwrite_output_dir:
@@ -42,7 +45,7 @@ def start_over(run: Run) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run_record(run: Run) -> dict[str, Any]:
+def _run_record(run: Run) -> dict[str, Any]:
     """The content of run.json: command, resolved settings, versions, and the hash of the data."""
     base = run.base
     versions = {}
@@ -67,5 +70,68 @@ def run_record(run: Run) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "gpu": gpu,
         **run.facts,
-        **run.data.record(),
+        "data": run.data.train.stats,
+        "eval_data": run.data.eval.stats if run.data.eval else None,
     }
+
+
+def report_step_(
+    run: Run, grad_norm: float, epoch: float, groups: list[ParamGroup], factor: float
+) -> None:
+    """Log one metrics line: means over the steps since the last line, and this step's grad_norm.
+
+    groups, factor: the peak learning rates, and the schedule's factor on them. Groups with a rate
+    of their own get a field each, such as learning_rate_embeddings.
+    """
+    state = run.state
+    losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
+    metrics = {
+        "step": state.step,
+        "epoch": epoch,
+        "loss": sum(losses) / len(losses),
+        "grad_norm": grad_norm,
+        "learning_rate": run.config.learning_rate * factor,
+        **{f"learning_rate_{g.name}": g.learning_rate * factor for g in groups if g.name},
+        "num_tokens": state.num_tokens,
+        "num_loss_tokens": sum(targets),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "step_time_s": sum(seconds) / len(seconds),
+        "peak_memory_gib": peak_memory_gib(run.base.device),
+    }
+    run.report.step(metrics)
+    state.unlogged = []
+
+
+def save(run: Run) -> None:
+    """Write one complete checkpoint, then remove those beyond --save-total-limit."""
+    # metrics.jsonl must not lack a step that a checkpoint holds.
+    run.report.sync()
+
+    def write_model(directory: Path) -> None:
+        write_trained(directory, run.state.trainable, run.base, run.config)
+
+    settings = {
+        "config": plain_config(run.config),
+        "evaluated": run.state.step in run.report.evaluations,
+    }
+    save_checkpoint(run.out, run.state, write_model, settings | run.facts)
+    rotate(run.out, run.config.save_total_limit, run.state.best_step)
+
+
+def save_due(run: Run, best: bool, end: bool) -> bool:
+    """Whether --save-strategy asks for a checkpoint after this step.
+
+    best: this step's evaluation is the best so far. end: this step is the last one.
+    """
+    config = run.config
+    if config.save_strategy == "no":
+        return False
+    by_epoch = config.save_strategy == "epoch"
+    every = run.schedule.steps_per_epoch if by_epoch else config.save_steps
+    periodic = config.save_strategy != "best" and run.state.step % every == 0
+    return end or periodic or (best and config.keeps_best)
+
+
+def go_on(step: int) -> str:
+    """How to continue from the checkpoint of a step, as a message."""
+    return f"checkpoint-{step} is complete: continue with --resume-from-checkpoint auto"

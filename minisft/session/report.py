@@ -1,4 +1,4 @@
-"""What a run tells: lines, a progress bar where there is a terminal, and metrics.jsonl always."""
+"""What a run reports: printed lines, metrics.jsonl, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,43 +20,40 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # answers to the eval prompts of --eval-generate
 
 
+@dataclass
 class Reporter:
-    """Prints lines and step metrics; owns the open metrics.jsonl of a run."""
+    """Prints lines and appends to metrics.jsonl and samples.jsonl."""
 
-    def __init__(
-        self,
-        metrics: IO[bytes],
-        total_steps: int,
-        evaluations: dict[int, dict[str, Any]],
-        log: Callable[[dict[str, Any]], None],
-        progress: Any = None,
-    ):
-        self._metrics, self._directory = metrics, Path(metrics.name).parent
-        self.evaluations = evaluations  # by step: its eval line, and `answers` if it has some
-        self._log = log  # to the loggers of --report-to
-        self._total = total_steps
-        self._progress = progress
-        self._task = progress.add_task("", total=total_steps) if progress else None
+    metrics: IO[bytes]  # metrics.jsonl, opened for appending
+    total_steps: int
+    evaluations: dict[int, dict[str, Any]]  # step -> its eval line, and `answers` if there are any
+    log: Callable[[dict[str, Any]], None]  # writes a line to the loggers of --report-to
+    progress: Any = None  # rich.progress.Progress; None without a terminal
+
+    def __post_init__(self) -> None:
+        self._directory = Path(self.metrics.name).parent
+        self._task = self.progress.add_task("", total=self.total_steps) if self.progress else None
 
     def say(self, line: str) -> None:
-        """One line for the reader, above the progress bar if there is one."""
-        say(line) if self._progress is None else self._progress.console.print(line, highlight=False)
+        """Print one line, above the progress bar if there is one."""
+        say(line) if self.progress is None else self.progress.console.print(line, highlight=False)
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Append a metrics line, and show it."""
+        """Append a line of step metrics to metrics.jsonl, and print it."""
         self._write(metrics)
         text = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"grad_norm {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s  "
             f"peak {metrics['peak_memory_gib']:.2f} GiB"
         )
-        if self._progress is None:
-            say(f"step {metrics['step']}/{self._total}  {text}")
+        if self.progress is None:
+            say(f"step {metrics['step']}/{self.total_steps}  {text}")
         else:
-            self._progress.update(self._task, completed=metrics["step"], description=text)
+            self.progress.update(self._task, completed=metrics["step"], description=text)
 
     def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
-        """Append an eval line, and the answers to the eval prompts if there are some; show both."""
+        """Append an eval line to metrics.jsonl and `answers` to samples.jsonl, and print both."""
+        # Answers first: resuming drops answers without an eval line, which a kill may leave.
         if answers:
             self._answers(metrics["step"], answers)
         self._write(metrics)
@@ -67,7 +65,6 @@ class Reporter:
         )
 
     def _answers(self, step: int, answers: list[dict[str, Any]]) -> None:
-        """Append the answers to the eval prompts to samples.jsonl, a line each; show the counts."""
         with writing(self._directory / SAMPLES), open(self._directory / SAMPLES, "ab") as file:
             for answer in answers:
                 file.write(to_json_line({"step": step, **answer}).encode())
@@ -77,39 +74,41 @@ class Reporter:
         )
 
     def sync(self) -> None:
-        """Bring metrics.jsonl to disk: called before a checkpoint, so that it never runs ahead."""
+        """Sync metrics.jsonl to disk, before a checkpoint: the file must not lag behind it."""
         with writing(self._directory / METRICS):
-            os.fsync(self._metrics.fileno())
+            os.fsync(self.metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
         with writing(self._directory / METRICS):
             line = to_json_line(metrics).encode()
+            # An unbuffered write may write only a part.
             while line:
-                line = line[self._metrics.write(line) :]
-        self._log(metrics)
+                line = line[self.metrics.write(line) :]
+        self.log(metrics)
 
 
 @contextmanager
 def reporting(
     config: TrainConfig, directory: Path, total_steps: int, first_step: int, evaluated: bool = True
 ) -> Iterator[Reporter]:
-    """A Reporter on directory/metrics.jsonl; lines after first_step, written before a kill, go.
+    """Yield a Reporter that continues directory/metrics.jsonl after first_step.
 
-    evaluated: whether first_step's checkpoint holds its evaluation; if not, that is made again.
+    Lines of later steps, left by a run that was killed, are deleted. evaluated: False if the
+    evaluation due at first_step still has to be run; its line is then deleted too.
     """
     path = directory / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
         step = line["step"]
         if step == first_step and not evaluated:
-            return "loss" in line  # the evaluation is made again
+            return "loss" in line
         return first_step > 0 and step <= first_step
 
     kept = {line["step"]: line for line in _keep_lines(path, keep) if "eval_loss" in line}
     for answer in _keep_lines(directory / SAMPLES, keep):
         if answer["step"] in kept:
             kept[answer["step"]].setdefault("answers", []).append(answer)
-    # Unbuffered: nothing is left to fail on closing.
+    # Unbuffered: closing has nothing left to write, so it cannot fail on a full disk.
     with (
         open(path, "ab", buffering=0) as metrics,
         loggers(config, directory, first_step, say) as log,
@@ -117,41 +116,28 @@ def reporting(
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps, kept, log)
             return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich import progress as rich
 
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
+        description = rich.TextColumn("{task.description}")
+        columns = rich.BarColumn(), rich.MofNCompleteColumn(), description
+        with rich.Progress(*columns, rich.TimeRemainingColumn()) as progress:
             yield Reporter(metrics, total_steps, kept, log, progress)
 
 
 def say(line: str) -> None:
-    """Print one line now.
-
-    Where nobody reads any more (`| head`, a closed terminal), the run goes on: metrics.jsonl has
-    the numbers.
-    """
+    """Print one line and flush. If stdout is closed (`| head`), the run continues silently."""
     try:
         try:
             print(line, flush=True)
-        except UnicodeEncodeError:  # a name that the terminal's encoding does not have
+        # A file name may hold characters that the terminal's encoding lacks.
+        except UnicodeEncodeError:
             print(line.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drop the other lines, and what is no line of ours; the lines kept."""
+    """Rewrite a JSONL file with the lines that `keep` accepts, and return them parsed."""
     if not path.exists():
         return []
     kept, texts, damaged = [], [], 0

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it is this run's, and what changed since."""
+"""Resuming: which checkpoint, whether it fits this run, and which settings have changed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from minisft.session.report import say
 
 
 def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
-    """The result of a complete run that is being resumed, or None.
+    """Returns the result if the run to resume is complete already, else None.
 
-    Settings that a checkpoint fixes are compared first: with others, resuming is refused later on.
+    Also None if a setting has changed that a checkpoint fixes: `resume_` refuses those.
     """
     result = out / ("model.safetensors" if config.full_finetuning else "adapter_model.safetensors")
     shards = out / "model.safetensors.index.json"
@@ -41,7 +41,7 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
     if not which or not (out / OUTPUT).exists():
         return None
     if which != "auto" and not Path(which).is_dir():
-        return None  # refused by name later on
+        return None  # `find_checkpoint` refuses it
     if not result.exists() and not (config.full_finetuning and shards.exists()):
         return None
     names = (*fixed_on_resume(type(config)), "model", "dataset", "load_best_model_at_end")
@@ -54,11 +54,11 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
         early = 0 < patience <= output.metrics.get("evaluations_since_best", 0)
         changed = any(then.get(name, False) != plain(getattr(config, name)) for name in names)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
-        say(f"{out / OUTPUT} or {RUN} is damaged ({e!r}): made again from the checkpoint")
+        say(f"{out / OUTPUT} or {RUN} is damaged ({e!r}): resuming from the last checkpoint")
         return None
     complete = epoch >= config.num_train_epochs
     if config.max_steps > 0:
-        complete = steps == config.max_steps  # more of them: refused later on
+        complete = steps == config.max_steps  # `resume_` refuses a run that has done more
     if changed or not (complete or early):
         return None
     ignored = ("resume_from_checkpoint", "overwrite_output_dir", "preview", "max_steps")
@@ -66,27 +66,33 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
     differ = [name for name in then if now[name] != then[name] and name not in ignored]
     last = [path.resolve() for path in list_checkpoints(out)[-1:]]
     if differ and which != "auto" and [Path(which).resolve()] != last:
-        return None  # from an earlier state, the run would end otherwise
+        return None  # from an earlier checkpoint, other settings lead to another result
     say(f"{out}: complete already ({steps} steps); nothing to do")
-    done = (out / OUTPUT).stat().st_mtime
-    for name in (*(source for source, _ in config.sources), config.eval_dataset):
-        if name and Path(name).is_file() and Path(name).stat().st_mtime > done:
-            say(
-                f"warning: {name} has changed since: it changes nothing. For a run with it, give a "
-                "new --output-dir"
-            )
-    for name in differ:
-        say(
-            f"warning: {flag(name)} is {now[name]!r} now and was {then[name]!r}: it changes "
-            "nothing. For a run with it, give a new --output-dir"
-        )
+    _warn_of_changes(out, config, then, differ)
     return output
 
 
-def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
-    """What the adapter of the run that is resumed started from, if it is a part of the base.
+def _warn_of_changes(
+    out: Path, config: TrainConfig, then: dict[str, Any], differ: list[str]
+) -> None:
+    """Warn of data files and settings that have changed since a run that is complete already.
 
-    Kept, not computed again: another machine's decomposition differs in its last bits.
+    then: the settings of the complete run. differ: names of those that are different now.
+    """
+    remedy = "the finished run is not affected. To use it, give a new --output-dir"
+    done = (out / OUTPUT).stat().st_mtime
+    for name in (*(source for source, _ in config.sources), config.eval_dataset):
+        if name and Path(name).is_file() and Path(name).stat().st_mtime > done:
+            say(f"warning: {name} has changed since: {remedy}")
+    for name in differ:
+        now = plain(getattr(config, name, then[name]))
+        say(f"warning: {flag(name)} is {now!r} now and was {then[name]!r}: {remedy}")
+
+
+def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """Returns the initial A and B of the run to resume, if PiSSA or OLoRA computed them, else {}.
+
+    Read from the checkpoint, because a decomposition on another machine differs in its last bits.
     """
     if not (config.lora and config.lora.splits_weights):
         return {}
@@ -96,12 +102,12 @@ def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
     if path and (path / file).exists():
         return read_initial_lora(path / file, prefix)
     if config.init_lora_weights == "pissa":
-        say("start   all singular values of every adapted weight; pissa_niter_4 is far quicker")
+        say("start   full SVD of every adapted weight; pissa_niter_4 is much faster")
     return {}
 
 
 def resume_(run: Run) -> None:
-    """Continue from the checkpoint that was asked for, if there is one.
+    """Load the checkpoint of --resume-from-checkpoint, if there is one, into run.state.
 
     Raises UserError for a checkpoint of another run. Sets run.evaluated.
     """
@@ -136,8 +142,8 @@ def resume_(run: Run) -> None:
     if config.dry_run:
         return
     if names := set_aside_newer(out, state.step):
-        say(f"{', '.join(names)}: beyond step {state.step}, renamed to abandoned-checkpoint-N")
-    # A kill may have come between a save and the removal of older checkpoints.
+        say(f"{', '.join(names)}: later than step {state.step}, renamed to abandoned-checkpoint-N")
+    # A kill may have come between saving a checkpoint and deleting older ones.
     rotate(out, config.save_total_limit, state.best_step)
     for name, value in then["config"].items():
         now = plain(getattr(config, name, value))
@@ -147,11 +153,10 @@ def resume_(run: Run) -> None:
 
 
 def _check_best_(run: Run, then: dict[str, Any]) -> None:
-    """Check that the best evaluation so far can be compared with those to come.
+    """Check that the best evaluation so far is comparable with later ones; forget it if it is lost.
 
-    Raises UserError if it was measured by another metric or on other rows. One whose checkpoint is
-    missing here is forgotten: the best is sought from this step on. then: the settings of the
-    checkpoint's run.
+    Raises UserError if it used another metric or other rows. then: the settings of the checkpoint's
+    run. If its checkpoint is missing, the search for the best starts over.
     """
     config, state = run.config, run.state
     if not state.best_step or not config.keeps_best:
@@ -161,14 +166,14 @@ def _check_best_(run: Run, then: dict[str, Any]) -> None:
     if differ and state.step < run.total_steps:
         found = "; ".join(f"{flag(n)} was {then[n]!r}, now {getattr(config, n)!r}" for n in differ)
         raise UserError(
-            f"the best evaluation so far, step {state.best_step}'s, cannot be compared with those "
-            f"to come: {found}. Use the same, or a new --output-dir"
+            f"the best evaluation so far, at step {state.best_step}, cannot be compared with later "
+            f"ones: {found}. Use the same, or a new --output-dir"
         )
     best = run.out / f"checkpoint-{state.best_step}"
     if config.load_best_model_at_end and state.best_step != state.step and not best.exists():
         say(
-            f"the best evaluation so far, step {state.best_step}'s, has no checkpoint in "
-            f"{run.out}: the best is sought from here on"
+            f"the best evaluation so far, at step {state.best_step}, has no checkpoint in "
+            f"{run.out}: the search for the best starts over"
         )
         state.best_step, state.best_value, state.evaluations_since_best = 0, None, 0
 
@@ -176,8 +181,9 @@ def _check_best_(run: Run, then: dict[str, Any]) -> None:
 def _resume_problems(
     then: dict[str, Any], config: TrainConfig, base: Base, facts: dict[str, Any]
 ) -> list[str]:
-    """What tells a checkpoint from one of this run, a difference each."""
-    settings = {"load_in_4bit": False} | then["config"]  # as before there was the flag
+    """Differences that make the checkpoint incompatible with this run, one string each."""
+    # Checkpoints from before the flag existed have no load_in_4bit.
+    settings = {"load_in_4bit": False} | then["config"]
     found = []
     for name in fixed_on_resume(type(config)):
         if name not in settings:
@@ -195,7 +201,7 @@ def _resume_problems(
 
 
 def _same_targets(was: Any, config: TrainConfig, base: Base) -> bool:
-    """Whether two spellings (`all-linear`, the seven names) mean the same modules."""
+    """Whether two spellings of --target-modules (`all-linear`, the list) match the same modules."""
     if base.lora is None or config.lora is None or not isinstance(was, list):
         return False
     try:

@@ -1,106 +1,160 @@
-"""How others take a result: vLLM's rules for adapters, and the commands that use one."""
+"""How other programs use a result: the Ollama Modelfile, vLLM's rules, commands to copy."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES
+from minisft.config.errors import UserError
+from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES, ModelConfig
+from minisft.session.generate import stop_ids
+from minisft.text.chat import render
+from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
 
+# Placeholders for message contents, unlikely in any template. A template may strip them.
+_CONTENTS = {role: f"\u27e8{role}\u27e9" for role in ("system", "user", "assistant")}
 # vLLM 0.11: vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KNOWN_ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
 
-def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]:
-    """Why vLLM would refuse an adapter or compute something else with it, a clause each.
+def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[str, bytes]:
+    """Returns name -> content of the files to serve a result: tokenizer, template, Modelfile.
 
-    config: adapter_config.json. keys: the names in adapter_model.safetensors, where there are any.
+    source: the FROM line of Ollama's Modelfile (and its ADAPTER line); paths are relative to the
+    file. If there is no chat template, or it cannot be converted, the Modelfile passes prompts
+    through and a comment in it says so.
+    """
+    lines = [source]
+    template = go_template(tokenizer)
+    if template is None:
+        lines.append("# The chat template could not be converted: pass the whole text as prompt.")
+        template = "{{ .Prompt }}"
+    lines.append(f'TEMPLATE """{template}"""')
+    names = sorted(tokenizer.backend.id_to_token(i) or "" for i in stop_ids(tokenizer, cfg))
+    lines += [f'PARAMETER stop "{name}"' for name in names if name and '"' not in name]
+    return export_tokenizer_files(tokenizer) | {"Modelfile": "\n".join([*lines, ""]).encode()}
+
+
+def go_template(tokenizer: Tokenizer) -> str | None:
+    """Returns the chat template in Go's syntax with .System, .Prompt and .Response for one turn.
+
+    None: no template, or one that does more than put text before and after each message. Ollama
+    repeats the result for every turn and adds the beginning-of-text token itself.
+    """
+    template, special = tokenizer.chat_template, tokenizer.special_tokens
+    if not template:
+        return None
+
+    def text(*roles: str, prompt: bool) -> str:
+        messages = [{"role": role, "content": _CONTENTS[role]} for role in roles]
+        chat = render(template, messages, special_tokens=special, add_generation_prompt=prompt)
+        return chat.removeprefix(special.get("bos_token", ""))
+
+    try:
+        before, after = text("user", prompt=True).split(_CONTENTS["user"])
+        turn = text("user", "assistant", prompt=False)
+        open_turn, end = turn.split(_CONTENTS["assistant"])
+    except (UserError, ValueError):
+        return None
+    # In generation the model itself produces the space before an answer.
+    if open_turn.rstrip() != (before + _CONTENTS["user"] + after).rstrip():
+        return None
+    head, literal = before, before + after + end
+    with suppress(UserError, ValueError):  # a template without a system role
+        opening, rest = text("system", "user", prompt=True).split(_CONTENTS["system"])
+        middle, rest = rest.split(_CONTENTS["user"])
+        literal += opening + middle
+        if rest == after:
+            system = "{{ if .System }}" + opening + "{{ .System }}" + middle
+            head = system + "{{ else }}" + before + "{{ end }}"
+    # Go would read braces in the text as template actions; `"""` would end the TEMPLATE value.
+    if "{{" in literal or '"""' in literal:
+        return None
+    return head + "{{ .Prompt }}" + after + "{{ .Response }}" + end
+
+
+def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]:
+    """Returns why vLLM would reject or miscompute an adapter, one clause each; [] if it would not.
+
+    config: content of adapter_config.json. keys: tensor names in adapter_model.safetensors, if
+    known.
     """
     found = [f"{name} is missing" for name in ("r", "lora_alpha", "target_modules")
              if config.get(name) is None]  # fmt: skip
     if found:
         return found
-    if config["r"] > VLLM_RANKS[-1]:
-        found.append(f"r={config['r']} is above vLLM's largest rank, {VLLM_RANKS[-1]}")
-    if config.get("modules_to_save"):
-        names = ", ".join(config["modules_to_save"])
-        found.append(f"trained copies ({names}) are not loaded from an adapter")
-    if config.get("use_dora"):
-        found.append("DoRA is not supported")
-    if config.get("bias", "none") != "none":
-        found.append(f"bias={config['bias']!r} is not supported")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            found.append(f"{name} is ignored: every module would be scaled alike")
-    if config.get("trainable_token_indices"):
-        found.append("trained token rows are not supported")
+    r, bias, copies = config["r"], config.get("bias", "none"), config.get("modules_to_save")
+    same_scaling = "is ignored: all modules would get the same scaling"
+    rules = (
+        (r > VLLM_RANKS[-1], f"r={r} is above vLLM's largest rank, {VLLM_RANKS[-1]}"),
+        (copies, f"trained copies ({', '.join(copies or ())}) are not loaded from an adapter"),
+        (config.get("use_dora"), "DoRA is not supported"),
+        (bias != "none", f"bias={bias!r} is not supported"),
+        (config.get("rank_pattern"), f"rank_pattern {same_scaling}"),
+        (config.get("alpha_pattern"), f"alpha_pattern {same_scaling}"),
+        (config.get("trainable_token_indices"), "trained token rows are not supported"),
+    )
+    found = [problem for broken, problem in rules if broken]
     targets = config["target_modules"]
     if isinstance(targets, list):
         known = {*LINEAR_NAMES, *EMBEDDING_NAMES}
-        strange = [t for t in targets if t.rsplit(".", 1)[-1] not in known]
-        if strange:
-            found.append(f"target {strange[0]!r} is no module that vLLM knows")
-    strange = [k for k in keys if not k.endswith(_KNOWN_ENDS) and ".base_layer." not in k]
-    if strange and not found:
-        found.append(f"tensor {strange[0]!r} is no LoRA weight that vLLM knows")
+        unknown = [t for t in targets if t.rsplit(".", 1)[-1] not in known]
+        if unknown:
+            found.append(f"target {unknown[0]!r} is not a module that vLLM knows")
+    unknown = [k for k in keys if not k.endswith(_KNOWN_ENDS) and ".base_layer." not in k]
+    # Tensors with other names usually follow from a setting that is reported already.
+    if unknown and not found:
+        found.append(f"tensor {unknown[0]!r} is not a LoRA weight that vLLM knows")
     return found
-
-
-def vllm_rank(r: int) -> int:
-    """The smallest --max-lora-rank that takes an adapter of that rank."""
-    return min((rank for rank in VLLM_RANKS if rank >= r), default=VLLM_RANKS[-1])
 
 
 def commands(
     out: Path, base: str, adapter: dict[str, Any] | None, four_bit: str | None = None
 ) -> list[str]:
-    """Lines to print after training: how to try, serve and merge what lies in `out`.
+    """Returns lines to print after training: how to try, serve and merge the result in `out`.
 
-    adapter: its adapter_config.json, None where `out` is a whole model. four_bit: the compute dtype
-    of a run that quantised its base itself, so that others must do the same.
+    adapter: content of its adapter_config.json; None if `out` is a whole model. four_bit: the
+    compute dtype of a run that quantised its base itself, so that other programs must do so too.
     """
-    here = shlex.quote(str(out))
+    here, merged = shlex.quote(str(out)), shlex.quote(f"{out}-merged")
+    package, kind = "peft", "AutoPeftModelForCausalLM"
     if adapter is None:
-        load = _python("transformers", "AutoModelForCausalLM", repr(str(out)))
-        return [
-            f"try it:       python scripts/generate.py --model {here} --prompt '...'",
-            f"transformers: {load}",
-            f"vLLM:         vllm serve {here}",
-        ]
-    arguments, quantized = repr(str(out)), ""
+        package, kind = "transformers", "AutoModelForCausalLM"
+    imports, arguments, quantized = f"from {package} import {kind}", repr(str(out)), ""
     if four_bit:
+        imports += "; from transformers import BitsAndBytesConfig"
         arguments += (
             ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
             "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
             f"bnb_4bit_compute_dtype={four_bit!r})"
         )
-        quantized = "--quantization bitsandbytes "  # as it loads: NF4, double quantisation
-    load = _python("peft", "AutoPeftModelForCausalLM", arguments)
-    problems = vllm_problems(adapter)
-    serve = (
-        f"vllm serve {shlex.quote(base)} {quantized}--enable-lora "
-        f"--max-lora-rank {vllm_rank(adapter['r'])} "
-        f"--lora-modules {shlex.quote(f'{out.name}={out}')}"
-    )
-    merged = shlex.quote(f"{out}-merged")
-    merge = f"python scripts/merge.py --adapter {here} --output-dir {merged}"
-    if problems:
+        quantized = "--quantization bitsandbytes "  # quantises on loading: NF4, double quantisation
+    code = f"{imports}; model = {kind}.from_pretrained({arguments})"
+    # Double quotes keep the single-quoted Python strings readable; these characters rule them out.
+    code = shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
+    if adapter is None:
+        return [
+            f"try it:       python scripts/generate.py --model {here} --prompt '...'",
+            f"transformers: python -c {code}",
+            f"vLLM:         vllm serve {here}",
+        ]
+    if problems := vllm_problems(adapter):
         serve = f"merge first, then vllm serve {merged} ({'; '.join(problems)})"
+    else:
+        rank = next(rank for rank in VLLM_RANKS if rank >= adapter["r"])
+        modules = shlex.quote(f"{out.name}={out}")
+        serve = (
+            f"vllm serve {shlex.quote(base)} {quantized}--enable-lora "
+            f"--max-lora-rank {rank} --lora-modules {modules}"
+        )
     return [
         f"try it:       python scripts/generate.py --adapter {here} --prompt '...'",
         f"chat:         python scripts/generate.py --adapter {here} --interactive",
-        f"transformers: {load}",
+        f"transformers: python -c {code}",
         f"vLLM:         {serve}",
-        f"merge:        {merge}",
+        f"merge:        python scripts/merge.py --adapter {here} --output-dir {merged}",
     ]
-
-
-def _python(package: str, kind: str, arguments: str) -> str:
-    """A shell command that loads a model; `arguments` as Python spells them."""
-    also = "from transformers import BitsAndBytesConfig; " if "BitsAndBytes" in arguments else ""
-    load = f"from {package} import {kind}; {also}model = {kind}.from_pretrained({arguments})"
-    code = shlex.quote(load) if set(load) & set('"$`\\!') else f'"{load}"'
-    return f"python -c {code}"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: when a run stops, and what it says. Standard library only."""
+"""SIGTERM, SIGINT and SIGHUP: when they stop a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(BaseException):
-    """A signal ended the run, nothing finished being lost: exit code 75.
+    """A signal stopped the run; no completed step is lost. Exit code 75.
 
-    No Exception, as KeyboardInterrupt is none: `except Exception` must not take it for a failure.
+    Not a subclass of Exception, like KeyboardInterrupt: `except Exception` must not catch it.
     """
 
 
+@dataclass
 class Stop:
-    """What a signal does: it raises Preempted where it arrives, or waits for the end of `held`.
+    """What a signal does: raise Preempted immediately, or inside `held` only be noted."""
 
-    name is that of the signal that came, "" before. where completes the message "stopped ...".
-    """
-
-    def __init__(self, where: str) -> None:
-        self.name = ""
-        self.where = where
-        self._held = False
+    where: str  # completes the message "stopped ..."
+    name: str = ""  # of the signal received
+    _held: bool = False
 
     def raise_if_asked(self) -> None:
-        """Raises Preempted if a signal came, also one whose exception was swallowed on its way."""
+        """Raises Preempted if a signal came, even if some library swallowed its exception."""
         if self.name:
             raise Preempted(f"{self.name}: stopped {self.where}")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, a signal is only noted: what is under way is finished first."""
+        """Inside, a signal is only noted, so that the current operation completes."""
         self._held = True
         try:
             yield
@@ -44,7 +42,7 @@ class Stop:
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """A part of `held` that a signal breaks off without ending more than that part."""
+        """A section inside `held` that a signal aborts; execution continues after the section."""
         self._held = False
         try:
             yield
@@ -53,36 +51,34 @@ class Stop:
         finally:
             self._held = True
 
-    def arrived(self, name: str) -> None:
-        """The handler's part: note the signal, and raise it unless it has to wait."""
-        self.name = name
-        # Not print: the signal may have come inside one, and a stream does not take two at once.
+    def arrived(self, number: int, _frame: object) -> None:
+        """The handler: note the signal, and raise Preempted unless held."""
+        for n in SIGNALS:
+            if signal.getsignal(n) == self.arrived:
+                signal.signal(n, signal.SIG_DFL)
+        self.name = name = signal.Signals(number).name
+        # Not print: the signal may arrive inside a print, and streams are not reentrant.
         with suppress(OSError):
             when = "after this step" if self._held else "now"
-            os.write(2, f"{name}: stopping {when} (again: at once)\n".encode())
+            os.write(2, f"{name}: stopping {when} (a second signal stops at once)\n".encode())
         if not self._held:
             self.raise_if_asked()
 
 
 @contextmanager
 def stop_signals(where: str) -> Iterator[Stop]:
-    """Let the signals end what runs inside; a second one acts at once, whatever is under way.
+    """Handle SIGTERM, SIGINT and SIGHUP inside with the Stop that is yielded.
 
-    A signal that is ignored (SIGHUP under nohup) stays ignored. Outside the main thread, where
-    Python takes no handlers, nothing is installed.
+    A second signal has its default action: it ends the process at once. A signal that is ignored
+    (SIGHUP under nohup) stays ignored. Outside the main thread nothing is installed, because Python
+    accepts no handlers there.
     """
     stop = Stop(where)
     previous = {}
-
-    def handler(number, frame):
-        for n in previous:
-            signal.signal(n, signal.SIG_DFL)
-        stop.arrived(signal.Signals(number).name)
-
     with suppress(ValueError):  # not the main thread
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, handler)
+                previous[number] = signal.signal(number, stop.arrived)
     try:
         yield stop
     finally:

@@ -317,7 +317,7 @@ def test_the_collator_of_the_documents(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", pairs(8))
     exec(code, {})
-    trained = [m["num_loss_tokens"] for m in metrics(tmp_path / "outputs")]
+    trained = [m["num_loss_tokens"] for m in metrics(tmp_path / "collated-run")]
     settings = {"eval_dataset": "", "dataset": "rows.jsonl"}
     plain = run({**inputs, **settings}, tmp_path / "plain", max_steps=1)
     assert trained == [line[3] for line in plain] and len(trained) == 1

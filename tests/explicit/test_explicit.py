@@ -1,4 +1,4 @@
-"""The hand-written pass against autograd over the reference block: loss, gradients, policies."""
+"""The explicit pass against autograd over the reference block: loss, gradients, policies."""
 
 import dataclasses
 
@@ -10,25 +10,19 @@ from tiny_llama import CFG, LORA, all_rows, random_adapter, random_dataset, rand
 from minisft.config.lora import LoraConfig
 from minisft.config.model import RopeConfig
 from minisft.explicit import block as block_module
-from minisft.explicit import microbatch as fast_module
-from minisft.explicit.microbatch import (
-    Policy,
-    gathered,
-    load_,
-    micro_step_,
-    pad,
-    prepare,
-    unsupported_reason,
-    whole_ranks,
-)
+from minisft.explicit import microbatch as microbatch_module
+from minisft.explicit.buckets import pad
+from minisft.explicit.buffers import padded_shapes, prepare
+from minisft.explicit.cost import buffer_bytes, group_ranks
+from minisft.explicit.coverage import unsupported_reason
+from minisft.explicit.microbatch import gathered, load_, micro_step_
 from minisft.explicit.offload import Host
-from minisft.explicit.plan import buffer_bytes, group_ranks
-from minisft.explicit.policy import POLICIES, part_bytes
+from minisft.explicit.policy import POLICIES, Dims, Policy, part_bytes
 from minisft.llama import Compute
 from minisft.step import ExecutionPlan, loss_and_grads
 
 ROWS = [[5, 9], [14], [3, 3, 8], [12, 2]]
-# Multiples of 64 * 256 weights in every matrix: these lie side by side.
+# Multiples of 64 * 256 weights in every matrix: these are joined.
 WIDE = dataclasses.replace(
     CFG, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4,
     head_dim=32,
@@ -43,18 +37,18 @@ def four_bit(weights):
 
 
 def run(cfg, lora, weights, policies, *, tokens=64, targets=None, documents=12, chunk=7):
-    """(loss, gradient) of one padded micro-batch by the hand-written pass."""
+    """(loss, gradient) of one padded micro-batch by the explicit pass."""
     trainable = random_adapter(cfg, lora)
     compute = Compute(cfg, lora_scaling=lora.scaling)
     assert unsupported_reason(trainable, weights, compute) == ""
     step = all_rows(random_dataset(ROWS, vocab=cfg.vocab_size))
     (micro,) = step.micro_batches
-    fast = prepare(trainable, dict(weights), compute, policies, chunk=chunk, max_tokens=tokens)
-    load_(fast, trainable)
-    fast.weight.fill_(1 / step.num_loss_tokens)
+    explicit = prepare(trainable, dict(weights), compute, policies, chunk=chunk, max_tokens=tokens)
+    load_(explicit, trainable)
+    explicit.loss_weight.fill_(1 / step.num_loss_tokens)
     batch = pad(micro, tokens, documents, targets or tokens, longest=16)
-    micro_step_(fast, batch)
-    return fast.loss / step.num_loss_tokens, gathered(fast)
+    micro_step_(explicit, batch)
+    return explicit.loss / step.num_loss_tokens, gathered(explicit)
 
 
 def truth(cfg, lora, weights):
@@ -100,15 +94,15 @@ def test_policies_change_no_bit(name):
     assert torch.equal(loss, again[0]) and torch.equal(grads, again[1])
 
 
-@pytest.mark.parametrize("name", ["full", "gate_up+offload"])
+@pytest.mark.parametrize("name", ["full", "recompute_gate_up+offload"])
 @pytest.mark.parametrize("tokens", [512, 70])
 def test_chunks_of_the_mlp_change_nothing(name, tokens, monkeypatch):
     weights = random_weights(CFG)
     whole = run(CFG, LORA, weights, everything(CFG, name), tokens=tokens)[1]
     asked = []
-    monkeypatch.setattr(fast_module, "mlp_chunks", lambda *a: asked.append(a) or 4)
+    monkeypatch.setattr(microbatch_module, "mlp_chunks", lambda *a: asked.append(a) or 4)
     parts = run(CFG, LORA, weights, everything(CFG, name), tokens=tokens)[1]
-    assert len(asked) == 2 * CFG.num_hidden_layers
+    assert len(asked) == CFG.num_hidden_layers
     assert relative(parts, whole) < 1e-6
 
 
@@ -149,9 +143,11 @@ def test_weights_side_by_side_are_stored_once():
     weights = four_bit(random_weights(WIDE))
     frozen = dict(weights)
     compute = Compute(WIDE, lora_scaling=1.0)
-    fast = prepare(random_adapter(WIDE), frozen, compute, everything(WIDE), chunk=8, max_tokens=8)
+    explicit = prepare(
+        random_adapter(WIDE), frozen, compute, everything(WIDE), chunk=8, max_tokens=8
+    )
     q = frozen["model.layers.1.self_attn.v_proj.weight"]
-    whole = fast.layers[1].qkv.weight
+    whole = explicit.layers[1].qkv.weight
     assert isinstance(q, NF4Weight) and isinstance(whole, NF4Weight)
     start = whole.packed.data_ptr()
     assert start < q.packed.data_ptr() < start + whole.packed.numel()
@@ -168,7 +164,7 @@ def test_what_is_not_covered_is_said(change, reason):
     compute = dataclasses.replace(Compute(CFG), **change)
     assert reason in unsupported_reason(random_adapter(), random_weights(), compute)
     trained = random_adapter(lora=LoraConfig(r=2, modules_to_save=("lm_head",)))
-    assert "beside plain LoRA" in unsupported_reason(trained, random_weights(), Compute(CFG))
+    assert "other than plain LoRA" in unsupported_reason(trained, random_weights(), Compute(CFG))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -176,22 +172,22 @@ def test_the_bytes_kept_are_those_of_the_formula(name, monkeypatch):
     """What is alive between the last layer's forward and backward pass, by name and by number."""
     policy, tokens, found = POLICIES[name], 64, []
 
-    def counted(fast, h, batch):
+    def counted(explicit, h, batch):
         raise StopIteration
 
-    def keep(self, i, saved, policy, real=Host.keep):
+    def store(self, i, saved, policy, real=Host.store):
         found.append(real(self, i, saved, policy))
         return found[-1]
 
-    monkeypatch.setattr(fast_module, "_head_", counted)
-    monkeypatch.setattr(Host, "keep", keep)
+    monkeypatch.setattr(microbatch_module, "_head_", counted)
+    monkeypatch.setattr(Host, "store", store)
     with pytest.raises(StopIteration):
         run(CFG, LORA, random_weights(CFG), everything(CFG, name), tokens=tokens)
     trainable = random_adapter(CFG, LORA)
-    sizes = part_bytes(CFG, 4, group_ranks(trainable, CFG))
+    sizes = part_bytes(Dims(CFG, 4, group_ranks(trainable, CFG)))
     if name == "none":  # half precision would be 4 D + 4 N H + 4 K H + 4 F, and LoRA's columns
         D, NH, KH, F = CFG.hidden_size, 4 * 14, 2 * 14, CFG.intermediate_size
-        rank, heads = 8, CFG.num_attention_heads  # 3, in whole ranks
+        rank, heads = 8, CFG.num_attention_heads  # 3, padded
         plain = 2 * D + 2 * NH + 2 * KH + 2 * F
         assert sum(sizes.values()) == 4 * (plain + 5 * rank + 7 * rank) + 4 * heads + 8
     for saved in found:
@@ -206,9 +202,9 @@ def test_rows_begin_on_16_bytes(rank, monkeypatch):
     """Flash attention reads q, k and v there, and does not say so."""
     seen = []
 
-    def attend(q, k, v, layout, real=block_module.attend):
+    def attend(q, k, v, documents, real=block_module.attend):
         seen.extend((q, k, v))
-        return real(q, k, v, layout)
+        return real(q, k, v, documents)
 
     monkeypatch.setattr(block_module, "attend", attend)
     weights = random_weights(WIDE)
@@ -222,38 +218,40 @@ def test_rows_begin_on_16_bytes(rank, monkeypatch):
 
 def test_ranks_are_rounded_up_and_their_gradients_cut_out():
     trainable = random_adapter(CFG, LORA)
-    shapes = whole_ranks(trainable.shapes)
+    shapes = padded_shapes(trainable.shapes)
     assert {s[0] for n, s in shapes.items() if ".lora_A." in n} == {8}
     assert {s[1] for n, s in shapes.items() if ".lora_B." in n} == {8}
     compute = Compute(CFG, lora_scaling=LORA.scaling)
-    fast = prepare(trainable, random_weights(CFG), compute, everything(CFG), chunk=7, max_tokens=64)
-    for _ in range(2):  # again, and nothing of before is left
-        load_(fast, trainable)
+    explicit = prepare(
+        trainable, random_weights(CFG), compute, everything(CFG), chunk=7, max_tokens=64
+    )
+    for _ in range(2):  # twice: nothing of the first time is left
+        load_(explicit, trainable)
         for name, view in trainable.views.items():
-            whole = fast.shadow.views[name]
+            whole = explicit.adapters.views[name]
             assert torch.equal(whole[: view.shape[0], : view.shape[1]], view)
             assert whole.count_nonzero() == view.count_nonzero()
         trainable.buffer.mul_(-0.5)
-    fast.sums.buffer.copy_(torch.arange(fast.sums.buffer.numel()))
-    parts = [fast.sums.views[n][:3] for n in shapes if ".lora_A." in n]
-    parts += [fast.sums.views[n][:, :3] for n in shapes if ".lora_B." in n]
-    assert gathered(fast).numel() == trainable.buffer.numel()
-    assert gathered(fast).double().sum() == sum(p.double().sum() for p in parts)
+    explicit.sums.buffer.copy_(torch.arange(explicit.sums.buffer.numel()))
+    parts = [explicit.sums.views[n][:3] for n in shapes if ".lora_A." in n]
+    parts += [explicit.sums.views[n][:, :3] for n in shapes if ".lora_B." in n]
+    assert gathered(explicit).numel() == trainable.buffer.numel()
+    assert gathered(explicit).double().sum() == sum(p.double().sum() for p in parts)
 
 
 @pytest.mark.parametrize("rank", [3, 8])
 def test_the_buffers_are_those_of_the_formula(rank):
     lora = dataclasses.replace(LORA, r=rank)
     trainable = random_adapter(CFG, lora)
-    fast = prepare(
+    explicit = prepare(
         trainable, random_weights(CFG), Compute(CFG), everything(CFG), chunk=7, max_tokens=64
     )
     buffers = (
-        fast.shadow.buffer, fast.sums.buffer, fast.grads.buffer, fast.layers[0].partials,
-        fast.scratch,
+        explicit.adapters.buffer, explicit.sums.buffer, explicit.grads.buffer,
+        explicit.layers[0].partials, explicit.scratch,
     )  # fmt: skip
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers}
-    expected = buffer_bytes(trainable, CFG, 4, group_ranks(trainable, CFG))
+    expected = buffer_bytes(trainable, Dims(CFG, 4, group_ranks(trainable, CFG)))
     assert expected - sum(found.values()) == 36 << 20  # cuBLAS's
 
 

@@ -12,17 +12,17 @@ from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
 from minisft.explicit import plan as planning
-from minisft.explicit.microbatch import bucket_tokens
+from minisft.explicit.buckets import bucket_tokens
+from minisft.explicit.cost import peak_bytes, token_seconds
 from minisft.explicit.plan import (
     Memory,
     available_host_bytes,
     choose,
     choose_on_gpu,
     gpu_memory,
-    peak_bytes,
-    token_seconds,
+    micro_batch_sizes,
 )
-from minisft.explicit.policy import PARTS, POLICIES, kept_bytes, mlp_chunks, pinned_bytes
+from minisft.explicit.policy import POLICIES, Dims, mlp_chunks, pinned_bytes, saved_bytes
 from minisft.llama import Compute
 from minisft.lora import allocate, trainable_shapes
 
@@ -38,6 +38,7 @@ ONE_B = ModelConfig(
     rms_norm_eps=1e-5,
 )
 RANKS = {"qkv": 48, "o": 16, "gate_up": 32, "down": 16}
+DIMS = Dims(ONE_B, 2, RANKS)
 
 
 def settings(**more):
@@ -46,18 +47,20 @@ def settings(**more):
 
 def on_cpu(lora=None, compute=None, **more):
     trainable = random_adapter() if lora is None else random_adapter(lora=lora)
-    return choose(settings(**more), trainable, random_weights(), compute or Compute(CFG), 64, 512)
+    return choose(settings(**more), trainable, random_weights(), compute or Compute(CFG), 64)
 
 
 def test_a_cpu_gets_autograd_and_a_gpu_s_memory_is_not_asked_for():
     choice = on_cpu()
     assert not choice.explicit and choice.policies == () and choice.tokens == 2 * 2048
-    assert on_cpu(gradient_checkpointing="full").said.startswith("autograd, keeping each layer's")
+    assert on_cpu(gradient_checkpointing="full").description.startswith(
+        "autograd, keeping each layer's"
+    )
 
 
 def test_the_explicit_pass_can_be_asked_for():
-    choice = on_cpu(step_impl="explicit", gradient_checkpointing="gate_up")
-    assert choice.explicit and choice.policies == (POLICIES["gate_up"],) * 2
+    choice = on_cpu(step_impl="explicit", gradient_checkpointing="recompute_gate_up")
+    assert choice.explicit and choice.policies == (POLICIES["recompute_gate_up"],) * 2
 
 
 @pytest.mark.parametrize(
@@ -65,27 +68,27 @@ def test_the_explicit_pass_can_be_asked_for():
     [
         (Compute(CFG, lora_dropout=0.1), None, "LoRA dropout"),
         (Compute(CFG, loss_type="dft"), None, "a loss other than plain nll"),
-        (None, LoraConfig(r=2, modules_to_save=("lm_head",)), "beside plain LoRA"),
+        (None, LoraConfig(r=2, modules_to_save=("lm_head",)), "other than plain LoRA"),
     ],
 )
 def test_what_it_does_not_cover_is_refused_only_if_asked_for(compute, lora, reason):
-    assert reason in on_cpu(lora, compute).said
+    assert reason in on_cpu(lora, compute).description
     with pytest.raises(UserError, match=f"does not cover .*{reason}"):
         on_cpu(lora, compute, step_impl="explicit")
 
 
 def test_cheaper_policies_need_less_memory_and_more_time():
-    names = ["none", "gate_up", "gate_up+qkv", "all_but_attention", "full"]
-    peaks = [peak_bytes(ONE_B, (POLICIES[n],) * 16, 4096, 512, 8192, 2, RANKS) for n in names]
-    times = [token_seconds(ONE_B, (POLICIES[n],) * 16, 4096, 8192, 2048, 2, RANKS) for n in names]
+    names = ["none", "recompute_gate_up", "recompute_gate_up+qkv", "all_but_attention", "full"]
+    peaks = [peak_bytes(DIMS, (POLICIES[n],) * 16, 4096, 512, 8192) for n in names]
+    times = [token_seconds(DIMS, (POLICIES[n],) * 16, 4096, 8192, 2048) for n in names]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
     kept = 16 * 4096 * 2 * (2 * 2048 + 2 * 2048 + 2 * 512 + 2 * 8192)
     assert kept < peaks[0] < 1.1 * kept
 
 
 def test_offload_moves_the_bytes_of_all_layers_but_those_at_work():
-    gpu = peak_bytes(ONE_B, (POLICIES["full"],) * 16, 4096, 256, 8192, 2, RANKS)
-    host = peak_bytes(ONE_B, (POLICIES["full+offload"],) * 16, 4096, 256, 8192, 2, RANKS)
+    gpu = peak_bytes(DIMS, (POLICIES["full"],) * 16, 4096, 256, 8192)
+    host = peak_bytes(DIMS, (POLICIES["full+offload"],) * 16, 4096, 256, 8192)
     x = 2048 * 2 * 4096
     assert gpu - host == 14 * x  # but for the layer at work and the one on its way
 
@@ -114,8 +117,8 @@ def test_larger_micro_batches_are_worth_some_copies(cfg, used, room, tokens, cop
 def test_nothing_hides_the_copies_of_the_last_layer():
     all_but_one = (POLICIES["none"],) * 15
     last, first = (*all_but_one, POLICIES["offload"]), (POLICIES["offload"], *all_but_one)
-    slow, fast = (token_seconds(ONE_B, p, 4096, 8192, 2048, 2, RANKS) for p in (last, first))
-    copies = kept_bytes(POLICIES["offload"], ONE_B, 2, RANKS)[1] / 51e9
+    slow, fast = (token_seconds(DIMS, p, 4096, 8192, 2048) for p in (last, first))
+    copies = saved_bytes(POLICIES["offload"], DIMS)[1] / 51e9
     assert slow - fast == pytest.approx(2 * copies)
 
 
@@ -129,20 +132,21 @@ def long_rows(host_gib, name="auto"):
 
 def test_no_more_is_pinned_than_the_host_has():
     plenty, little, none = long_rows(1000), long_rows(30), long_rows(0)
-    found = [pinned_bytes(c.policies, EIGHT_B, 2, RANKS, c.tokens) for c in (plenty, little, none)]
+    dims = Dims(EIGHT_B, 2, RANKS)
+    found = [pinned_bytes(c.policies, dims, c.tokens) for c in (plenty, little, none)]
     assert found[0] > 30 * 2**30 >= found[1] > 0 == found[2]
-    assert f"and {found[1] / 2**30:.1f} GiB of host memory" in little.said
-    assert "host" not in none.said and none.peak_bytes <= 20 * 2**30
+    assert f"and {found[1] / 2**30:.1f} GiB of host memory" in little.description
+    assert "host" not in none.description and none.peak_bytes <= 20 * 2**30
     with pytest.raises(UserError, match=r"--gradient-checkpointing offload would .* 1.0 GiB may"):
         long_rows(1, "offload")
 
 
 def test_pinned_memory_is_counted_as_it_is_handed_out():
     x, qkv = 4096 * 2 * 3000, (4096 + 2 * 1024 + 48) * 2 * 3000
-    two = [POLICIES["full+offload"], POLICIES["gate_up+offload"]]
+    two = [POLICIES["full+offload"], POLICIES["recompute_gate_up+offload"]]
     expected = 4 * 2**25 + 2**26  # x; x, attention's output and mid; q, k and v: powers of two
     assert 2**24 < x <= 2**25 < qkv <= 2**26
-    assert pinned_bytes(two, EIGHT_B, 2, RANKS, 3000) == expected
+    assert pinned_bytes(two, Dims(EIGHT_B, 2, RANKS), 3000) == expected
 
 
 def test_what_the_host_has_left(tmp_path):
@@ -161,7 +165,7 @@ def test_what_the_host_has_left(tmp_path):
 
 @pytest.mark.parametrize("longest, step", [(2048, 16384), (2048, 12288), (600, 5000)])
 def test_a_micro_batch_is_as_large_as_its_rows(longest, step):
-    for size in planning._micro_batches(0, longest, step)[1:]:
+    for size in micro_batch_sizes(0, longest, step)[1:]:
         assert size == bucket_tokens(size // longest * longest)
 
 
@@ -169,8 +173,8 @@ def test_chunks_of_the_mlp():
     full, none = POLICIES["full"], POLICIES["none"]
     assert [mlp_chunks(t, full, 2048) for t in (1, 2048, 2049, 8192, 10**6)] == [1, 1, 2, 4, 8]
     assert mlp_chunks(10**6, none, 2048) == 1
-    less = peak_bytes(ONE_B, (full,) * 16, 8192, 256, 1024, 2, RANKS)
-    assert less < peak_bytes(ONE_B, (full,) * 16, 8192, 256, 8192, 2, RANKS)
+    less = peak_bytes(DIMS, (full,) * 16, 8192, 256, 1024)
+    assert less < peak_bytes(DIMS, (full,) * 16, 8192, 256, 8192)
 
 
 def fake_gpu(monkeypatch, free_gib, allocated=2**30):
@@ -201,7 +205,7 @@ def test_auto_fits_what_is_free(monkeypatch, free, keeps_all):
     fake_gpu(monkeypatch, free)
     choice = on_gpu(settings(), "auto")
     assert choice.peak_bytes <= 2**30 + 0.95 * free * 2**30
-    assert all(p.gpu | p.host == frozenset(PARTS) for p in choice.policies) == keeps_all
+    assert all(p.gpu | p.host == POLICIES["none"].gpu for p in choice.policies) == keeps_all
     assert (choice.tokens == 16384) == (free == 100)
 
 
@@ -209,7 +213,7 @@ def test_a_limit_of_the_user_s_is_kept_and_a_name_is_obeyed(monkeypatch):
     fake_gpu(monkeypatch, 100)
     config = settings(max_memory_gib=2.0)
     choice = on_gpu(config, "auto")
-    assert choice.peak_bytes <= 1.99 * 2**30 and "of 2.00 GiB" in choice.said
+    assert choice.peak_bytes <= 1.99 * 2**30 and "of 2.00 GiB" in choice.description
     config = dataclasses.replace(config, micro_batch_tokens=4096)
     choice = on_gpu(config, "full")
     assert set(choice.policies) == {POLICIES["full"]} and choice.tokens == 4096
@@ -218,7 +222,7 @@ def test_a_limit_of_the_user_s_is_kept_and_a_name_is_obeyed(monkeypatch):
 @pytest.mark.parametrize("longest, step", [(1837, 9000), (5, 7), (2048, 16384), (40000, 50000)])
 @pytest.mark.parametrize("asked", [0, 3000])
 def test_micro_batches_hold_every_bucket_that_they_may_be_padded_to(longest, step, asked):
-    sizes = planning._micro_batches(asked, longest, step)
+    sizes = micro_batch_sizes(asked, longest, step)
     assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] >= longest
     for size in sizes:
         assert all(bucket_tokens(n) <= size for n in range(1, size + 1, 97))

@@ -23,7 +23,7 @@ from minisft.config.model import LINEAR_NAMES, ModelConfig
 from minisft.config.targets import adapter_shapes
 from minisft.files.adapter import load_adapter, save_adapter
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
-from minisft.files.card import model_card
+from minisft.files.export import model_card
 from minisft.files.safetensors import read_header
 
 # No two sizes are equal, so that no transposed or misplaced tensor fits by accident.

@@ -13,7 +13,7 @@ from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.llama import Compute
 from minisft.lora import allocate, init_lora_, trainable_shapes
-from minisft.nn import Documents, dropout, packed_attention
+from minisft.nn import documents_of, dropout, packed_attention
 from minisft.step import ExecutionPlan, loss_and_grads
 
 pytestmark = [
@@ -34,8 +34,7 @@ LENGTHS = {"uneven": (1, 63, 200, 17, 128), "equal": (128, 128, 128), "one": (30
 
 
 def documents(lengths, device):
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Documents(cu.to(device), tuple(lengths))
+    return documents_of(lengths, device)
 
 
 def reference_attention(q, k, v, lengths):

@@ -1,6 +1,7 @@
-"""The hand-written pass on a GPU: against autograd in float32, its policies, graphs and peaks."""
+"""The explicit pass on a GPU: against autograd in float32, its policies, graphs and peaks."""
 
 import dataclasses
+import functools
 import gc
 
 import pytest
@@ -10,9 +11,11 @@ from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
 from minisft.batches import MicroBatch
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
-from minisft.explicit.microbatch import bucketed, gathered, load_, micro_step_, prepare, run_
-from minisft.explicit.plan import buffer_bytes, group_ranks, peak_bytes
-from minisft.explicit.policy import POLICIES
+from minisft.explicit.buckets import bucketed
+from minisft.explicit.buffers import prepare
+from minisft.explicit.cost import buffer_bytes, group_ranks, peak_bytes
+from minisft.explicit.microbatch import gathered, load_, micro_step_
+from minisft.explicit.policy import POLICIES, Dims
 from minisft.llama import Compute, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.loss import loss_sum
@@ -93,19 +96,23 @@ def by_autograd(cfg, frozen, flat, micro, dtype):
 def prepared(cfg, frozen, flat, name="none", tokens=1024):
     compute = Compute(cfg, torch.bfloat16, lora_scaling=LORA.scaling)
     policies = [POLICIES[name]] * cfg.num_hidden_layers
-    fast = prepare(
+    explicit = prepare(
         flat, cast(frozen, torch.bfloat16), compute, policies, chunk=128, max_tokens=tokens
     )
-    load_(fast, flat)
-    return fast
+    load_(explicit, flat)
+    return explicit
 
 
-def by_hand(fast, micro):
-    fast.sums.buffer.zero_()
-    fast.loss.zero_()
-    fast.weight.fill_(1 / len(micro.targets_M))
-    micro_step_(fast, bucketed(micro).to(torch.device("cuda")))
-    return fast.loss.clone(), gathered(fast).clone()
+def run_(explicit, batch):
+    explicit.graphs.run_(functools.partial(micro_step_, explicit), batch)
+
+
+def by_explicit_pass(explicit, micro):
+    explicit.sums.buffer.zero_()
+    explicit.loss.zero_()
+    explicit.loss_weight.fill_(1 / len(micro.targets_M))
+    micro_step_(explicit, bucketed(micro).to(torch.device("cuda")))
+    return explicit.loss.clone(), gathered(explicit).clone()
 
 
 @pytest.fixture
@@ -132,7 +139,9 @@ def test_loss_and_gradients_stay_within_three_times_autograd_s_error(layout, fou
     micro = micro_batch(LAYOUTS[layout], CFG)
     loss32, grads32 = by_autograd(CFG, frozen, flat, micro, torch.float32)
     _, grads16 = by_autograd(CFG, frozen, flat, micro, torch.bfloat16)
-    loss, grads = by_hand(prepared(CFG, frozen, flat), micro_batch(LAYOUTS[layout], CFG, "cpu"))
+    loss, grads = by_explicit_pass(
+        prepared(CFG, frozen, flat), micro_batch(LAYOUTS[layout], CFG, "cpu")
+    )
     assert abs(loss - loss32) / loss32 < 1e-3
     assert error(grads, grads32) < 3 * error(grads16, grads32)
 
@@ -143,25 +152,28 @@ def test_policies_change_no_bit(layout, rank, name, deterministic):
     lora = dataclasses.replace(LORA, r=rank, lora_alpha=LORA.scaling * rank)
     frozen, flat = weights(CFG, True), adapter(CFG, lora)
     micro = micro_batch(LAYOUTS[layout], CFG, "cpu")
-    plain = by_hand(prepared(CFG, frozen, flat), micro)
-    again = by_hand(prepared(CFG, frozen, flat, name), micro)
+    plain = by_explicit_pass(prepared(CFG, frozen, flat), micro)
+    again = by_explicit_pass(prepared(CFG, frozen, flat, name), micro)
     assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
 
 
 @pytest.mark.parametrize("name", ["none", "full+offload"])
 def test_a_captured_step_is_the_one_it_was_captured_from(name, deterministic):
     frozen, flat = weights(CFG, True), adapter(CFG)
-    fast = prepared(CFG, frozen, flat, name)
+    explicit = prepared(CFG, frozen, flat, name)
     batches = [bucketed(micro_batch(d, CFG, "cpu")) for d in ([256, 256], [200, 311], [180, 330])]
     found = {}
     for turn in range(3):  # kernel by kernel, captured, replayed
         for i, batch in enumerate(batches):
-            fast.sums.buffer.zero_()
-            fast.loss.zero_()
-            run_(fast, batch)
+            explicit.sums.buffer.zero_()
+            explicit.loss.zero_()
+            run_(explicit, batch)
             torch.cuda.synchronize()
-            found[turn, i] = (fast.loss.item(), gathered(fast).clone())
-    assert len(fast.graphs) == 2 and all(g.captured for g in fast.graphs.values())
+            found[turn, i] = (explicit.loss.item(), gathered(explicit).clone())
+    assert (
+        len(explicit.graphs.inputs) == 2
+        and explicit.graphs.captured.keys() == explicit.graphs.inputs.keys()
+    )
     for turn in (1, 2):
         for i in range(3):
             assert found[turn, i][0] == found[0, i][0], (turn, i)
@@ -182,20 +194,18 @@ def test_the_predicted_peak_is_within_five_percent(name, mlp, layout):
     gc.collect()  # a capture before this test may have left a cycle
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    ranks = group_ranks(flat, cfg)
+    dims = Dims(cfg, 2, group_ranks(flat, cfg))
     tokens = sum(layout)
     policies = (POLICIES[name],) * cfg.num_hidden_layers
-    expected = buffer_bytes(flat, cfg, 2, ranks) + peak_bytes(
-        cfg, policies, tokens, 256, mlp, 2, ranks
-    )
+    expected = buffer_bytes(flat, dims) + peak_bytes(dims, policies, tokens, 256, mlp)
     torch.cuda.reset_peak_memory_stats()
     compute = Compute(cfg, torch.bfloat16, lora_scaling=LORA.scaling)
-    fast = prepare(
+    explicit = prepare(
         flat, frozen, compute, list(policies), chunk=256, max_tokens=tokens, mlp_tokens=mlp
     )
-    load_(fast, flat)
+    load_(explicit, flat)
     for _ in range(3):
-        run_(fast, bucketed(micro_batch(layout, cfg, "cpu")))
+        run_(explicit, bucketed(micro_batch(layout, cfg, "cpu")))
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated()
     assert abs(before + expected - measured) < 0.05 * measured, (before, expected, measured)

@@ -33,7 +33,7 @@ def test_forward(T, D, R, dtype):
     x, y = wide(rand(T, D, dtype=dtype)), wide(rand(T, D, dtype=dtype, seed=1))
     weight, delta = rand(D, dtype=dtype, seed=2), low_rank(T, R, D, dtype, 3)
     (sum_k, h_k, rstd_k), (sum_r, h_r, rstd_r) = (
-        add_rms_norm(x, y, weight, EPS, delta=delta, extra=3, impl=impl)
+        add_rms_norm(x, y, weight, EPS, delta=delta, rank_columns=3, impl=impl)
         for impl in ("triton", "reference")
     )
     extra = y.double() + product(delta)
@@ -41,7 +41,7 @@ def test_forward(T, D, R, dtype):
     assert h_k.shape == (T, D + 3)
     close(h_k[:, :D], h_r[:, :D], truth_of(x, weight, extra), "norm")
     close(rstd_k, rstd_r, torch.rsqrt((x.double() + extra).pow(2).mean(-1) + EPS), "rstd")
-    again = normalise(sum_k, weight, rstd_k, extra=3, impl="triton")
+    again = normalise(sum_k, weight, rstd_k, rank_columns=3, impl="triton")
     assert torch.equal(again[:, :D], h_k[:, :D])
 
 
@@ -61,7 +61,7 @@ def test_backward(T, D, residual, dtype):
     weight, rstd = rand(D, dtype=dtype, seed=2), torch.rsqrt(x.float().pow(2).mean(-1) + EPS)
     dres = wide(rand(T, D, dtype=dtype, seed=4)) if residual else None
     kernel, reference = (
-        rms_norm_backward(dh, x, weight, rstd, dresidual_TD=dres, extra=2, impl=impl)
+        rms_norm_backward(dh, x, weight, rstd, dresidual_TD=dres, rank_columns=2, impl=impl)
         for impl in ("triton", "reference")
     )
     leaf = x.double().requires_grad_()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from minisft.files.weights import load_model_config, open_checkpoint, stream_weights
 from minisft.llama import Compute
-from minisft.session.generate import Sampling, generate
+from minisft.session.generate import InferenceModel, generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,16 +45,9 @@ def test_greedy_answers_equal_transformers(name, tmp_path):
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
-    got = generate(
-        {},
-        dict(stream_weights(checkpoint)),
-        PROMPTS,
-        Compute(checkpoint.cfg),
-        max_new_tokens=20,
-        stop_ids=set(),
-        sampling=Sampling(),
-        device=torch.device("cpu"),
-    )
+    weights, compute = dict(stream_weights(checkpoint)), Compute(checkpoint.cfg)
+    model = InferenceModel({}, weights, compute, torch.device("cpu"))
+    got = generate(model, PROMPTS, max_new_tokens=20, stop_ids=set())
     for prompt, answer in zip(PROMPTS, got, strict=True):
         want = reference.generate(
             torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None,

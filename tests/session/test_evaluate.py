@@ -292,7 +292,7 @@ def test_before_and_after_are_of_the_same_rows(inputs, tmp_path, change):
     after = read(tmp_path / "train_output.json")["metrics"]
     assert "samples" not in after
     assert (after["eval_loss_before"] is None) == (change == "rows")
-    assert ("of other eval rows" in outcome.out) == (change == "rows")
+    assert ("was computed on other eval rows" in outcome.out) == (change == "rows")
 
 
 def test_the_expected_answer_ends_where_its_turn_ends():

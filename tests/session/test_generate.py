@@ -8,7 +8,7 @@ from tiny_llama import CFG, CPU, LORA, random_adapter, random_weights
 
 from minisft.config.model import ModelConfig, RopeConfig
 from minisft.llama import Compute, logits, make_tokens
-from minisft.session.generate import Sampling, generate
+from minisft.session.generate import GREEDY, InferenceModel, Sampling, generate
 
 ROPES = {
     "default": RopeConfig(),
@@ -31,16 +31,16 @@ def compute(cfg=CFG, dtype=torch.float32, **changes):
     return Compute(cfg, dtype, LORA.scaling, **changes)
 
 
-def greedy(prompts, cfg=CFG, dtype=torch.float32, stop_ids=(), new=NEW, **options):
-    options = {"sampling": Sampling(), "compute": compute(cfg, dtype)} | options
+def greedy(
+    prompts, cfg=CFG, dtype=torch.float32, stop_ids=(), new=NEW, compute_=None, sampling=GREEDY
+):
+    weights = random_adapter(cfg).views, random_weights(cfg, dtype=dtype)
     return generate(
-        random_adapter(cfg).views,
-        random_weights(cfg, dtype=dtype),
+        InferenceModel(*weights, compute_ or compute(cfg, dtype), CPU),
         prompts,
         max_new_tokens=new,
         stop_ids=set(stop_ids),
-        device=CPU,
-        **options,
+        sampling=sampling,
     )
 
 
@@ -111,7 +111,7 @@ def test_the_number_of_new_tokens():
 
 def test_dropout_and_checkpointing_of_training_are_off():
     training = compute(lora_dropout=0.5, checkpoint_blocks=True)
-    assert greedy(PROMPTS, compute=training) == greedy(PROMPTS)
+    assert greedy(PROMPTS, compute_=training) == greedy(PROMPTS)
 
 
 def test_sampling_follows_its_seed():

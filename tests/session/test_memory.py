@@ -14,7 +14,7 @@ from tiny_llama import CFG, all_rows, random_adapter, random_dataset, random_wei
 
 from minisft.config.lora import LoraConfig
 from minisft.config.train import TrainConfig
-from minisft.explicit.plan import Choice
+from minisft.explicit import Choice
 from minisft.files import load as load_module
 from minisft.files.load import load_base
 from minisft.llama import Compute
@@ -144,7 +144,7 @@ def test_the_estimate_is_within_30_percent_of_what_a_process_takes(tmp_path):
         for more in (["--dry-run"], [])
     )
     about, before = re.search(
-        r"memory  about ([\d.]+) GiB: this process as it is ([\d.]+)", dry
+        r"memory  about ([\d.]+) GiB: this process so far ([\d.]+)", dry
     ).groups()
     peak = float(re.search(r"memory  .*peak ([\d.]+)", run)[1])
     assert float(about) - float(before) == pytest.approx(peak - float(before), rel=0.3)

@@ -404,7 +404,7 @@ def test_a_finished_run_says_what_it_ignores_and_obeys_an_earlier_checkpoint(inp
     assert "has changed since" not in finished.out
     later = (tmp_path / "train_output.json").stat().st_mtime + 5
     os.utime(settings["dataset"], (later, later))
-    assert "has changed since: it changes nothing" in (
+    assert "has changed since: the finished run is not affected" in (
         train(**changed, resume_from_checkpoint="auto").out
     )
     earlier = train(**changed, resume_from_checkpoint=tmp_path / "checkpoint-2")

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import current_flash_attention_impl, register_flash_attention_impl
 
 from minisft.config.errors import UserError
-from minisft.explicit.attention import flash_attention
+from minisft.session.torch_switches import flash_attention
 
 GPU = torch.device("cuda")
 
