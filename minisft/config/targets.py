@@ -104,10 +104,8 @@ def _compiled(pattern: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as e:
-        raise UserError(
-            f"{name} pattern {pattern!r} is not a regular expression ({e}); "
-            f"write it like {PATTERN_EXAMPLE}"
-        ) from None
+        problem = f"is not a regular expression: {e}; an example is {PATTERN_EXAMPLE}"
+        raise UserError(f"{name} pattern {pattern!r} {problem}") from None
 
 
 def _in_layers(found: list[str], lora: LoraConfig, cfg: ModelConfig) -> list[str]:

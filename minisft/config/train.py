@@ -28,7 +28,7 @@ Schedule = Literal[
 ]  # fmt: skip
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Checkpointing = Literal[
-    "auto", "none", "recompute_gate_up", "recompute_gate_up+qkv", "shownbut_attention", "full",
+    "auto", "none", "recompute_gate_up", "recompute_gate_up+qkv", "all_but_attention", "full",
     "block", "none+offload", "offload", "recompute_gate_up+offload",
     "recompute_gate_up+qkv+offload", "full+offload",
 ]  # fmt: skip
@@ -190,7 +190,7 @@ class TrainConfig:
     headers of the weights; report steps, pass and memory; stop. The output directory is not
     touched."""
     packing: Annotated[bool, Fixed] = False
-    """Pack several rows into one of max_length tokens, document boundaries kept."""
+    """Pack several rows into one of max_length tokens, preserving document boundaries."""
     packing_strategy: Annotated[Literal["bfd", "bfd_split", "wrapped"], Fixed, _PACKING] = "bfd"
     """bfd (best-fit decreasing), bfd_split or wrapped."""
 
@@ -243,10 +243,10 @@ class TrainConfig:
     adam_epsilon: Annotated[float, Free, at_least(0), _EPSILON] = 1e-8
     """AdamW epsilon."""
     gradient_checkpointing: Annotated[Checkpointing, Free] = "auto"
-    """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
-    keep everything, recompute no matrix product. full (or block): keep the layer's input alone. In
-    between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, shownbut_attention. With
-    +offload, what is kept waits in host memory (with none: the residuals and attention's output);
+    """What each layer saves for the backward pass. auto: the fastest that fits the memory. none:
+    save everything, recompute no matmul. full (or block): save the layer's input only. In
+    between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, all_but_attention. With
+    +offload, it goes to host memory (with none: the residuals and attention's output);
     offload: all of it. At most 60 % of the host's free memory is used for this."""
     step_impl: Annotated[Literal["auto", "explicit", "autograd"], Free] = "auto"
     """Which pass computes gradients: explicit (hand-written backward, captured in CUDA graphs),
