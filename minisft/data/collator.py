@@ -87,7 +87,7 @@ def _tensors(made: Mapping[str, Any], vocab_size: int) -> tuple[Tensor, Tensor, 
         mask = torch.as_tensor(made.get("attention_mask", torch.ones_like(ids))).bool()
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
-            f"batch_fn returned no batch of input_ids and labels [rows, length] ({e!r})"
+            f"batch_fn must return a batch of input_ids and labels [rows, length] ({e!r})"
         ) from None
     if not ids.shape == labels.shape == mask.shape or ids.dim() != 2:
         raise UserError(

@@ -304,7 +304,7 @@ def _ends_in_special(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) 
 
 
 def fit(document: Document, settings: Settings, where: str, counts: Counts) -> list[Piece]:
-    """Return the document cut as `overlong` says: in full, cut, in pieces, or nothing (dropped).
+    """Return the document cut as `overlong` says: uncut, cut, in pieces, or nothing (dropped).
 
     where: names the row in the UserError of overlong "error". counts: gets what happened.
     """

@@ -42,7 +42,7 @@ def _stretches(
 
 
 def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style: Style) -> str:
-    """Return one row in full: a heading, then the text and the ids of each document."""
+    """Return one untruncated row: a heading, then the text and the ids of each document."""
     documents = dataset.row_documents(row)
     text, num_trained = "", 0
     for number, (a, b) in enumerate(documents):
@@ -154,7 +154,7 @@ def show_preview(
     file: str,
     say: Callable[[str], None],
 ) -> None:
-    """Print `count` rows in full (--preview), or the first one on a line; --preview-json: a file.
+    """Print `count` whole rows (--preview), or the first on one line; --preview-json: a file.
 
     count 0 writes all rows to the file. say: prints a line.
     """

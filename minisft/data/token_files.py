@@ -50,7 +50,7 @@ class TokenWriter:
     """Takes rows of documents in order; `finish` returns the TokenizedDataset.
 
     scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
-    memory-mapped at the end, so that 8 bytes a row and a document stay in memory; the files are
+    memory-mapped at the end, so that 8 bytes per row and document stay in memory; the files are
     unlinked by then. entry: a path that does not exist yet, where the files stay instead.
     Without both, everything stays in memory.
     """

@@ -92,7 +92,7 @@ def token_seconds(
 ) -> float:
     """Rough seconds per token: matmuls, attention, decoding, and what the host link adds.
 
-    tokens: of a micro-batch; each decodes all weights anew. length: of a document.
+    tokens: of a micro-batch; each decodes all weights again. length: of a document.
     """
     forward = backward = host = last = 0.0
     for policy, layers in Counter(policies).items():

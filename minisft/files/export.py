@@ -30,21 +30,16 @@ def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
     return ("adapter_model.safetensors", "base_model.model.") if lora else ("model.safetensors", "")
 
 
-def write_trained(
-    directory: Path, trainable: Flat, base: Base, config: TrainConfig, card: str | None = None
-) -> None:
+def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainConfig) -> None:
     """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
     if base.lora:
-        if card is not None:
-            write_text(directory / "README.md", card)
         save_adapter(
             directory, exported_tensors(trainable.views, base.initial_lora),
             exported_lora(base.lora), base.cfg, config.base_name, revision=config.revision,
             base_4bit=base_4bit(config, base),
         )  # fmt: skip
         return
-    tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    save_file(trainable.views, directory / "model.safetensors", {"format": "pt"})
 
 
 def export_adapter(
@@ -62,7 +57,8 @@ def export_adapter(
     """
     write_files(directory, files)
     card = model_card({"base_model": config.base_name, **facts}, base_4bit(config, base))
-    write_trained(directory, trainable, base, config, card)
+    write_text(directory / "README.md", card)
+    write_trained(directory, trainable, base, config)
 
 
 def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
@@ -113,16 +109,14 @@ def write_model_files(
     dtype: torch.dtype,
     files: dict[str, bytes],
 ) -> None:
-    """Write what a transformers directory holds beside its weights: `files`, then config.json.
+    """Write the files of a transformers directory other than weights: `files`, then config.json.
 
     base_directory: of the model whose config.json and generation_config.json these follow.
     """
     write_files(directory, files)
     raw = load_json(base_directory / "config.json")
-    raw |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-    }
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = cfg.tie_word_embeddings
     for name in ("torch_dtype", "quantization_config"):
         raw.pop(name, None)
     generation = base_directory / "generation_config.json"

@@ -107,10 +107,7 @@ def _announce_serving(run: Run) -> None:
     base, config = run.base, run.config
     if base.lora is None:
         return
-    described = adapter_config_dict(
-        exported_lora(base.lora), base.cfg, config.base_name,
-        tied=base.cfg.tie_word_embeddings, revision=None,
-    )  # fmt: skip
+    described = adapter_config_dict(exported_lora(base.lora), base.cfg, config.base_name)
     for problem in vllm_problems(described):
         say(f"warning: vLLM cannot load this adapter as it is ({problem}); merge it first")
 

@@ -18,7 +18,6 @@ from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
-from minisft.files.load import token_ids
 from minisft.files.weights import Checkpoint, stream_weights, to_device
 from minisft.llama import (
     TOKEN_IDS,
@@ -50,7 +49,7 @@ class InferenceModel(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest share."""
+    """How the next token is chosen: temperature 0 is greedy; top_p is nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -82,7 +81,7 @@ def load_for_inference(
     if lora is not None:
         compute = Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
         if TOKEN_ROWS in tensors:
-            frozen[TOKEN_IDS] = token_ids(lora, device)
+            frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
     trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
     return InferenceModel(trainable, frozen, compute, device)
 
@@ -194,7 +193,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
-        # Without the token's own probability: the likeliest token is never removed.
+        # Without the token's own probability: the most probable token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()

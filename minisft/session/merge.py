@@ -23,7 +23,6 @@ from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
-from minisft.files.load import token_ids
 from minisft.files.weights import (
     Checkpoint,
     dequantized,
@@ -162,7 +161,8 @@ def merged_weights(
             weight = to_device(name, weight, device, torch.float32, True)
         path, merged = name.removesuffix(".weight"), dequantized(weight)
         if name == EMBEDDING and TOKEN_ROWS in tensors:
-            merged = merged.float().index_copy(0, token_ids(lora, CPU), tensors[TOKEN_ROWS])
+            ids = torch.tensor(lora.trainable_token_indices)
+            merged = merged.float().index_copy(0, ids, tensors[TOKEN_ROWS])
         elif name == EMBEDDING and EMBEDDING_A in tensors:
             base, update = merged.float(), (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
             merged = base + lora.scaling_of(path) * update

@@ -352,8 +352,8 @@ def test_a_collator_that_fails_is_told(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"input_ids": [[1, 2]]}, "no batch of input_ids and labels"),
-        (None, "no batch of input_ids and labels"),
+        ({"input_ids": [[1, 2]]}, "must return a batch of input_ids and labels"),
+        (None, "must return a batch of input_ids and labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}, "of one shape"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "of one shape"),
         ({"input_ids": [[1, 999]], "labels": [[1, 2]]}, "the id or label 999; expected 0 to 383"),
