@@ -73,8 +73,7 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     # A list: what JSON gives may have no hash.
     if rope_type not in list(_ROPE_NEEDS):
-        known = f"not implemented; known types: {', '.join(_ROPE_NEEDS)}"
-        raise UserError(f"{source}: RoPE type {rope_type!r} is {known}")
+        raise wrong(f"{source}: RoPE type", rope_type, f"one of {', '.join(_ROPE_NEEDS)}")
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise wrong(f"{source}: partial_rotary_factor", partial, "1.0")
