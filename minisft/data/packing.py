@@ -23,10 +23,7 @@ def write_packed(
     max_length: int,
     strategy: str | None,
 ) -> None:
-    """Write one group of at most GROUP_ROWS documents, (ids, labels) each, as packed rows.
-
-    strategy None: each document is a row.
-    """
+    """Write at most GROUP_ROWS documents, (ids, labels) each, as packed rows; None: one a row."""
     ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
     rows = [[piece] for piece in itertools.pairwise(offsets)]

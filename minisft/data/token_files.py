@@ -82,8 +82,7 @@ class TokenWriter:
             # The first token of a document has nothing before it, so it is never a target.
             self.num_trained += int((labels[1:] != IGNORED).sum())
             self.num_tokens += len(ids)
-            if len(ids):
-                self.max_token_id = max(self.max_token_id, int(ids.max()))
+            self.max_token_id = max(self.max_token_id, int(ids.max(initial=-1)))
             self._document_offsets.append(self.num_tokens)
             for (name, dtype), values in zip(_TOKENS.items(), (ids, labels), strict=True):
                 self._blocks[name].append(np.ascontiguousarray(values, dtype=dtype))

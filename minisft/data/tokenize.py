@@ -71,7 +71,7 @@ def tokenize(
             counts.add(here)
         stats = dataset_stats(stats_of_sources, counts, writer, settings, tokenizer.chat_template)
         if not writer.num_trained:
-            raise nothing_to_train(stats, settings, sources)
+            raise nothing_to_train(stats, settings)
         return writer.finish(stats)
     except BaseException:
         writer.abandon()
