@@ -395,12 +395,9 @@ def random_rows(config: StepConfig) -> TokenizedDataset:
     )
     writer = TokenWriter()
     documents = [(d, d) for d in map(Tensor.numpy, ids.split(lengths.tolist()))]
-    if config.packing:
-        for begin in range(0, count, GROUP_ROWS):
-            write_packed(writer, documents[begin : begin + GROUP_ROWS], config.length, "bfd")
-    else:
-        for document in documents:
-            writer.add([document])
+    strategy = "bfd" if config.packing else None
+    for begin in range(0, count, GROUP_ROWS):
+        write_packed(writer, documents[begin : begin + GROUP_ROWS], config.length, strategy)
     return writer.finish({})
 
 

@@ -34,7 +34,12 @@ class Collator:
         """
         rows: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
-            examples = [_example(dataset, row) for row in batch]
+            examples = []
+            for row in batch:
+                start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+                ids, labels = (a[start:stop].tolist() for a in (dataset.input_ids, dataset.labels))
+                mask = [1] * (stop - start)
+                examples.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
             ids, labels, mask = _tensors(_call(self.batch_fn, examples), self.vocab_size)
             # Micro-batches hold no padding: rows are concatenated, so it is removed again here.
             rows += [(i[m], t[m]) for i, t, m in zip(ids, labels, mask, strict=True) if m.any()]
@@ -48,15 +53,6 @@ class Collator:
             row_offsets=torch.arange(len(rows) + 1),
             stats=dataset.stats,
         )
-
-
-def _example(dataset: TokenizedDataset, row: int) -> dict[str, list[int]]:
-    start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
-    return {
-        "input_ids": dataset.input_ids[start:stop].tolist(),
-        "labels": dataset.labels[start:stop].tolist(),
-        "attention_mask": [1] * (stop - start),
-    }
 
 
 def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[str, Any]:

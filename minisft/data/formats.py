@@ -128,10 +128,9 @@ def read_sharegpt(record: dict) -> Example:
     """
     chat = _messages(_present(record, "conversations"), "conversations")
     if record.get("system"):
-        system = {"role": "system", "content": _string(record, "system")}
         if chat[0]["role"] == "system":
             raise UserError("the row has a system column and a system message; keep one of them")
-        chat.insert(0, system)
+        chat.insert(0, {"role": "system", "content": _string(record, "system")})
     return Example(None, chat, **_chat_extras(record))
 
 

@@ -251,9 +251,7 @@ def most_tokens(data: Data, batches: Batches, steps: int) -> int:
 
 def check_rows(config: TrainConfig, data: Data) -> None:
     """Raise UserError if there are fewer rows, before packing, than one batch takes."""
-    rows = data.train.stats["rows_kept"]
-    if config.dry_run:
-        rows = sum(estimated_rows(data.train, "rows_kept"))
+    rows = sum(estimated_rows(data.train, "rows_kept"))
     if rows < config.per_device_train_batch_size:
         raise UserError(
             f"{', '.join(config.dataset)}: {rows} rows do not fill one batch of "

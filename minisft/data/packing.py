@@ -21,12 +21,13 @@ def write_packed(
     writer: TokenWriter,
     documents: list[tuple[np.ndarray, np.ndarray]],
     max_length: int,
-    strategy: str,
+    strategy: str | None,
 ) -> None:
-    """Write one group of at most GROUP_ROWS documents, (ids, labels) each, as packed rows."""
+    """Write at most GROUP_ROWS documents, (ids, labels) each, as packed rows; None: one a row."""
     ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
-    for row in _pack_group(offsets, max_length, strategy):
+    rows = [[piece] for piece in itertools.pairwise(offsets)]
+    for row in _pack_group(offsets, max_length, strategy) if strategy else rows:
         writer.add([(ids[a:b], labels[a:b]) for a, b in row])
 
 

@@ -148,24 +148,20 @@ def _json_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer) -> dict
 
 
 def show_preview(
-    dataset: TokenizedDataset,
-    tokenizer: Tokenizer,
-    count: int,
-    file: str,
-    say: Callable[[str], None],
+    data: TokenizedDataset, tokenizer: Tokenizer, count: int, file: str, say: Callable[[str], None]
 ) -> None:
     """Print `count` whole rows (--preview), or the first on one line; --preview-json: a file.
 
     count 0 writes all rows to the file. say: prints a line.
     """
-    style, shown = terminal_style(), min(count, len(dataset))
+    style, shown = terminal_style(), min(count, len(data))
     if count == 0:
-        say(f"row 0   {preview_short(dataset, tokenizer, style)}")
+        say(f"row 0   {preview_short(data, tokenizer, style)}")
     for row in range(shown):
-        say(preview_row(dataset, row, tokenizer, style))
+        say(preview_row(data, row, tokenizer, style))
     if count:
         how = "in green" if style[0] == _GREEN else "between {} and {}".format(*style)
-        say(f"{shown:,} of {len(dataset):,} rows shown; trained tokens are {how}")
+        say(f"{shown:,} of {len(data):,} rows shown; trained tokens are {how}")
     if file:
-        _write_json(dataset, tokenizer, shown if count else len(dataset), Path(file))
+        _write_json(data, tokenizer, shown if count else len(data), Path(file))
         say(f"rows written to {file}")

@@ -45,12 +45,10 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
 
     Raises UserError if the source's columns do not fit the settings.
     """
-    format = settings.format
+    format, field = settings.format, settings.text_field
     if format is None:
-        format = formats.detect_format(
-            rows.columns, text_field=settings.text_field, source=rows.source
-        )
-    elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
+        format = formats.detect_format(rows.columns, text_field=field, source=rows.source)
+    elif missing := formats.missing_columns(format, rows.columns, text_field=field):
         close = closest(missing[0].lower(), rows.columns)
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(
@@ -59,9 +57,8 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
         )
     completion_only = settings.completion_only_loss
     if completion_only is None:
-        completion_only = format == "alpaca" or not formats.missing_columns(
-            "prompt-completion", rows.columns
-        )
+        missing = formats.missing_columns("prompt-completion", rows.columns)
+        completion_only = format == "alpaca" or not missing
     if format != "input_ids" and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token; set it in tokenizer_config.json")
     if settings.assistant_only_loss and format == "text":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,11 +148,9 @@ def check_instruction_part(settings: Settings, counts: Counts, source: str) -> N
         )
 
 
-def nothing_to_train(
-    stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]
-) -> UserError:
+def nothing_to_train(stats: dict[str, Any], settings: Settings) -> UserError:
     """Return the error for a dataset without a single target: what was dropped, and the remedy."""
-    names = ", ".join(rows.source for rows in sources)
+    names = ", ".join(source["source"] for source in stats["sources"])
     dropped = "".join(f", {n} dropped ({reason})" for reason, n in stats["dropped"].items())
     cut = settings.max_length is not None and stats["longest"] > settings.max_length
     remedy = "raise --max-length" if cut else "give rows with something to learn"

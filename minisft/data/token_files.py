@@ -19,7 +19,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
@@ -57,12 +56,10 @@ class TokenWriter:
 
     def __init__(self, scratch: Path | None = None, entry: Path | None = None):
         self._entry = entry
+        home = scratch if entry is None else entry.parent
         # The process id keeps two runs that share a cache or a scratch directory apart.
-        self._partial: Path | None = None
-        if entry is not None:
-            self._partial = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-        elif scratch is not None:
-            self._partial = scratch / f".rows.{os.getpid()}.{id(self)}.tmp"
+        name = f".{entry.name if entry else 'rows'}.{os.getpid()}.{id(self)}.tmp"
+        self._partial = None if home is None else home / name
         # array: 8 bytes a number, where a list of Python integers takes 36.
         self._document_offsets, self._row_offsets = array("q", [0]), array("q", [0])
         self._digests, self._row_targets = array("q"), array("q")
@@ -85,8 +82,7 @@ class TokenWriter:
             # The first token of a document has nothing before it, so it is never a target.
             self.num_trained += int((labels[1:] != IGNORED).sum())
             self.num_tokens += len(ids)
-            if len(ids):
-                self.max_token_id = max(self.max_token_id, int(ids.max()))
+            self.max_token_id = max(self.max_token_id, int(ids.max(initial=-1)))
             self._document_offsets.append(self.num_tokens)
             for (name, dtype), values in zip(_TOKENS.items(), (ids, labels), strict=True):
                 self._blocks[name].append(np.ascontiguousarray(values, dtype=dtype))
@@ -190,13 +186,11 @@ def load_tokens(entry: Path) -> TokenizedDataset | None:
 
 def _map(entry: Path) -> TokenizedDataset:
     meta = json.loads((entry / _META).read_text(encoding="utf-8"))
-    tensors: dict[str, Any] = {n: _mapped(entry / n, dtype) for n, dtype in _ARRAYS.items()}
+    tensors: dict[str, Any] = {}
+    for name, dtype in _ARRAYS.items():
+        empty = not (entry / name).stat().st_size  # mmap refuses empty files
+        # A private (copy-on-write) mapping: torch requires writable memory.
+        array = np.zeros(0, dtype) if empty else np.memmap(entry / name, dtype, mode="c")
+        tensors[name] = torch.from_numpy(array)
     hash = _combined(meta["sha256"])
     return TokenizedDataset(stats=meta["stats"], hash=hash, entry=entry, **tensors)
-
-
-def _mapped(path: Path, dtype: np.dtype) -> Tensor:
-    if not path.stat().st_size:  # mmap refuses empty files
-        return torch.from_numpy(np.zeros(0, dtype=dtype))
-    # A private (copy-on-write) mapping: torch requires writable memory.
-    return torch.from_numpy(np.memmap(path, dtype, mode="c"))

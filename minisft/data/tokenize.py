@@ -71,7 +71,7 @@ def tokenize(
             counts.add(here)
         stats = dataset_stats(stats_of_sources, counts, writer, settings, tokenizer.chat_template)
         if not writer.num_trained:
-            raise nothing_to_train(stats, settings, sources)
+            raise nothing_to_train(stats, settings)
         return writer.finish(stats)
     except BaseException:
         writer.abandon()
@@ -86,17 +86,13 @@ def _write_source(
     max_length = settings.max_length or 0  # packing has one
     for documents, group_counts in groups:
         counts.add(group_counts)
-        for ids, labels in documents:
+        for ids, _ in documents:
             writer.seen(ids)
-            if settings.packing is None:
-                writer.add([(ids, labels)])
-        if settings.packing is None:
-            continue
         waiting += documents
         while len(waiting) >= GROUP_ROWS:
             write_packed(writer, waiting[:GROUP_ROWS], max_length, settings.packing)
             waiting = waiting[GROUP_ROWS:]
-    if waiting and settings.packing is not None:
+    if waiting:
         write_packed(writer, waiting, max_length, settings.packing)
 
 
@@ -113,10 +109,7 @@ _Group = tuple[list[Piece], Counts]
 
 
 def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
-    """Return rows begin..stop of a source as documents.
-
-    Raises UserError naming the row if one is malformed, unless skip_bad is set.
-    """
+    """Return rows begin..stop of a source as documents; UserError naming a malformed row."""
     counts = Counts()
     counts.seen["read"] = stop - begin
     rows = _read(job, begin, stop, counts)

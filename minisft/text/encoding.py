@@ -8,8 +8,10 @@ such strings is encoded in one call, with the same ids.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
@@ -24,10 +26,7 @@ PART_CHARS = 2_000_000  # encoded in one call, which takes about 100 bytes per c
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Return the token ids of one string.
-
-    add_special_tokens: add what the post-processor of tokenizer.json adds, such as a BOS.
-    """
+    """Return the token ids of one string, with what tokenizer.json adds (a BOS) if asked for."""
     return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
@@ -155,13 +154,8 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
         if match is not None:
             pieces.append((match["special"], False))
             begin = match.end()
-    joined: list[tuple[str, bool]] = []
-    for text, as_text in pieces:
-        if joined and not as_text and not joined[-1][1]:
-            joined[-1] = (joined[-1][0] + text, False)
-        elif text:
-            joined.append((text, as_text))
-    return joined
+    groups = itertools.groupby(filter(itemgetter(0), pieces), key=itemgetter(1))
+    return [("".join(text for text, _ in group), as_text) for as_text, group in groups]
 
 
 def _mask(pieces: list[_Piece], text: str, spans: list[Span], length: int) -> list[int]:

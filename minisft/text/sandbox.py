@@ -214,11 +214,8 @@ def _check_growth(name: str, values: tuple[Any, ...]) -> None:
         raise SecurityError("it calls translate() with its own table")
     if name in ("indent", "wordwrap") and len(texts) > 1:
         _check_length(len(texts[0]) * max(len(text) for text in texts[1:]))
-    if (
-        name in ("format", "format_map")
-        and isinstance(value, str)
-        and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value))
-    ):
+    formats = name in ("format", "format_map") and isinstance(value, str)
+    if formats and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value)):
         raise SecurityError("it calls format() with an excessive or variable width")
 
 
