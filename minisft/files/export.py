@@ -153,11 +153,6 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
             path.write_bytes(data)
 
 
-def describe_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that a model card lists: those that are not empty."""
-    return {k: v for k, v in config.items() if v not in ("", None, (), [])}
-
-
 def to_json_line(value: dict[str, Any]) -> str:
     """One line of JSON; numbers that are not finite become null: JSON has no spelling for them."""
     clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in value.items()}

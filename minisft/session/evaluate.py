@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def evaluate_now(run: Run, step: int) -> dict[str, Any]:
     With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
     """
     assert run.data.eval is not None
-    epoch = run.schedule.epoch_after(step - 1)
+    epoch = run.batches.schedule.epoch_after(step - 1)
     metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
     answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
     run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
@@ -100,7 +99,7 @@ def evaluate_before(run: Run) -> dict[str, Any]:
         return {}
     rows = data_hash(run.data.eval)
     if run.state.step > 0:
-        before = _read_before(run.out / STEP0)
+        before = read_before(run)
         if before.get("rows", rows) == rows:
             return before
         other = f"warning: {STEP0} was computed on other eval rows"
@@ -111,20 +110,13 @@ def evaluate_before(run: Run) -> dict[str, Any]:
     return before
 
 
-def _read_before(file: Path) -> dict[str, Any]:
-    before = load_json(file) if file.exists() else {}
+def read_before(run: Run) -> dict[str, Any]:
+    """The content of step0.json if a run is resumed. Raises UserError if that is damaged."""
+    file = run.out / STEP0
+    before = load_json(file) if run.state.step and file.exists() else {}
     if not isinstance(before, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(before).__name__}; remove it")
     return before
-
-
-def check_evaluation(run: Run) -> None:
-    """Raises UserError if the first evaluation would fail: no prompts, or a bad step0.json."""
-    if run.data.eval is None:
-        return
-    eval_prompts(run.data.eval, run.config.eval_generate)
-    if run.state.step > 0:
-        _read_before(run.out / STEP0)
 
 
 def evaluate_if_due(run: Run) -> bool:
@@ -133,7 +125,7 @@ def evaluate_if_due(run: Run) -> bool:
     The last step is evaluated after the loop, so here only if it can become the best. Called again
     after resuming, for an evaluation that a signal or a kill interrupted.
     """
-    config, step, schedule = run.config, run.state.step, run.schedule
+    config, step, schedule = run.config, run.state.step, run.batches.schedule
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = schedule.steps_per_epoch

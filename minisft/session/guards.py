@@ -12,7 +12,7 @@ from minisft.files.checkpoint import list_checkpoints
 from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
-from minisft.session.evaluate import check_evaluation
+from minisft.session.evaluate import eval_prompts, read_before
 from minisft.session.report import say
 from minisft.step import State, StepResult
 from minisft.variants.pissa import is_pair
@@ -24,7 +24,9 @@ class TrainingStopped(RuntimeError):
 
 def check_run(run: Run) -> None:
     """Raises UserError if evaluating would fail, or the disk is too small for the results."""
-    check_evaluation(run)
+    if run.data.eval is not None:
+        eval_prompts(run.data.eval, run.config.eval_generate)
+        read_before(run)
     trained, lora = run.state.trainable, run.base.lora
     # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
     need = 4 * 4 * trained.buffer.numel()

@@ -17,7 +17,6 @@ from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import atomically, write_json, writing
 from minisft.files.export import (
-    describe_config,
     export_adapter,
     export_model,
     trained_file,
@@ -27,7 +26,7 @@ from minisft.lora import ParamGroup
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
-from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain_config, products
+from minisft.session.outputs import OUTPUT, RUN, Metrics, TrainOutput, plain_config, products
 from minisft.session.report import say
 from minisft.session.serving import serving_files
 
@@ -85,13 +84,11 @@ def _run_record(run: Run) -> dict[str, Any]:
     }
 
 
-def log_step_(
-    run: Run, grad_norm: float, epoch: float, groups: list[ParamGroup], factor: float
-) -> None:
-    """Log one metrics line: means over the steps since the last line, and this step's grad_norm.
+def log_step_(run: Run, norm: float, epoch: float, groups: list[ParamGroup], factor: float) -> None:
+    """Log one metrics line: means over the steps since the last line, and this step's grad norm.
 
-    groups, factor: the peak learning rates, and the schedule's factor on them. Groups with a rate
-    of their own get a field each, such as learning_rate_embeddings.
+    groups: with their peak learning rates; those with one of their own get a field each, such as
+    learning_rate_embeddings. factor: the schedule's, on all of them.
     """
     state = run.state
     losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
@@ -99,7 +96,7 @@ def log_step_(
         "step": state.step,
         "epoch": epoch,
         "loss": sum(losses) / len(losses),
-        "grad_norm": grad_norm,
+        "grad_norm": norm,
         "learning_rate": run.config.learning_rate * factor,
         **{f"learning_rate_{g.name}": g.learning_rate * factor for g in groups if g.name},
         "num_tokens": state.num_tokens,
@@ -130,7 +127,7 @@ def save_due(run: Run, best: bool, end: bool) -> bool:
     best: this step's evaluation is the best so far. end: this step is the last one.
     """
     config, step = run.config, run.state.step
-    every = {"epoch": run.schedule.steps_per_epoch, "steps": config.save_steps}
+    every = {"epoch": run.batches.schedule.steps_per_epoch, "steps": config.save_steps}
     # With "no" and "best" no step is due by its number.
     periodic = config.save_strategy in every and step % every[config.save_strategy] == 0
     return config.save_strategy != "no" and (end or periodic or (best and config.keeps_best))
@@ -163,9 +160,7 @@ def take_best_(run: Run) -> int:
     return state.step
 
 
-def finish(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> TrainOutput:
+def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> TrainOutput:
     """Export, merge with --save-merged, write train_output.json, print the summary.
 
     before, after: evaluations of the untrained and of the exported weights, {} if there is none.
@@ -188,17 +183,15 @@ def finish(
     return result
 
 
-def closing_metrics(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> dict[str, Any]:
+def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Metrics:
     """The metrics of train_output.json. Times and rates cover the steps of this process only."""
     state, device, seconds = run.state, run.base.device, numbers.seconds
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "train_runtime": seconds,
         "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
-        "epoch": run.schedule.epoch_after(state.step - 1),
+        "epoch": run.batches.schedule.epoch_after(state.step - 1),
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
@@ -215,7 +208,7 @@ def closing_metrics(
     }
 
 
-def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
     """Counts and samples of --eval-generate; {} if the two evaluations had different prompts."""
     if not before or [a["prompt"] for a in before] != [a["prompt"] for a in after]:
         return {}
@@ -231,7 +224,7 @@ def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
     }
 
 
-def export(run: Run, metrics: dict[str, Any]) -> None:
+def export(run: Run, metrics: Metrics) -> None:
     """Write the final adapter (or model) with tokenizer files and model card to the output."""
     base, config, trainable = run.base, run.config, run.state.trainable
     if base.lora is None:
@@ -242,7 +235,7 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": describe_config(plain_config(config)),
+        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, [])},
     }
     files = serving_files(source, run.tokenizer, base.cfg)
     export_adapter(run.out, trainable, base, config, files, card)

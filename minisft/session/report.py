@@ -88,10 +88,8 @@ def reporting(
     path = directory / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
-        step = line["step"]
-        if step == first_step and not evaluated:
-            return "loss" in line
-        return first_step > 0 and step <= first_step
+        complete = evaluated or line["step"] < first_step or "loss" in line
+        return complete and first_step > 0 and line["step"] <= first_step
 
     kept = {line["step"]: line for line in _keep_lines(path, keep) if "eval_loss" in line}
     for answer in _keep_lines(directory / SAMPLES, keep):
