@@ -22,7 +22,6 @@ from minisft.config.errors import UserError
 from minisft.config.train import EVAL_METRICS, TrainConfig
 from minisft.data.token_files import data_hash
 from minisft.files.disk import load_json, write_json
-from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import InferenceModel, generate, stop_ids
@@ -34,17 +33,15 @@ from minisft.text.tokenizer import Tokenizer
 STEP0 = "step0.json"  # metrics and answers before training, for a resumed run to compare with
 
 
-def evaluate(
-    base: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
-) -> dict[str, float]:
+def evaluate(run: Run, dataset: TokenizedDataset) -> dict[str, float]:
     """Returns loss, token accuracy and entropy as means over the trained tokens of a dataset.
 
     Every token has the same weight, so the batch size does not change the numbers (Trainer's
     eval_loss averages batch means). Also returns counts and times.
     """
-    started = time.perf_counter()
-    batches = eval_batches(dataset, eval_tokens(config), base.device)
-    found = evaluation(state.trainable.views, base.frozen, batches, base.compute)
+    base, started = run.base, time.perf_counter()
+    batches = eval_batches(dataset, eval_tokens(run.config), base.device)
+    found = evaluation(run.state.trainable.views, base.frozen, batches, base.compute)
     seconds = time.perf_counter() - started
     return {
         "eval_loss": found.loss,
@@ -87,7 +84,7 @@ def evaluate_now(run: Run, step: int) -> dict[str, Any]:
     """
     assert run.data.eval is not None
     epoch = run.batches.schedule.epoch_after(step - 1)
-    metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
+    metrics: dict[str, Any] = dict(evaluate(run, run.data.eval))
     answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
     run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
     return metrics | ({"answers": answers} if answers else {})
@@ -125,10 +122,10 @@ def evaluate_if_due(run: Run) -> bool:
     The last step is evaluated after the loop, so here only if it can become the best. Called again
     after resuming, for an evaluation that a signal or a kill interrupted.
     """
-    config, step, schedule = run.config, run.state.step, run.batches.schedule
+    config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
-        every = schedule.steps_per_epoch
+        every = run.batches.schedule.steps_per_epoch
     due = step % every == 0 and (config.keeps_best or step < run.total_steps)
     done = step in run.report.evaluations
     if run.data.eval is None or config.eval_strategy == "no" or done or not due:

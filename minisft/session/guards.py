@@ -42,10 +42,7 @@ def check_run(run: Run) -> None:
 
 
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Returns why training must stop after this step, or "". Warns at the start of a loss spike.
-
-    rows: the training rows of the step, for the message.
-    """
+    """Returns why training must stop after a step of these rows, or "". Warns of a loss spike."""
     shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
     reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
     if not reason:

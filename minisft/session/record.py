@@ -16,12 +16,7 @@ import torch
 from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import atomically, write_json, writing
-from minisft.files.export import (
-    export_adapter,
-    export_model,
-    trained_file,
-    write_trained,
-)
+from minisft.files.export import export_adapter, export_model, trained_file, write_trained
 from minisft.lora import ParamGroup
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
@@ -39,10 +34,7 @@ _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "dataset
 
 
 def start_over(run: Run) -> None:
-    """Write run.json and delete the previous run's completion marker: this run has not finished.
-
-    With --overwrite-output-dir every file of the previous run is deleted too.
-    """
+    """Write run.json, delete a previous run's completion marker; all of it if it is overwritten."""
     out = run.out
     # Written before anything is deleted: a full disk stops here, with the previous run intact.
     # Renamed last: until then the old run.json marks the directory as a run's.
@@ -139,10 +131,7 @@ def go_on(step: int) -> str:
 
 
 def take_best_(run: Run) -> int:
-    """With --load-best-model-at-end load the weights of the best evaluation.
-
-    Returns the step that the current weights belong to.
-    """
+    """With --load-best-model-at-end load the best weights; returns the step of those in place."""
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
