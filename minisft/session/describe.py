@@ -28,7 +28,7 @@ from minisft.variants.pissa import exported_lora
 def note_memory_needs(run: Run) -> None:
     """Estimate the run's memory, for the dry run and for out-of-memory messages."""
     tokens = most_tokens(run.data, run.batches, run.total_steps)
-    evaluated = most_eval_tokens(run.data.eval, run.config)
+    evaluated = 0 if run.data.eval is None else most_eval_tokens(run.data.eval, run.config)
     run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
 
 

@@ -68,10 +68,8 @@ def eval_tokens(config: TrainConfig) -> int:
     return min(config.eval_batch_size * config.max_length, 8192)
 
 
-def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
-    """Tokens of the largest evaluation batch; 0 without eval rows."""
-    if dataset is None:
-        return 0
+def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:
+    """Tokens of the largest evaluation batch."""
     # The lengths stand for the rows: only their sums are wanted.
     lengths = dataset.row_lengths.tolist()
     return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
@@ -94,16 +92,14 @@ def evaluate_before(run: Run) -> dict[str, Any]:
     """Metrics and answers of the untrained model; a resumed run reads them from step0.json."""
     if run.data.eval is None:
         return {}
-    rows = data_hash(run.data.eval)
-    if run.state.step > 0:
-        before = read_before(run)
-        if before.get("rows", rows) == rows:
-            return before
+    before, rows = read_before(run), data_hash(run.data.eval)
+    if run.state.step == 0:
+        before = evaluate_now(run, 0)
+        write_json(run.out / STEP0, before | {"rows": rows})
+    elif before.get("rows", rows) != rows:
         other = f"warning: {STEP0} was computed on other eval rows"
         say(f"{other}: no comparison with the untrained model")
         return {}
-    before = evaluate_now(run, 0)
-    write_json(run.out / STEP0, before | {"rows": rows})
     return before
 
 
@@ -119,8 +115,7 @@ def read_before(run: Run) -> dict[str, Any]:
 def evaluate_if_due(run: Run) -> bool:
     """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best.
 
-    The last step is evaluated after the loop, so here only if it can become the best. Called again
-    after resuming, for an evaluation that a signal or a kill interrupted.
+    The last step is evaluated after the loop, so here only if it can become the best.
     """
     config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps

@@ -55,14 +55,12 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 def _not_applied(run: Run, result: StepResult, rows: str) -> str:
     if result.applied:
         return ""
-    dtype, state = run.base.compute.dtype, run.state
+    dtype, state, finite = run.base.compute.dtype, run.state, math.isfinite(result.loss)
     # In float16 gradient overflow is expected: the step is skipped and the loss scale halved. Below
     # 1e-4 the scale is no longer the cause.
-    if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
+    if finite and dtype == torch.float16 and state.loss_scale >= 1e-4:
         return ""
-    what = f"gradient norm is {result.grad_norm}"
-    if not math.isfinite(result.loss):
-        what = f"loss is {result.loss}"
+    what = f"gradient norm is {result.grad_norm}" if finite else f"loss is {result.loss}"
     return (
         f"step {state.step}: the {what}; the step changed no weight. Rows of the step: {rows}. "
         "Inspect them, or lower --learning-rate and resume"

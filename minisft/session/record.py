@@ -56,7 +56,6 @@ def _run_record(run: Run) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    gpu = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None
     return {
         "command": sys.argv,
         "config": plain_config(run.config),
@@ -70,7 +69,7 @@ def _run_record(run: Run) -> dict[str, Any]:
             "world_size": 1,
         },
         "versions": {"python": platform.python_version(), **versions},
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None,
         **run.facts,
         **run.data.record(),
     }
@@ -114,10 +113,7 @@ def save(run: Run) -> None:
 
 
 def save_due(run: Run, best: bool, end: bool) -> bool:
-    """Whether --save-strategy asks for a checkpoint after this step.
-
-    best: this step's evaluation is the best so far. end: this step is the last one.
-    """
+    """Whether --save-strategy asks for a checkpoint now, at a new `best` or at the `end`."""
     config, step = run.config, run.state.step
     every = {"epoch": run.batches.schedule.steps_per_epoch, "steps": config.save_steps}
     # With "no" and "best" no step is due by its number.
