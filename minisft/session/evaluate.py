@@ -76,10 +76,7 @@ def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:
 
 
 def evaluate_now(run: Run, step: int) -> dict[str, Any]:
-    """Evaluate the current weights, which belong to `step`; report and return the metrics.
-
-    With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
-    """
+    """Evaluate the current weights, of `step`; report and return metrics and greedy `answers`."""
     assert run.data.eval is not None
     epoch = run.batches.schedule.epoch_after(step - 1)
     metrics: dict[str, Any] = dict(evaluate(run, run.data.eval))
@@ -113,14 +110,12 @@ def read_before(run: Run) -> dict[str, Any]:
 
 
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best.
-
-    The last step is evaluated after the loop, so here only if it can become the best.
-    """
+    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best."""
     config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = run.batches.schedule.steps_per_epoch
+    # The last step is evaluated after the loop, so here only if it can become the best.
     due = step % every == 0 and (config.keeps_best or step < run.total_steps)
     done = step in run.report.evaluations
     if run.data.eval is None or config.eval_strategy == "no" or done or not due:
