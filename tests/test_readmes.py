@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -66,7 +67,8 @@ def local(text, directory):
     """The block with its hub ids replaced by a local model."""
     for old, new in SMALL:
         text = text.replace(old, new)
-    return re.sub(r"(meta-llama|unsloth|TinyLlama)/[\w.-]+", str(directory / "model"), text)
+    named = r"(meta-llama|unsloth|TinyLlama)/[\w.-]+|path/to/model"
+    return re.sub(named, str(directory / "model"), text)
 
 
 def commands(text):
@@ -77,15 +79,21 @@ def commands(text):
 
 
 def run_command(words):
-    """A script of scripts/ in process; anything else must be a command that is known here."""
+    """A script of scripts/ in process; tests are only collected; nothing else is known here."""
+    words = words[1:] if "=" in words[0] else words  # an environment variable
     assert words[0] == "python", f"a block runs {words}; teach tests/test_readmes.py how"
     if words[1] == "-c":
+        return
+    if words[1:3] == ["-m", "pytest"]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[3:]]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0, words
         return
     script = re.fullmatch(r"scripts/(\w+)\.py", words[1])
     assert script, f"a block runs {words}; teach tests/test_readmes.py how"
     argv = words[2:]
     if script[1] == "train":
-        argv += ["--max-steps", "2", "--overwrite-output-dir"]
+        resumed = "--resume-from-checkpoint" in argv
+        argv += ["--max-steps", "2"] + ([] if resumed else ["--overwrite-output-dir"])
         argv += ["--device", "cpu"] if "--model" in argv else []
     outcome = call(script[1], argv)
     on_gpu_only = script[1] == "bench" and not torch.cuda.is_available()
@@ -105,4 +113,6 @@ def test_the_blocks_of_a_readme_run(path, place):
 
 
 def test_there_are_readmes_and_blocks():
+    rooms = {p.parent for p in (ROOT / "minisft").glob("*/__init__.py")} - {ROOT / "minisft/demo"}
+    assert {r.name for r in rooms} <= {p.parent.name for p in READMES}, "a room without a README"
     assert [kind for kind, _, _ in blocks(ROOT / "README.md") if kind in RUN].count("bash") >= 3

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from array import array
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.files.disk import check_writable, file_digest
+from minisft.files.disk import file_digest
 
 # A file each, under the name of its field of TokenizedDataset.
 _TOKENS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4")}
@@ -51,7 +50,7 @@ class TokenWriter:
     """Takes rows of documents in order; `finish` returns the TokenizedDataset.
 
     scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
-    memory-mapped at the end, so that 8 bytes a row and a document stay in memory; the files are
+    memory-mapped at the end, so that 8 bytes per row and document stay in memory; the files are
     unlinked by then. entry: a path that does not exist yet, where the files stay instead.
     Without both, everything stays in memory.
     """
@@ -98,7 +97,7 @@ class TokenWriter:
             self._flush(self._partial)
 
     def _flush(self, partial: Path) -> None:
-        with _writing(partial.parent):
+        with writing_tokens(partial.parent):
             if not self._files:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -140,7 +139,7 @@ class TokenWriter:
             return TokenizedDataset(stats=stats, **tensors)
         assert self._partial is not None
         self._flush(self._partial)
-        with _writing(self._partial.parent):
+        with writing_tokens(self._partial.parent):
             for file in self._files.values():
                 file.close()
             for name, values in small.items():
@@ -166,15 +165,9 @@ class TokenWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def check_cache(directory: Path) -> None:
-    """Raise UserError if --dataset-cache-dir is not writable, before rows are tokenised for it."""
-    with _writing(directory):
-        check_writable(directory)
-
-
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the directory."""
+def writing_tokens(directory: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the directory and --dataset-cache-dir."""
     try:
         yield
     except OSError as e:
@@ -197,18 +190,13 @@ def load_tokens(entry: Path) -> TokenizedDataset | None:
 
 def _map(entry: Path) -> TokenizedDataset:
     meta = json.loads((entry / _META).read_text(encoding="utf-8"))
-    tensors: dict[str, Any] = {
-        name: _mapped(entry / name, dtype) for name, dtype in _ARRAYS.items()
-    }
-    return TokenizedDataset(
-        stats=meta["stats"], hash=_combined(meta["sha256"]), entry=entry, **tensors
-    )
+    tensors: dict[str, Any] = {n: _mapped(entry / n, dtype) for n, dtype in _ARRAYS.items()}
+    hash = _combined(meta["sha256"])
+    return TokenizedDataset(stats=meta["stats"], hash=hash, entry=entry, **tensors)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> Tensor:
     if not path.stat().st_size:  # mmap refuses empty files
         return torch.from_numpy(np.zeros(0, dtype=dtype))
-    with open(path, "rb") as file:
-        # A private (copy-on-write) mapping: torch requires writable memory.
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.from_numpy(np.frombuffer(content, dtype=dtype))
+    # A private (copy-on-write) mapping: torch requires writable memory.
+    return torch.from_numpy(np.memmap(path, dtype, mode="c"))

@@ -14,8 +14,8 @@ from collections import Counter
 
 from minisft.config.model import ModelConfig
 from minisft.explicit.block import scratch_numel
+from minisft.explicit.buffers import GROUPS, SPLITS, padded_shapes
 from minisft.explicit.policy import Dims, Policy, mlp_chunks, part_bytes, saved_bytes
-from minisft.explicit.prepare import GROUPS, SPLITS, padded_shapes
 from minisft.kernels.low_rank import row_stride
 from minisft.lora import Flat
 
@@ -92,7 +92,7 @@ def token_seconds(
 ) -> float:
     """Rough seconds per token: matmuls, attention, decoding, and what the host link adds.
 
-    tokens: of a micro-batch; each decodes all weights anew. length: of a document.
+    tokens: of a micro-batch; each decodes all weights again. length: of a document.
     """
     forward = backward = host = last = 0.0
     for policy, layers in Counter(policies).items():

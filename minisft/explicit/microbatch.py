@@ -17,8 +17,8 @@ from torch import Tensor
 from minisft.batches import StepBatch
 from minisft.explicit.block import LayerContext, Saved, backward, forward
 from minisft.explicit.buckets import StaticBatch, bucketed
+from minisft.explicit.buffers import ExplicitPass
 from minisft.explicit.policy import mlp_chunks
-from minisft.explicit.prepare import ExplicitPass
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
 from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 from minisft.lora import Flat

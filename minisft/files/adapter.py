@@ -30,12 +30,8 @@ from minisft.config.targets import (
     adapter_shapes,
     is_special,
 )
-from minisft.files.adapter_config import (
-    CONFIG_NAME,
-    adapter_config_dict,
-    parse_adapter_config,
-    read_adapter_config,
-)
+from minisft.files import adapter_config
+from minisft.files.adapter_config import CONFIG_NAME
 from minisft.files.disk import naming, write_text, writing
 from minisft.files.safetensors import Header, iter_tensors, read_header, save_file
 from minisft.variants.pissa import initial_half, is_pair
@@ -49,6 +45,7 @@ FOUR_BIT_KEY = "minisft_load_in_4bit"
 KIND_KEY = "minisft_base_4bit"  # the kind of 4 bits: `quant_state.kinds`
 EMBED_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 _DIGESTED_IF_SET = ("use_dora", "layers_to_transform", "exclude_modules")
+Shapes = dict[str, tuple[int, ...]]
 
 
 def save_adapter(
@@ -70,18 +67,16 @@ def save_adapter(
     Each file is written atomically, the config last.
     Raises UserError if the directory cannot be written, ValueError if the tensors do not fit.
     """
-    directory, tied = Path(directory), cfg.tie_word_embeddings
+    directory = Path(directory)
     expected = adapter_shapes(lora, cfg)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
-        wrong = sorted(n for n in found.keys() | expected if found.get(n) != expected.get(n))
-        raise ValueError(
-            f"tensors do not fit the LoRA config: {wrong[0]} is {found.get(wrong[0])}, expected "
-            f"{expected.get(wrong[0])} ({len(wrong)} such)"
-        )
-    config = adapter_config_dict(lora, cfg, base_model_name_or_path, tied=tied, revision=revision)
+        name = min(n for n in found.keys() | expected if found.get(n) != expected.get(n))
+        wrong = f"{name} is {found.get(name)}, expected {expected.get(name)}"
+        raise ValueError(f"tensors do not fit the LoRA config: {wrong}")
+    config = adapter_config.adapter_config_dict(lora, cfg, base_model_name_or_path, revision)
     stored = {KEY_PREFIX + name: tensor.detach().float() for name, tensor in tensors.items()}
-    if tied and EMBED_KEY in tensors:
+    if cfg.tie_word_embeddings and EMBED_KEY in tensors:
         stored[KEY_PREFIX + HEAD_KEY] = stored[KEY_PREFIX + EMBED_KEY]
     metadata = {DIGEST_KEY: _digest(config), FOUR_BIT_KEY: json.dumps(bool(base_4bit))}
     metadata |= {KIND_KEY: base_4bit} if base_4bit else {}
@@ -136,8 +131,8 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
     """
     directory = Path(directory)
     source, path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    raw = read_adapter_config(directory)
-    lora = parse_adapter_config(raw, source)
+    raw = adapter_config.read_adapter_config(directory)
+    lora = adapter_config.parse_adapter_config(raw, source)
     if not path.exists() and (directory / PICKLE_NAME).exists():
         raise UserError(
             f"{directory / PICKLE_NAME}: a pickle can run code and is never opened; convert it to "
@@ -150,7 +145,12 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
         expected = adapter_shapes(lora, cfg)
     has_tied_copy = cfg.tie_word_embeddings and bool(lora.modules_to_save)
     if has_tied_copy:
-        _check_tying(raw, keys, source)
+        if not raw.get("ensure_weight_tying") and not {EMBED_KEY, HEAD_KEY} <= keys.keys():
+            raise UserError(
+                f"{source}: modules_to_save is {raw['modules_to_save']} with ensure_weight_tying "
+                "false on a tied base, so embedding and head differ; only tied copies are "
+                "implemented. Train with ensure_weight_tying=True"
+            )
         expected |= {HEAD_KEY: (cfg.vocab_size, cfg.hidden_size)}
     _check_names(keys, expected, cfg, path)
     _check_shapes(keys, expected, header, lora, path)
@@ -183,7 +183,7 @@ def _digest(config: dict[str, Any]) -> str:
 
 
 def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
-    """Name in minisft -> key in the file; a key without the prefix keeps its whole name."""
+    """Name in minisft -> key in the file; a key without the prefix keeps its full name."""
     names: dict[str, str] = {}
     for key in header.tensors:
         # PEFT drops the adapter's name, "default", on saving; some other tools leave it in.
@@ -231,30 +231,26 @@ def _without_dead_targets(lora: LoraConfig, keys: Iterable[str], source: Path) -
 
 
 def _last(path: str) -> str:
-    """The part of a module path after its last dot."""
     return path.rsplit(".", 1)[-1]
 
 
-def _check_tying(raw: dict[str, Any], keys: dict[str, str], source: Path) -> None:
-    """Refuse a file in which embedding and head differ: a tied base has one trained copy."""
-    if not raw.get("ensure_weight_tying") and not {EMBED_KEY, HEAD_KEY} <= keys.keys():
-        raise UserError(
-            f"{source}: modules_to_save is {raw['modules_to_save']} with ensure_weight_tying false "
-            "on a tied base, so embedding and head differ; only tied copies are implemented. "
-            "Train with ensure_weight_tying=True"
-        )
-
-
-def _check_names(
-    keys: dict[str, str], expected: dict[str, tuple[int, ...]], cfg: ModelConfig, path: Path
-) -> None:
+def _check_names(keys: dict[str, str], expected: Shapes, cfg: ModelConfig, path: Path) -> None:
     """Refuse a missing tensor, and a surplus one whose loss would change the result."""
     surplus = [name for name in keys if name not in expected]
     base = cfg.weight_shapes().keys() | {HEAD_KEY}
     copied = "model.embed_tokens.base_layer.weight" if EMBEDDING_A in expected else ""
     for name in surplus:
-        lora_problem = _lora_problem(name, expected, cfg) if ".lora_" in name else ""
-        if name != copied and (problem := lora_problem or _copy_problem(name, base)):
+        problem = ""
+        if ".lora_" in name:
+            problem = _lora_problem(name, expected, cfg)
+        elif name.replace(".base_layer.", ".") in base and name != copied:
+            where = f"modules_to_save in {CONFIG_NAME} does not name it"
+            remedy = "Name it there, or remove it"
+            problem = f"replaces a weight of the base model, but {where}. {remedy}"
+        elif ".token_adapter." in name:
+            where = f"trainable_token_indices in {CONFIG_NAME} does not name them"
+            problem = f"holds trained tokens, but {where}. Restore the original config"
+        if problem:
             raise UserError(f"{path}: tensor {keys[name]!r} {problem}")
     missing = [name for name in expected if name not in keys]
     if missing:
@@ -264,19 +260,17 @@ def _check_names(
             "was trained on another base"
         )
     for name in surplus:
-        what = (
-            "is PEFT's copy of the base's embedding" if name == copied else "has no known meaning"
-        )
+        copy = name == copied
+        what = "is PEFT's copy of the base's embedding" if copy else "has no known meaning"
         warnings.warn(f"{path}: tensor {keys[name]!r} {what}; ignored", stacklevel=3)
 
 
 def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
     """Why a LoRA tensor that the config does not declare cannot be ignored."""
     module, _, kind = name.partition(".lora_")
-    restore = "Restore the original config"
+    restore = f"in {CONFIG_NAME}. Restore the original config"
     if name in (EMBEDDING_A, EMBEDDING_B):
-        where = f"target_modules in {CONFIG_NAME} does not name embed_tokens"
-        return f"adapts the embedding, but {where}. {restore}"
+        return f"adapts the embedding, but target_modules does not name embed_tokens {restore}"
     if kind not in ("A.weight", "B.weight", "magnitude_vector"):
         wanted = "lora_A.weight and lora_B.weight of linear modules"
         return f"belongs to a LoRA variant that is not implemented; expected {wanted}"
@@ -286,59 +280,32 @@ def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
             "layers). Was the adapter trained on another base?"
         )
     if kind == "magnitude_vector" and f"{module}.lora_A.weight" in expected:
-        return f"belongs to DoRA, but use_dora in {CONFIG_NAME} is false. {restore}"
+        return f"belongs to DoRA, but use_dora is false {restore}"
     return (
         f"would be dropped by PEFT: in {CONFIG_NAME}, target_modules does not cover {module!r}. "
         f"Add {_last(module)!r} to target_modules"
     )
 
 
-def _copy_problem(name: str, base: Container[str]) -> str:
-    """Why a surplus tensor that is not LoRA's cannot be ignored; "" if it can.
-
-    base: the names of the base model's weights.
-    """
-    if name.replace(".base_layer.", ".") in base:
-        where = f"modules_to_save in {CONFIG_NAME} does not name it"
-        return f"replaces a weight of the base model, but {where}. Name it there, or remove it"
-    if ".token_adapter." in name:
-        where = f"trainable_token_indices in {CONFIG_NAME} does not name them"
-        return f"holds trained tokens, but {where}. Restore the original config"
-    return ""
-
-
 def _check_shapes(
-    keys: dict[str, str],
-    expected: dict[str, tuple[int, ...]],
-    header: Header,
-    lora: LoraConfig,
-    path: Path,
+    keys: dict[str, str], expected: Shapes, header: Header, lora: LoraConfig, path: Path
 ) -> None:
     for name, shape in expected.items():
-        info = header.tensors[keys[name]]
-        if info.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(
-                f"{path}: tensor {keys[name]!r} is {info.dtype}; expected float32, float16 or "
-                "bfloat16"
-            )
-        if info.shape != shape:
-            raise UserError(
-                f"{path}: tensor {keys[name]!r} is {list(info.shape)}, expected {list(shape)}. "
-                f"{_shape_remedy(name, info.shape, shape, lora)}"
-            )
-
-
-def _shape_remedy(
-    name: str, found: tuple[int, ...], expected: tuple[int, ...], lora: LoraConfig
-) -> str:
-    if found == expected[::-1]:
-        return "It is transposed: export the adapter again"
-    if ".lora_" in name and "embedding" not in name:
-        rank_axis = 0 if name.endswith("lora_A.weight") else 1
-        if len(found) == 2 and found[1 - rank_axis] == expected[1 - rank_axis]:
-            r = lora.rank_of(name.rsplit(".lora_", 1)[0])
-            return f"Its rank is {found[rank_axis]}, {CONFIG_NAME} says r={r}"
-    return "Was the adapter trained on another base?"
+        dtype, found = header.tensors[keys[name]][:2]
+        where = f"{path}: tensor {keys[name]!r} is"
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{where} {dtype}; expected float32, float16 or bfloat16")
+        if found == shape:
+            continue
+        module, is_lora, kind = name.rpartition(".lora_")
+        axis = 0 if kind == "A.weight" else 1  # of the rank
+        same_size = len(found) == 2 and found[1 - axis] == shape[1 - axis]
+        remedy = "Was the adapter trained on another base?"
+        if found == shape[::-1]:
+            remedy = "It is transposed: export the adapter again"
+        elif is_lora and "embedding" not in name and same_size:
+            remedy = f"Its rank is {found[axis]}, {CONFIG_NAME} says r={lora.rank_of(module)}"
+        raise UserError(f"{where} {list(found)}, expected {list(shape)}. {remedy}")
 
 
 def _check_digest(raw: dict[str, Any], lora: LoraConfig, header: Header, source: Path) -> None:

@@ -25,49 +25,39 @@ from minisft.config.targets import (
 from minisft.files.disk import load_json_object, naming
 
 CONFIG_NAME = "adapter_config.json"
-PEFT_VERSION = "0.21.2"  # the version whose layout is written
 
-# What PEFT writes for a plain adapter besides the fields that `adapter_config_dict` fills in.
+# What PEFT 0.21.2 writes for a plain adapter, besides the fields that `adapter_config_dict` fills.
 _PLAIN_FIELDS: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "bias": "none",
     "corda_config": None, "eva_config": None, "fan_in_fan_out": False, "inference_mode": True,
     "kasa_config": None, "layer_replication": None, "layers_pattern": None, "loftq_config": {},
     "lora_bias": False, "lora_ga_config": None, "megatron_config": None,
     "megatron_core": "megatron.core", "monteclora_config": None, "peft_type": "LORA",
-    "peft_version": PEFT_VERSION, "qalora_group_size": 16, "target_parameters": None,
+    "peft_version": "0.21.2", "qalora_group_size": 16, "target_parameters": None,
     "task_type": "CAUSAL_LM", "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
-# Fields that may hold anything: they do not change what the adapter computes.
-_FREE_FIELDS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
-    "qalora_group_size", "revision",
-}  # fmt: skip
-_READ_FIELDS = {
+# Fields that `parse_adapter_config` reads, then those that do not change what the adapter computes.
+_KNOWN_FIELDS = {
     "lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora",
     "ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "exclude_modules", "trainable_token_indices",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
+    "qalora_group_size", "revision",
 }  # fmt: skip
 # Initialisations that leave the base weights as they are; others train against a changed base.
 _PLAIN_VALUES = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM",),
-}
+    "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal"),
+    "peft_type": ("LORA",), "task_type": ("CAUSAL_LM",),
+}  # fmt: skip
 
 
 def adapter_config_dict(
-    lora: LoraConfig,
-    cfg: ModelConfig,
-    base_model_name_or_path: str,
-    *,
-    tied: bool,
-    revision: str | None,
+    lora: LoraConfig, cfg: ModelConfig, base_model_name_or_path: str, revision: str | None = None
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json: every key that PEFT 0.21.2 writes, and no other.
 
     "all-linear" becomes the seven suffixes and "re:PATTERN" the bare pattern; embed_tokens and
-    lm_head are in modules_to_save only. tied: whether the base shares embedding and head.
+    lm_head are in modules_to_save only.
     Raises UserError for targets that do not fit cfg (`match_targets`) or an empty base name.
     """
     if not base_model_name_or_path:
@@ -86,8 +76,8 @@ def adapter_config_dict(
     alpha = lora.lora_alpha
     return _PLAIN_FIELDS | {
         "base_model_name_or_path": base_model_name_or_path,
-        "ensure_weight_tying": tied and bool(lora.modules_to_save),
-        # A whole alpha as an integer: some readers require one.
+        "ensure_weight_tying": cfg.tie_word_embeddings and bool(lora.modules_to_save),
+        # As an integer where it is one: some readers require that.
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": list(lora.modules_to_save) or None,
@@ -156,7 +146,7 @@ def _refuse_variants(raw: dict[str, Any]) -> None:
     if "peft_type" not in raw:
         raise UserError("peft_type is missing; expected 'LORA'. Is this an adapter?")
     for key, value in raw.items():
-        if key in _FREE_FIELDS or key in _READ_FIELDS:
+        if key in _KNOWN_FIELDS:
             continue
         # Not `not value`: 0 can be a layer or a count, so it does not mean "unset".
         empty = value is None or value is False or value in ({}, [])
@@ -166,10 +156,8 @@ def _refuse_variants(raw: dict[str, Any]) -> None:
         remedy = f"Merge the adapter with the tool that wrote it, or train without {key}"
         if key == "init_lora_weights":
             remedy = "PEFT makes it plain: path_initial_model_for_weight_conversion on saving"
-        raise UserError(
-            f"{key} is {_short(value)}; only plain LoRA is implemented (expected {wanted}). "
-            f"{remedy}"
-        )
+        expected = f"only plain LoRA is implemented (expected {wanted})"
+        raise UserError(f"{key} is {_short(value)}; {expected}. {remedy}")
 
 
 def _check_scalars(raw: dict[str, Any]) -> None:
@@ -185,14 +173,12 @@ def _check_scalars(raw: dict[str, Any]) -> None:
 
 def _parse_pattern(raw: dict[str, Any], key: str) -> tuple[tuple[str, Any], ...]:
     pattern = raw.get(key) or {}
-    kind = int if key == "rank_pattern" else (int, float)
-    are_positive = isinstance(pattern, dict) and all(
-        isinstance(v, kind) and not isinstance(v, bool) and v > 0 for v in pattern.values()
-    )
-    _expect(are_positive, raw, key, "names with numbers above 0")
+    kind, kinds = (int, (int,)) if key == "rank_pattern" else (float, (int, float))
+    ok = isinstance(pattern, dict) and all(type(v) in kinds and v > 0 for v in pattern.values())
+    _expect(ok, raw, key, "names with numbers above 0")
     for name in pattern:
         matches(name, "")  # raises UserError if it is not a regular expression
-    return tuple((k, v if key == "rank_pattern" else float(v)) for k, v in pattern.items())
+    return tuple((name, kind(value)) for name, value in pattern.items())
 
 
 def _parse_numbers(raw: dict[str, Any], key: str) -> tuple[int, ...]:

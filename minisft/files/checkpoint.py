@@ -43,10 +43,7 @@ _TEMPORARY = "tmp-checkpoint-"
 
 
 def save_checkpoint(
-    output_dir: Path,
-    state: State,
-    write_model: Callable[[Path], None],
-    facts: dict[str, Any],
+    output_dir: Path, state: State, write_model: Callable[[Path], None], facts: dict[str, Any]
 ) -> Path:
     """Write checkpoint-{state.step} and return its path.
 
@@ -60,26 +57,21 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write_model(temporary)
-            owned = {n: t.clone() for n, t in _optimizer_tensors(state).items()}
-            save_file(owned, temporary / OPTIMIZER, {"format": "pt"})
+            save_file(_optimizer_tensors(state), temporary / OPTIMIZER, {"format": "pt"})
             counters = {name: getattr(state, name) for name in _COUNTERS}
             write_json(temporary / TRAINER_STATE, {**counters, **facts})
-            _write_manifest(temporary)
+            # The rename proves that a checkpoint was complete when it was written. The digests also
+            # detect what happens later: a flipped bit, a partial copy, a file edited or replaced.
+            files = sorted(temporary.iterdir())
+            write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
+            for path in (*files, temporary / MANIFEST, temporary):
+                sync(path)
             os.rename(temporary, final)
             sync(output_dir)
     except UserError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{e}. {what_is_kept(output_dir)}") from e
     return final
-
-
-# The atomic rename proves that a checkpoint was complete when it was written. The digests also
-# detect what happens later: a flipped bit, a partial copy, a file edited or replaced.
-def _write_manifest(directory: Path) -> None:
-    files = sorted(directory.iterdir())
-    write_json(directory / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
-    for path in (*files, directory / MANIFEST, directory):
-        sync(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -129,9 +121,13 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
     from step 0 would discard them, and for a path that does not verify.
     """
     if which != "auto":
-        return _verified(which)
+        path, problem, remedy = Path(which), "no such directory", "give a checkpoint-N directory"
+        if path.is_dir():
+            problem, remedy = verify(path), "use an older checkpoint"
+        if problem:
+            raise UserError(f"--resume-from-checkpoint {which}: {problem}; {remedy} or `auto`")
+        return path
     found = list_checkpoints(output_dir)
-    problem = ""
     for path in reversed(found):
         if not (problem := verify(path)):
             return path
@@ -142,19 +138,6 @@ def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) ->
             f"({verify(found[-1])}); restore one, or start over with --overwrite-output-dir"
         )
     return None
-
-
-def _verified(which: str) -> Path:
-    if not Path(which).is_dir():
-        raise UserError(
-            f"--resume-from-checkpoint {which}: no such directory; give a checkpoint-N "
-            "directory or `auto`"
-        )
-    if problem := verify(Path(which)):
-        raise UserError(
-            f"--resume-from-checkpoint {which}: {problem}; use an older checkpoint or `auto`"
-        )
-    return Path(which)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -248,20 +231,16 @@ def _fill_trained(file: Path, state: State, prefix: str, halves: Collection[str]
 
 
 def _fill(file: Path, targets: dict[str, Any], halves: Collection[str] = ()) -> None:
-    missing = set(targets)
+    missing, remedy = set(targets), "resume with the checkpoint's own settings"
     for name, tensor in iter_tensors(file):
         if name not in targets:
             continue
         if name in halves:
             tensor = trained_half(name, tensor)
-        if targets[name].shape != tensor.shape:
-            raise UserError(
-                f"{file}: {name} is {tuple(tensor.shape)}, this run's is "
-                f"{tuple(targets[name].shape)}; resume with the checkpoint's own settings"
-            )
+        found, want = tuple(tensor.shape), tuple(targets[name].shape)
+        if found != want:
+            raise UserError(f"{file}: {name} is {found}, this run's is {want}; {remedy}")
         targets[name].copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UserError(
-            f"{file}: {min(missing)} is missing; resume with the checkpoint's own settings"
-        )
+        raise UserError(f"{file}: {min(missing)} is missing; {remedy}")

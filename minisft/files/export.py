@@ -7,21 +7,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+import yaml
 from torch import Tensor
 
+from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.train import TrainConfig
 from minisft.files.adapter import save_adapter
-from minisft.files.card import CARD_NAME, model_card
 from minisft.files.disk import load_json, write_json, write_text, writing
 from minisft.files.load import Base, base_4bit
+from minisft.files.quant_state import OURS
 from minisft.files.safetensors import save_file
 from minisft.lora import Flat
 from minisft.variants.pissa import exported_lora, exported_tensors
-
-_MAX_SHARD_BYTES = 5 * 10**9
 
 
 def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
@@ -29,21 +30,16 @@ def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
     return ("adapter_model.safetensors", "base_model.model.") if lora else ("model.safetensors", "")
 
 
-def write_trained(
-    directory: Path, trainable: Flat, base: Base, config: TrainConfig, card: str | None = None
-) -> None:
+def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainConfig) -> None:
     """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
     if base.lora:
-        if card is not None:
-            write_text(directory / CARD_NAME, card)
         save_adapter(
             directory, exported_tensors(trainable.views, base.initial_lora),
             exported_lora(base.lora), base.cfg, config.base_name, revision=config.revision,
             base_4bit=base_4bit(config, base),
         )  # fmt: skip
         return
-    tensors = {n: v.detach().cpu().clone() for n, v in trainable.views.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    save_file(trainable.views, directory / "model.safetensors", {"format": "pt"})
 
 
 def export_adapter(
@@ -61,7 +57,42 @@ def export_adapter(
     """
     write_files(directory, files)
     card = model_card({"base_model": config.base_name, **facts}, base_4bit(config, base))
-    write_trained(directory, trainable, base, config, card)
+    write_text(directory / "README.md", card)
+    write_trained(directory, trainable, base, config)
+
+
+def model_card(facts: dict[str, Any], base_4bit: str = "") -> str:
+    """Return README.md of an adapter: YAML front matter for the hub, then the facts as tables.
+
+    facts["base_model"] (a hub id or path) is required. Other scalars, such as data_hash, form the
+    table "Run"; a dict, such as config or losses, becomes a table of its own under its key.
+    base_4bit: the quantisation of the base (`quant_state.kinds`), "" if it is not in 4 bits.
+    Raises UserError if base_model is missing.
+    """
+    base = facts.get("base_model")
+    if not base:
+        raise UserError("model card: base_model is missing; give the hub id of the base model")
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:adapter:{base}", "lora", "sft", "minisft"],
+    }
+    scalars = {k: v for k, v in facts.items() if not isinstance(v, dict) and k != "base_model"}
+    source = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    return jinja2.Template(source, trim_blocks=True, keep_trailing_newline=True).render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        base=" ".join(str(base).split()),
+        base_4bit=base_4bit,
+        quantised_here=base_4bit == OURS,
+        tables={"run": scalars} | {k: v for k, v in facts.items() if isinstance(v, dict)},
+        cell=_cell,
+    )
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def export_model(directory: Path, trainable: Flat, base: Base, files: dict[str, bytes]) -> None:
@@ -78,16 +109,14 @@ def write_model_files(
     dtype: torch.dtype,
     files: dict[str, bytes],
 ) -> None:
-    """Write what a transformers directory holds beside its weights: `files`, then config.json.
+    """Write the files of a transformers directory other than weights: `files`, then config.json.
 
     base_directory: of the model whose config.json and generation_config.json these follow.
     """
     write_files(directory, files)
     raw = load_json(base_directory / "config.json")
-    raw |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-    }
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = cfg.tie_word_embeddings
     for name in ("torch_dtype", "quantization_config"):
         raw.pop(name, None)
     generation = base_directory / "generation_config.json"
@@ -100,7 +129,7 @@ def save_shards(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
-    max_bytes: int = _MAX_SHARD_BYTES,
+    max_bytes: int = 5 * 10**9,
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 

@@ -15,19 +15,10 @@ from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, check_patterns, scaling_ratios, split_targets
 from minisft.config.train import TrainConfig
+from minisft.files import weights
 from minisft.files.device import peak_memory_gib, resolve_device, resolve_dtype
 from minisft.files.quant_state import kinds
-from minisft.files.weights import (
-    Checkpoint,
-    dequantized,
-    four_bit_names,
-    load_model_config,
-    meta_weights,
-    open_checkpoint,
-    resolve_model,
-    stream_weights,
-    to_device,
-)
+from minisft.files.weights import Checkpoint, dequantized
 from minisft.kernels.nf4 import NF4Weight
 from minisft.llama import EMBEDDING, TOKEN_IDS, Compute
 from minisft.lora import Flat, allocate, init_lora_, param_groups, trainable_shapes
@@ -72,7 +63,7 @@ def find_base(config: TrainConfig) -> Path:
     device = resolve_device(config.device)
     resolve_dtype(config.dtype, device)
     check_optimizer(config.optim, device)
-    return resolve_model(config.model, config.revision)
+    return weights.resolve_model(config.model, config.revision)
 
 
 def load_base(
@@ -84,7 +75,7 @@ def load_base(
     is stored in 4 bits starts from its decoded values. initial_lora: Base.initial_lora of the run
     that is resumed; without it, what PiSSA and OLoRA start from is computed. directory: the result
     of `find_base`, if it was called already. With config.dry_run everything is checked and nothing
-    loaded: tensors lie on torch's meta device and have shapes only.
+    loaded: tensors are on torch's meta device and have shapes only.
     Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
     `check_patterns` and the readers do.
     """
@@ -100,10 +91,10 @@ def load_base(
     flat = allocate(shapes, torch.device("meta") if config.dry_run else device)
     first = {n: t for n, t in initial_lora.items() if tuple(t.shape) == shapes.get(n)}
     compute = make_compute(config, lora, checkpoint.cfg, dtype)
-    four_bit = four_bit_names(checkpoint, config.load_in_4bit)
+    four_bit = weights.four_bit_names(checkpoint, config.load_in_4bit)
     if config.dry_run:
-        weights = meta_weights(checkpoint, dtype, four_bit)
-        frozen = {name: weight for name, weight in weights if name not in shapes}
+        unfilled = weights.meta_weights(checkpoint, dtype, four_bit)
+        frozen = {name: weight for name, weight in unfilled if name not in shapes}
     else:
         init_lora_(flat, config.seed, config.init_lora_weights)
         frozen = load_weights_(checkpoint, flat, compute, lora, four_bit, first, config.seed)
@@ -152,21 +143,21 @@ def load_weights_(
     """
     device = trainable.buffer.device
     frozen: dict[str, Tensor | NF4Weight] = {}
-    for name, weight in stream_weights(checkpoint):
+    for name, weight in weights.stream_weights(checkpoint):
         if name in trainable.views:
             trainable.views[name].copy_(dequantized(weight))
             continue
         path = name.removesuffix(".weight")
         if lora and lora.splits_weights and f"{path}.lora_A.weight" in trainable.views:
             weight = take_part_(path, weight, lora, trainable, initial_lora, seed)
-        frozen[name] = to_device(name, weight, device, compute.dtype, name in four_bit)
+        frozen[name] = weights.to_device(name, weight, device, compute.dtype, name in four_bit)
     if lora and lora.use_dora:
         init_magnitudes_(trainable, frozen, lora)
     if lora and lora.trainable_token_indices:
-        ids, embedding = token_ids(lora, device), frozen[EMBEDDING]
+        embedding = frozen[EMBEDDING]
         assert isinstance(embedding, Tensor)
-        trainable.views[TOKEN_ROWS].copy_(embedding[ids])
-        frozen[TOKEN_IDS] = ids
+        frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
+        trainable.views[TOKEN_ROWS].copy_(embedding[frozen[TOKEN_IDS]])
     return frozen
 
 
@@ -195,7 +186,7 @@ def take_part_(
 
 def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
     """The checked headers of a run's base; UserError for a 4-bit one whose weights would change."""
-    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
     if config.full_finetuning and checkpoint.four_bit:
         raise UserError(
             f"{directory} is quantised to 4 bits, and --full-finetuning trains every weight: use "
@@ -208,11 +199,6 @@ def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
             "unquantised base, or --no-load-in-4bit, which decodes this one"
         )
     return checkpoint
-
-
-def token_ids(lora: LoraConfig, device: torch.device) -> Tensor:
-    """The ids of trained token rows, int64, as the forward pass finds them among the weights."""
-    return torch.tensor(lora.trainable_token_indices, dtype=torch.int64, device=device)
 
 
 def init_magnitudes_(

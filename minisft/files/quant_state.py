@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,11 +50,11 @@ class QuantState(NamedTuple):
     def members(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return (dtype, shape) of each tensor that accompanies the packed weights."""
         blocks = math.ceil(self.shape[0] * self.shape[1] / self.blocksize)
+        single = {"absmax": (torch.float32, (blocks,)), "quant_map": (torch.float32, (16,))}
         if self.nested_offset is None:
-            return {"absmax": (torch.float32, (blocks,)), "quant_map": (torch.float32, (16,))}
-        return {
+            return single
+        return single | {
             "absmax": (torch.uint8, (blocks,)),
-            "quant_map": (torch.float32, (16,)),
             "nested_absmax": (torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
             "nested_quant_map": (torch.float32, (256,)),
         }
@@ -65,10 +65,7 @@ class QuantState(NamedTuple):
 
 
 def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
-    """Return the kinds of 4 bits of some matrices, such as "nf4 with double quantisation".
-
-    Several are joined by " and "; "" for none.
-    """
+    """Return the kinds of 4 bits, as "nf4 with double quantisation" or "A and B"; "" for none."""
     found = {
         f"{m.quant_type} with {'single' if m.nested_offset is None else 'double'} quantisation"
         for m in matrices
@@ -76,42 +73,35 @@ def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
     return " and ".join(sorted(found))
 
 
-def find_states(names: Iterable[str]) -> dict[str, str]:
+def find_states(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return the key of the quant state of each 4-bit matrix, by the matrix's key.
 
-    Raises UserError for a second state of one matrix, a kind other than nf4 and fp4, and a scale or
-    code whose matrix has no state.
+    infos: key -> TensorInfo of every tensor in the checkpoint.
+    Raises UserError for a second state of one matrix, a kind other than nf4 and fp4, a state that
+    cannot be JSON text, and a scale or code whose matrix has no state.
     """
-    names = list(names)
     states: dict[str, str] = {}
-    for name in names:
+    known = [_PREFIX + code for code in CODES]
+    for name, info in infos.items():
         if not (match := _STATE.fullmatch(name)):
             continue
         weight, kind = match.groups()
-        if kind not in (known := [_PREFIX + code for code in CODES]):
+        if kind not in known:
             raise UserError(
                 f"{name} is a quantisation that is not known; expected {' and '.join(known)}. "
                 "Use the unquantised checkpoint"
             )
         if weight in states:
             raise UserError(f"{weight} has two quant states, {name} is one of them")
+        if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > _MAX_JSON_BYTES:
+            expected = f"uint8 JSON text of at most {_MAX_JSON_BYTES} bytes"
+            raise _damaged(f"{name} is {info.dtype} {list(info.shape)}; expected {expected}")
         states[weight] = name
-    for name in names:
+    for name in infos:
         if (match := _MEMBER.fullmatch(name)) and match[1] not in states:
-            state = f"{match[1]}.quant_state.{_PREFIX}nf4"
-            raise _damaged(
-                f"{name} belongs to a 4-bit matrix whose quant state ({state}) is missing"
-            )
+            state = f"quant state ({match[1]}.quant_state.{known[0]})"
+            raise _damaged(f"{name} belongs to a 4-bit matrix whose {state} is missing")
     return states
-
-
-def check_state_size(name: str, info: TensorInfo) -> None:
-    """Raise UserError if a quant state cannot be JSON text, before it is read."""
-    if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > _MAX_JSON_BYTES:
-        raise _damaged(
-            f"{name} is {info.dtype} {list(info.shape)}; expected uint8 JSON text of at most "
-            f"{_MAX_JSON_BYTES} bytes"
-        )
 
 
 def parse_state(name: str, text: bytes) -> QuantState:
@@ -124,18 +114,21 @@ def parse_state(name: str, text: bytes) -> QuantState:
         raise _damaged(f"{name} is not a JSON object")
     kind, blocksize, shape = name.rpartition(_PREFIX)[2], raw.get("blocksize"), raw.get("shape")
     sizes = ", ".join(map(str, _BLOCKSIZES))
+    is_shape = type(shape) is list and [type(n) for n in shape] == [int, int] and min(shape) > 0
     checks = [
         ("quant_type", raw.get("quant_type") == kind, f"{kind!r}, as in its name"),
         ("blocksize", type(blocksize) is int and blocksize in _BLOCKSIZES, f"one of {sizes}"),
-        ("shape", _is_shape(shape), "[out, in]"),
+        ("shape", is_shape, "[out, in]"),
         ("dtype", raw.get("dtype") in _DTYPES, " or ".join(_DTYPES)),
     ]
     nested, offset = any(key.startswith("nested_") for key in raw), raw.get("nested_offset")
     if nested:
+        # Finite in float32; false for NaN.
+        finite = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
         checks += [
             ("nested_blocksize", raw.get("nested_blocksize") == NESTED_BLOCK, str(NESTED_BLOCK)),
             ("nested_dtype", raw.get("nested_dtype") == "float32", "'float32'"),
-            ("nested_offset", _is_finite(offset), "a finite number"),
+            ("nested_offset", finite, "a finite number"),
         ]
     for key, ok, expected in checks:
         if not ok:
@@ -151,22 +144,16 @@ def check_members(weight: str, state: QuantState, infos: Mapping[str, TensorInfo
     Raises UserError for the first tensor that is missing, surplus, or of another dtype or shape.
     """
     members = state.members()
-    for member, (dtype, shape) in members.items():
-        key = f"{weight}.{member}"
-        if key not in infos:
-            raise UserError(f"{key} is missing, but its quant state asks for it")
-        info = infos[key]
-        if info.dtype != dtype or info.shape != shape:
-            raise _damaged(
-                f"{key} is {info.dtype} {list(info.shape)}; its quant state implies {dtype} "
-                f"{list(shape)}"
-            )
     for member in _MEMBERS:
-        if member not in members and f"{weight}.{member}" in infos:
-            raise _damaged(
-                f"{weight}.{member} has no meaning, for its quant state says nothing of double "
-                "quantisation"
-            )
+        key, wanted = f"{weight}.{member}", members.get(member)
+        if wanted and key not in infos:
+            raise UserError(f"{key} is missing, but its quant state asks for it")
+        if wanted and wanted != (info := infos[key])[:2]:
+            implied = f"its quant state implies {wanted[0]} {list(wanted[1])}"
+            raise _damaged(f"{key} is {info.dtype} {list(info.shape)}; {implied}")
+        if not wanted and key in infos:
+            reason = "its quant state says nothing of double quantisation"
+            raise _damaged(f"{key} has no meaning, for {reason}")
     if weight not in infos:
         raise _damaged(f"{weight} is missing, but its quant state is there")
     info = infos[weight]
@@ -213,16 +200,11 @@ def unfilled(state: QuantState) -> NF4Weight:
 def _matrix(state: QuantState, packed: Tensor, parts: dict[str, Tensor]) -> NF4Weight:
     offset = state.nested_offset
     return NF4Weight(
-        packed,
-        parts["absmax"],
-        parts["quant_map"],
-        parts.get("nested_absmax"),
-        parts.get("nested_quant_map"),
+        packed, parts["absmax"], parts["quant_map"],
+        parts.get("nested_absmax"), parts.get("nested_quant_map"),
         None if offset is None else torch.tensor(offset, dtype=torch.float32),
-        state.shape,
-        state.blocksize,
-        state.quant_type,
-    )
+        state.shape, state.blocksize, state.quant_type,
+    )  # fmt: skip
 
 
 def to_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -242,26 +224,11 @@ def to_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Te
         assert weight.nested_code is not None and weight.nested_offset is not None
         tensors[f"{name}.nested_absmax"] = weight.nested_absmax
         tensors[f"{name}.nested_quant_map"] = weight.nested_code
-        raw |= {
-            "nested_blocksize": NESTED_BLOCK,
-            "nested_dtype": "float32",
-            "nested_offset": weight.nested_offset.item(),
-        }
+        raw |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        raw["nested_offset"] = weight.nested_offset.item()
     text = json.dumps(raw).encode("utf-8")
     state = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return {**tensors, f"{name}.quant_state.{_PREFIX}{weight.quant_type}": state}
-
-
-def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
-    )
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number that float32 can hold; false for NaN."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= torch.finfo(torch.float32).max
 
 
 def _damaged(what: str) -> UserError:

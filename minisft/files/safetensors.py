@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,13 +98,8 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
     tensors: on any device, of any dtype in DTYPES. Equal tensors and metadata give equal bytes.
     Raises UserError if the file cannot be written (disk full, no such directory).
     """
-    with atomically(Path(path)) as temporary, open(temporary, "wb") as file:
-        _write(file, tensors, metadata)
-
-
-# Not the library's writer: it orders the metadata at random, so equal content gives different bytes
-# and different digests. Wide dtypes come first, as in the library, so every tensor is aligned.
-def _write(file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # Not the library's writer: it orders the metadata at random, so equal content gives different
+    # bytes and digests. Wide dtypes come first, as in the library, so every tensor is aligned.
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -115,10 +110,11 @@ def _write(file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in order:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    with atomically(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in order:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,6 +137,4 @@ def _refusing(path: str | Path) -> Iterator[None]:
 
 
 def _invalid(path: str | Path, reason: object) -> UserError:
-    return UserError(
-        f"{path}: truncated, or not a valid safetensors file ({reason}). Copy or download it again"
-    )
+    return UserError(f"{path}: truncated, or not safetensors ({reason}); copy or download it again")

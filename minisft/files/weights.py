@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +19,9 @@ from torch import Tensor
 from minisft.config.errors import UserError
 from minisft.config.hf import parse_model_config
 from minisft.config.model import ModelConfig
+from minisft.files import quant_state
 from minisft.files.disk import load_json, load_json_object, naming
-from minisft.files.quant_state import (
-    OURS,
-    QuantState,
-    assemble,
-    check_members,
-    check_state_size,
-    find_states,
-    kinds,
-    parse_state,
-    unfilled,
-)
+from minisft.files.quant_state import OURS, QuantState
 from minisft.files.safetensors import TensorInfo, iter_tensors, read_header
 from minisft.kernels.nf4 import NF4Weight, dequantize, quantize
 from minisft.kernels.nf4.reference import BLOCK
@@ -82,7 +72,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     if generation.exists():
         raw = load_json(generation)
         eos = raw.get("eos_token_id") if isinstance(raw, dict) else None
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        eos = eos if isinstance(eos, list) else [eos]  # [None] if there is none
         more = [i for i in eos if isinstance(i, int) and i not in cfg.eos_token_ids]
         cfg = dataclasses.replace(cfg, eos_token_ids=(*cfg.eos_token_ids, *more))
     return cfg
@@ -146,7 +136,7 @@ def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4We
         waiting[weight][key] = tensor
         if len(waiting[weight]) == len(four_bit[weight].keys(weight)):
             with naming(checkpoint.places[weight][0]):
-                matrix = assemble(weight, four_bit[weight], waiting.pop(weight))
+                matrix = quant_state.assemble(weight, four_bit[weight], waiting.pop(weight))
             yield weight, matrix
             del matrix  # not kept alive while the next one is read
         del tensor
@@ -162,7 +152,8 @@ def to_device(
     `dtype` first would give other codes. Raises UserError if a value to quantise is not finite.
     """
     if isinstance(weight, NF4Weight):
-        moved = NF4Weight(*(_copied(value, device) for value in weight))
+        parts = (v.to(device, copy=True) if isinstance(v, Tensor) else v for v in weight)
+        moved = NF4Weight(*parts)
         return moved if four_bit else dequantize(moved, dtype)
     if not four_bit:
         return weight.to(device, dtype, copy=True)
@@ -176,16 +167,9 @@ def quantising(name: str, file: Path | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as e:
-        where = f"{file}: " if file else ""
-        raise UserError(
-            f"{where}{name} cannot be quantised: {e}. Copy or download the model again"
-        ) from None
-
-
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of the embedding in its file: float32, float16 or bfloat16."""
-    file, name = checkpoint.places[_EMBEDDING]
-    return str(read_header(file).tensors[name].dtype).removeprefix("torch.")
+        where = f"{file}: {name}" if file else name
+        remedy = "Copy or download the model again"
+        raise UserError(f"{where} cannot be quantised: {e}. {remedy}") from None
 
 
 def dequantized(weight: Tensor | NF4Weight) -> Tensor:
@@ -202,11 +186,7 @@ def meta_weights(
             yield name, torch.empty(shape, dtype=dtype, device="meta")
             continue
         ours = QuantState("nf4", BLOCK, (shape[0], shape[1]), 0.0)  # with double quantisation
-        yield name, unfilled(checkpoint.four_bit.get(name, ours))
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+        yield name, quant_state.unfilled(checkpoint.four_bit.get(name, ours))
 
 
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
@@ -226,11 +206,7 @@ def kinds_of(checkpoint: Checkpoint, names: set[str]) -> str:
     """Return `quant_state.kinds` of the weights that `four_bit_names` returned."""
     if not checkpoint.four_bit:
         return OURS if names else ""
-    return kinds(checkpoint.four_bit[name] for name in names)
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+    return quant_state.kinds(checkpoint.four_bit[name] for name in names)
 
 
 def _find_tensors(directory: Path) -> tuple[Places, dict[str, TensorInfo]]:
@@ -259,14 +235,12 @@ def _read(places: Places) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_states(places: Places, infos: dict[str, TensorInfo]) -> dict[str, QuantState]:
-    """The quant state of every 4-bit matrix, taken out of `places` and `infos` and checked."""
-    keys = find_states(places)
-    for key in keys.values():
-        check_state_size(key, infos.pop(key))
+    """The checked quant state of every 4-bit matrix; the states are removed from `places`."""
+    keys = quant_state.find_states(infos)
     texts = {k: bytes(t.tolist()) for k, t in _read({k: places.pop(k) for k in keys.values()})}
-    states = {weight: parse_state(key, texts[key]) for weight, key in keys.items()}
+    states = {weight: quant_state.parse_state(key, texts[key]) for weight, key in keys.items()}
     for weight, state in states.items():
-        check_members(weight, state, infos)
+        quant_state.check_members(weight, state, infos)
         if weight == _EMBEDDING:
             raise UserError(f"{weight} is in 4 bits; only linears may be")
     return states
@@ -298,10 +272,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _settle_tying_(
-    places: Places,
-    infos: dict[str, TensorInfo],
-    four_bit: Mapping[str, QuantState],
-    cfg: ModelConfig,
+    places: Places, infos: dict[str, TensorInfo], four_bit: Container[str], cfg: ModelConfig
 ) -> ModelConfig:
     """Decide whether the head is the embedding, as transformers v5 does on loading.
 
@@ -325,14 +296,11 @@ def _settle_tying_(
 def _check_shapes(directory: Path, shapes: dict[str, tuple[int, ...]], cfg: ModelConfig) -> None:
     expected = cfg.weight_shapes()
     problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [
-        f"{name} is not a Llama weight under config.json" for name in shapes if name not in expected
-    ]
-    problems += [
-        f"{name} is {shapes[name]} but config.json implies {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
+    surplus = [name for name in shapes if name not in expected]
+    problems += [f"{name} is not a Llama weight under config.json" for name in surplus]
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"{name} is {shapes[name]} but config.json implies {shape}")
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise UserError(

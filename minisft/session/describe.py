@@ -8,9 +8,8 @@ import torch
 
 from minisft.config.errors import flag
 from minisft.config.fields import idle_settings
-from minisft.data.load import is_sample, most_tokens
+from minisft.data.load import is_sample, most_tokens, num_shared
 from minisft.data.preview import describe_data, show_preview
-from minisft.data.sources import num_shared
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
@@ -39,8 +38,7 @@ def announce(run: Run) -> None:
     _announce_data(run)
     show_preview(run.data.train, run.tokenizer, config.preview, config.preview_json, say)
     if run.base.lora:
-        lora, name = exported_lora(run.base.lora), config.base_name
-        adapter = adapter_config_dict(lora, cfg, name, tied=False, revision=None)
+        adapter = adapter_config_dict(exported_lora(run.base.lora), cfg, config.base_name)
         for problem in vllm_problems(adapter):
             say(f"warning: vLLM cannot load this adapter as it is ({problem}); merge it first")
     _announce_steps(run)

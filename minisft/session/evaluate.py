@@ -64,8 +64,9 @@ def eval_batches(
 
 def eval_tokens(config: TrainConfig) -> int:
     """Tokens per evaluation batch."""
+    rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
     # Beyond some thousand tokens, larger batches are not faster.
-    return min(config.eval_batch_size * config.max_length, 8192)
+    return min(rows * config.max_length, 8192)
 
 
 def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:

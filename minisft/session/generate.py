@@ -6,8 +6,8 @@ first pass every active prompt contributes one token per round.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,9 @@ from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
-from minisft.files.load import token_ids
 from minisft.files.weights import Checkpoint, stream_weights, to_device
 from minisft.llama import (
     TOKEN_IDS,
-    Attend,
     Compute,
     Weights,
     block,
@@ -51,7 +49,7 @@ class InferenceModel(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest share."""
+    """How the next token is chosen: temperature 0 is greedy; top_p is nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -78,31 +76,14 @@ def load_for_inference(
         for name, weight in stream_weights(checkpoint)
         if name not in tensors
     }
-    compute = Compute(checkpoint.cfg, dtype)
+    cfg = checkpoint.cfg
+    compute = Compute(cfg, dtype)
     if lora is not None:
-        ratios = scaling_ratios(lora, checkpoint.cfg)
-        compute = Compute(checkpoint.cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
+        compute = Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
         if TOKEN_ROWS in tensors:
-            frozen[TOKEN_IDS] = token_ids(lora, device)
+            frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
     trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
     return InferenceModel(trainable, frozen, compute, device)
-
-
-class _Cache:
-    """Keys and values of every document: layers[i][document] is (keys, values) [capacity, K, H]."""
-
-    def __init__(self, capacity: list[int], model: InferenceModel) -> None:
-        cfg, dtype = model.compute.model, model.compute.dtype
-        shape = (cfg.num_key_value_heads, cfg.head_dim)
-
-        def empty(tokens: int) -> Tensor:
-            return torch.empty(tokens, *shape, dtype=dtype, device=model.device)
-
-        self.layers = [
-            [(empty(tokens), empty(tokens)) for tokens in capacity]
-            for _ in range(cfg.num_hidden_layers)
-        ]
-        self.lengths = [0] * len(capacity)  # tokens stored, by document
 
 
 @torch.no_grad()
@@ -119,14 +100,20 @@ def generate(
     Returns the new ids of each prompt, in order, including the stop id if one was reached.
     Raises UserError if the logits are not finite.
     """
-    compute = dataclasses.replace(model.compute, lora_dropout=0.0, checkpoint_blocks=False)
-    model = model._replace(compute=compute)
-    cache = _Cache([len(p) + max_new_tokens for p in prompts], model)
+    cfg, compute = model.compute.model, model.compute
+
+    def empty(capacity: int) -> Tensor:
+        shape = (2, capacity, cfg.num_key_value_heads, cfg.head_dim)
+        return torch.empty(shape, dtype=compute.dtype, device=model.device)
+
+    # cache[layer][i]: keys and values of document i
+    capacity = [len(prompt) + max_new_tokens for prompt in prompts]
+    cache = [[empty(tokens) for tokens in capacity] for _ in range(cfg.num_hidden_layers)]
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     new: list[list[int]] = [[] for _ in prompts]
-    active, inputs = list(range(len(prompts))), prompts
+    active, inputs, starts = list(range(len(prompts))), prompts, [0] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = _extend_(cache, model, inputs, active)
+        logits = _extend_([[layer[i] for i in active] for layer in cache], starts, inputs, model)
         if not logits.isfinite().all():
             raise UserError(
                 "the model's logits are not finite, so no next token can be chosen: the weights of "
@@ -139,40 +126,37 @@ def generate(
         if not active:
             break
         inputs = [[new[i][-1]] for i in active]
+        starts = [len(prompts[i]) + len(new[i]) - 1 for i in active]
     return new
 
 
 def _extend_(
-    cache: _Cache, model: InferenceModel, inputs: list[list[int]], active: list[int]
+    cache: list[list[Tensor]], starts: list[int], inputs: list[list[int]], model: InferenceModel
 ) -> Tensor:
-    """Run the next tokens of the active documents through the model and add them to the cache.
+    """Run the next tokens of documents through the model and add them to the cache.
 
-    inputs[j] are the next ids of document active[j]: the whole prompt at first, then one token.
-    Returns the logits after each document's last token, [documents, V] float32.
+    cache[layer][j]: keys and values of document j, [2, capacity, K, H], with starts[j] tokens
+    stored. inputs[j]: its next ids, the whole prompt at first, then one token. Returns the logits
+    after each document's last token, [documents, V] float32.
     """
     trainable, frozen, compute, device = model
-    cfg = compute.model
-    tokens = make_tokens(inputs, device)
-    starts = [cache.lengths[i] for i in active]
-    contexts = tuple(start + len(ids) for start, ids in zip(starts, inputs, strict=True))
+    cfg, tokens = compute.model, make_tokens(inputs, device)
+    lengths = tokens.documents.lengths
+    contexts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
     offsets = torch.tensor(starts, device=device).repeat_interleave(
-        torch.tensor([len(ids) for ids in inputs], device=device)
+        torch.tensor(lengths, device=device)
     )
     # Dynamic RoPE depends on the length of the whole context, not on that of this pass's tokens.
     rope = rope_table(
-        tokens.position_ids_T + offsets, tokens.documents.lengths, cfg.rope,
+        tokens.position_ids_T + offsets, lengths, cfg.rope,
         head_dim=cfg.head_dim, max_positions=cfg.max_position_embeddings,
         dtype=compute.dtype, contexts=contexts,
     )  # fmt: skip
     x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
     adapter, ratios = LoraContext(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
-    for i, layer in enumerate(cache.layers):
-        attend = _cached_attention(
-            [layer[document] for document in active], starts, tokens.documents
-        )
+    for i, layer in enumerate(cache):
+        attend = partial(_cached_attention, layer, starts, tokens.documents)
         x_TD = block(x_TD, layer_view(trainable, frozen, i, ratios), rope, attend, adapter, cfg)
-    for i, context in zip(active, contexts, strict=True):
-        cache.lengths[i] = context
     # The head is the largest matmul: run it on the last token of each document only.
     last = tokens.documents.cu_seqlens[1:].long() - 1
     h_BD = rms_norm(x_TD[last], leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
@@ -180,28 +164,26 @@ def _extend_(
 
 
 def _cached_attention(
-    cache: list[tuple[Tensor, Tensor]], starts: list[int], documents: Documents
-) -> Attend:
+    cache: list[Tensor],
+    starts: list[int],
+    documents: Documents,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+) -> Tensor:
     """Attention of a layer that stores new keys and values, then attends to all stored ones."""
-
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        lengths = documents.lengths
-        for (keys, values), start, k, v in zip(
-            cache, starts, k_TKH.split(lengths), v_TKH.split(lengths), strict=True
-        ):
-            keys[start : start + len(k)], values[start : start + len(v)] = k, v
-        if not any(starts):  # the prompts themselves: ordinary causal attention
-            return packed_attention(q_TNH, k_TKH, v_TKH, documents)
-        out = []
-        # From the second round on each document has one query. It sees every stored key: no mask.
-        for (keys, values), start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
-            q, k, v = (
-                x.transpose(0, 1).unsqueeze(0) for x in (q, keys[: start + 1], values[: start + 1])
-            )
-            out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
-        return torch.cat(out).squeeze(2)
-
-    return attend
+    lengths = documents.lengths
+    new = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
+    for stored, start, (k, v) in zip(cache, starts, new, strict=True):
+        stored[0, start : start + len(k)], stored[1, start : start + len(v)] = k, v
+    if not any(starts):  # the prompts themselves: ordinary causal attention
+        return packed_attention(q_TNH, k_TKH, v_TKH, documents)
+    out = []
+    # From the second round on each document has one query. It sees every stored key: no mask.
+    for stored, start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, *stored[:, : start + 1]))
+        out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(out).squeeze(2)
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
@@ -211,7 +193,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
-        # Without the token's own probability: the likeliest token is never removed.
+        # Without the token's own probability: the most probable token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()

@@ -40,16 +40,12 @@ def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
         known = isinstance(e, torch.OutOfMemoryError | MemoryError)
         if not known and not any(text in str(e) for text in _CPU_ALLOCATOR):
             raise
-        raise UserError(_message(config, e, needs)) from e
-
-
-def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
-    return (
-        f"out of memory ({reason}). Estimated need: {in_words(needs)}. "
-        f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
-    )
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
+        needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
+        raise UserError(
+            f"out of memory ({reason}). Estimated need: {in_words(needs)}. "
+            f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
+        ) from e
 
 
 def in_words(needs: Needs) -> str:

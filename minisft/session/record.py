@@ -71,7 +71,8 @@ def _run_record(run: Run) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "gpu": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None,
         **run.facts,
-        **run.data.record(),
+        "data": run.data.train.stats,
+        "eval_data": run.data.eval.stats if run.data.eval else None,
     }
 
 

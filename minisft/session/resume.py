@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from minisft.config.errors import UserError, flag
-from minisft.config.fields import fixed_on_resume, respelled
+from minisft.config.fields import fixed_on_resume
+from minisft.config.names import respelled
 from minisft.config.targets import adapter_shapes, split_targets
 from minisft.config.train import TrainConfig
 from minisft.files.adapter import read_initial_lora
@@ -42,7 +43,7 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
     names = (*fixed_on_resume(type(config)), "model", "dataset", "load_best_model_at_end")
     try:
         raw = load_json(out / OUTPUT)
-        then = respelled(type(config), load_json(out / RUN)["config"])
+        then = {k: respelled(k, v) for k, v in load_json(out / RUN)["config"].items()}
         output = TrainOutput(raw["global_step"], raw["training_loss"], raw["metrics"])
         steps, epoch = int(output.global_step), float(output.metrics["epoch"])
         patience = config.early_stopping_patience
@@ -106,7 +107,7 @@ def resume_(run: Run) -> None:
         made = "with" if run.base.lora else "without"
         raise UserError(f"{path}: no {file}; was it made {made} --full-finetuning?")
     then = read_facts(path)
-    then["config"] = respelled(type(config), then["config"])
+    then["config"] = {k: respelled(k, v) for k, v in then["config"].items()}
     if problems := _resume_problems(run, then):
         raise UserError(
             f"{path} was made with other settings: {'; '.join(problems)}. "

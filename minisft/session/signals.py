@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -17,16 +18,13 @@ class Preempted(BaseException):
     """
 
 
+@dataclass
 class Stop:
-    """What a signal does: raise Preempted immediately, or inside `held` only be noted.
+    """What a signal does: raise Preempted immediately, or inside `held` only be noted."""
 
-    name: of the signal received, "" before. where: completes the message "stopped ...".
-    """
-
-    def __init__(self, where: str) -> None:
-        self.name = ""
-        self.where = where
-        self._held = False
+    where: str  # completes the message "stopped ..."
+    name: str = ""  # of the signal received
+    _held: bool = False
 
     def raise_if_asked(self) -> None:
         """Raises Preempted if a signal came, even if some library swallowed its exception."""
@@ -53,9 +51,12 @@ class Stop:
         finally:
             self._held = True
 
-    def arrived(self, name: str) -> None:
-        """Called by the handler: note the signal, and raise Preempted unless held."""
-        self.name = name
+    def arrived(self, number: int, _frame: object) -> None:
+        """The handler: note the signal, and raise Preempted unless held."""
+        for n in SIGNALS:
+            if signal.getsignal(n) == self.arrived:
+                signal.signal(n, signal.SIG_DFL)
+        self.name = name = signal.Signals(number).name
         # Not print: the signal may arrive inside a print, and streams are not reentrant.
         with suppress(OSError):
             when = "after this step" if self._held else "now"
@@ -74,16 +75,10 @@ def stop_signals(where: str) -> Iterator[Stop]:
     """
     stop = Stop(where)
     previous = {}
-
-    def handler(number, frame):
-        for n in previous:
-            signal.signal(n, signal.SIG_DFL)
-        stop.arrived(signal.Signals(number).name)
-
     with suppress(ValueError):  # not the main thread
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, handler)
+                previous[number] = signal.signal(number, stop.arrived)
     try:
         yield stop
     finally:

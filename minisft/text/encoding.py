@@ -31,18 +31,6 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list
     return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
-def encode_batch(
-    tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool
-) -> list[list[int]]:
-    """Return the token ids of many strings, in order, using all cores; no padding, no cutting."""
-    ids: list[list[int]] = []
-    for part in _parts(texts):
-        # The fast variant does not track character offsets, which only spans need.
-        batch = tokenizer.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
-        ids += [encoding.ids for encoding in batch]
-    return ids
-
-
 def decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
     """Return the text of token ids; special tokens appear as their strings unless skipped."""
     return tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -86,23 +74,26 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
     Text between TEXT_OPEN and TEXT_CLOSE never becomes a special token.
     """
-    return [i for piece in _encode_pieces(tokenizer, rendered) for i in piece.ids]
+    return encode_batch(tokenizer, [(rendered, None)], add_special_tokens=False)[0][0]
 
 
-def encode_spans(
-    tokenizer: Tokenizer, texts: list[tuple[str, list[Span]]], *, add_special_tokens: bool
-) -> list[tuple[list[int], list[int]]]:
-    """Return (ids, mask) of each (text, spans), in order; mask is 1 on tokens inside the spans.
+def encode_batch(
+    tokenizer: Tokenizer, texts: list[tuple[str, list[Span] | None]], *, add_special_tokens: bool
+) -> list[tuple[list[int], list[int] | None]]:
+    """Return (ids, mask) of each (text, spans), in order, using all cores; no padding, no cutting.
 
-    As in transformers, the first span that starts at no token ends the marking, and a span that
-    ends at none reaches to the end of the text.
-    add_special_tokens: the texts are not rendered chats; add what the post-processor adds.
+    mask is 1 on tokens inside the spans, None if the spans are. As in transformers, the first span
+    that starts at no token ends the marking, and a span that ends at none reaches to the end of the
+    text. add_special_tokens: add what the post-processor adds; else texts are rendered chats.
     """
+    # The fast variant does not track character offsets, which only spans need.
+    fast = all(spans is None for _, spans in texts)
+    encode = tokenizer.backend.encode_batch_fast if fast else tokenizer.backend.encode_batch
     plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
     batch = (
         encoding
         for part in _parts(plain)
-        for encoding in tokenizer.backend.encode_batch(part, add_special_tokens=add_special_tokens)
+        for encoding in encode(part, add_special_tokens=add_special_tokens)
     )
     out = []
     for text, spans in texts:
@@ -110,7 +101,8 @@ def encode_spans(
             pieces = _encode_pieces(tokenizer, text)
         else:
             pieces = [_Piece(0, len(text), next(batch), 0)]
-        out.append(_with_mask(pieces, text, spans))
+        ids = [i for piece in pieces for i in piece.encoding.ids[piece.skip :]]
+        out.append((ids, None if spans is None else _mask(pieces, text, spans, len(ids))))
     return out
 
 
@@ -121,11 +113,6 @@ class _Piece(NamedTuple):
     stop: int
     encoding: Encoding
     skip: int  # tokens at the start of `encoding` that are not part of the chat
-
-    @property
-    def ids(self) -> list[int]:
-        """The piece's token ids."""
-        return self.encoding.ids[self.skip :]
 
 
 def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:
@@ -177,19 +164,18 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
     return joined
 
 
-def _with_mask(pieces: list[_Piece], text: str, spans: list[Span]) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of an encoded text; see `encode_spans`."""
-    ids = [i for piece in pieces for i in piece.ids]
-    mask = [0] * len(ids)
+def _mask(pieces: list[_Piece], text: str, spans: list[Span], length: int) -> list[int]:
+    """Return the mask of an encoded text of `length` tokens; see `encode_batch`."""
+    mask = [0] * length
     for start, end in spans:
         first = _token_at(pieces, _unmarked(text, start))
         last = _token_at(pieces, _unmarked(text, end) - 1)
         if first is None:
             break
         # transformers treats an end at token 0 like an end at no token.
-        stop = last + 1 if last else len(ids)
+        stop = last + 1 if last else length
         mask[first:stop] = [1] * (stop - first)
-    return ids, mask
+    return mask
 
 
 def _unmarked(text: str, position: int) -> int:

@@ -61,13 +61,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if time.monotonic() > self.deadline:
             raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
 
-    def join_values(self, *values: Any) -> str:
-        """Return the values as one string: the `~` operator, with its length checked."""
-        return self.concat([str(value) for value in values])
-
-    def concat(self, pieces: Iterable[str]) -> str:
-        """Join strings; jinja2 calls this for the output of macros and `{% set %}` blocks."""
-        pieces = list(pieces)
+    def concat(self, pieces: Iterable[Any]) -> str:
+        """Join values: the `~` operator, and the output of macros and `{% set %}` blocks."""
+        pieces = [str(piece) for piece in pieces]
         _check_length(sum(map(len, pieces)))
         return "".join(pieces)
 
@@ -118,12 +114,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _BoundConcat(NodeTransformer):
-    """Replaces `a ~ b`, which jinja2 joins without asking the environment, by `join_values`."""
+    """Replaces `a ~ b`, which jinja2 joins without asking the environment, by `concat`."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
         """Return the call that replaces one `~` expression."""
         self.generic_visit(node)
-        return _environment_call("join_values", node.nodes, node.lineno)
+        values = jinja2.nodes.List(node.nodes, lineno=node.lineno)
+        return _environment_call("concat", [values], node.lineno)
 
 
 def _environment_call(name: str, arguments: list, line: int) -> jinja2.nodes.Call:
@@ -254,16 +251,11 @@ class _Namespace(jinja2.utils.Namespace):
 
     # Positional-only, because a template may store a name called "self".
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        values = dict(*args, **kwargs)
-        for name in values:
-            _check_name(name)
-        super().__init__(values)
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"it stores the underscore name {name!r} on a namespace")
         super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"it stores the underscore name {name!r} on a namespace")

@@ -23,7 +23,7 @@ from minisft.config.model import LINEAR_NAMES, ModelConfig
 from minisft.config.targets import adapter_shapes
 from minisft.files.adapter import load_adapter, save_adapter
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
-from minisft.files.card import model_card
+from minisft.files.export import model_card
 from minisft.files.safetensors import read_header
 
 # No two sizes are equal, so that no transposed or misplaced tensor fits by accident.
@@ -163,15 +163,15 @@ def test_one_tied_copy_is_written_under_both_keys(tmp_path: Path) -> None:
 def test_tying_is_asked_for_only_where_it_means_something(
     cfg: ModelConfig, saved: tuple[str, ...], expected: bool
 ) -> None:
-    lora, tied = dataclasses.replace(PLAIN, modules_to_save=saved), cfg.tie_word_embeddings
-    config = adapter_config_dict(lora, cfg, "org/base", tied=tied, revision=None)
+    lora = dataclasses.replace(PLAIN, modules_to_save=saved)
+    config = adapter_config_dict(lora, cfg, "org/base")
     assert config["ensure_weight_tying"] is expected
 
 
 def test_a_whole_alpha_is_written_as_an_integer() -> None:
     for alpha, expected in ((16.0, int), (12.5, float)):
         lora = dataclasses.replace(PLAIN, lora_alpha=alpha)
-        config = adapter_config_dict(lora, CFG, "org/base", tied=False, revision=None)
+        config = adapter_config_dict(lora, CFG, "org/base")
         assert type(config["lora_alpha"]) is expected
 
 

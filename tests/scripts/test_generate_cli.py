@@ -280,8 +280,8 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
         ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens is 0; expected 1 or more"),
         ({"prompt": "a", "seed": 2**63}, "expected 0 to 2**63 - 1"),
         ({"prompt": "a", "seed": -1}, "--seed is -1; expected 0 to 2**63 - 1"),
-        ({"prompt": "a\udcff"}, "--prompt: character 1 is no Unicode character"),
-        ({"prompt": "a", "system": "\ud800"}, "--system: character 0 is no Unicode character"),
+        ({"prompt": "a\udcff"}, "--prompt: character 1 is not valid Unicode"),
+        ({"prompt": "a", "system": "\ud800"}, "--system: character 0 is not valid Unicode"),
         ({"prompt": "a", "device": "cuda:9"}, "use --device cpu"),
         ({"prompt": "a", "dtype": "int8"}, "--dtype is 'int8'; expected one of"),
         ({"prompt": "a", "adaptor": "x"}, "did you mean --adapter?"),
@@ -330,8 +330,8 @@ def test_interactive_goes_on_after_what_is_no_message(base, monkeypatch):
     outcome = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
     assert outcome.code == 0 and len(outcome.out.splitlines()) == 1
     no_command, no_text = outcome.err.splitlines()
-    assert no_command.startswith("/foo is no command; /reset forgets")
-    assert "the message: character 1 is no Unicode character" in no_text
+    assert no_command.startswith("unknown command /foo; /reset clears")
+    assert "the message: character 1 is not valid Unicode" in no_text
 
 
 def test_a_warning_is_one_line_without_our_source(base, peft_adapter, tmp_path):
@@ -354,7 +354,7 @@ def test_a_signal_is_one_line_and_ends_a_chat_without_one(base, monkeypatch):
 
     monkeypatch.setattr(script("generate"), "answers", interrupted)
     outcome = call("generate", flags(model=base, prompt="x"))
-    assert outcome.code == 75 and "SIGINT: stopped before the answers were whole" in outcome.err
+    assert outcome.code == 75 and "SIGINT: stopped before all answers were generated" in outcome.err
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     outcome = call("generate", flags(model=base, interactive=True))
     assert outcome.code == 0 and "Traceback" not in outcome.err

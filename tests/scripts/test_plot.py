@@ -52,7 +52,7 @@ def test_runs_are_drawn_into_one_png(tmp_path, monkeypatch):
     [
         ([], "give one or more output directories"),
         (["nowhere"], "nowhere: cannot be read"),
-        (["empty"], "holds no step yet"),
+        (["empty"], "contains no training step yet"),
         (["a", "--smooth", "0"], "--smooth is 0; expected 1 or more"),
         (["a", "--output", "no/where.png"], "--output no/where.png: cannot be written (No su"),
         (["a", "--output", "a.jpgg"], "a.jpgg: cannot be written (Format 'jpgg' is not supported"),

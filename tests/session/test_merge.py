@@ -166,7 +166,7 @@ def test_a_signal_leaves_nothing(places, tmp_path, monkeypatch):
 
     monkeypatch.setattr(merge_module, "save_shards", interrupted)
     outcome = call("merge", flags(adapter=adapter, output_dir=tmp_path / "merged"))
-    assert outcome.code == 75 and "SIGTERM: stopped before the model was whole" in outcome.err
+    assert outcome.code == 75 and "SIGTERM: stopped before the model was complete" in outcome.err
     assert not list(tmp_path.iterdir())
 
 

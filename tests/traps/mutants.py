@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(4, "minisft/batches.py", "    labels[cu[:-1]] = IGNORED\n", "    labels[0] = IGNORED\n"),
     Mutant(
-        5, "minisft/data/render.py",
+        5, "minisft/data/one_row.py",
         'completion += "" if completion.endswith(eos) else eos',
         'completion += ""',
     ),
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         22,
-        "minisft/data/sources.py",
+        "minisft/data/load.py",
         '    highest = dataset.stats["max_token_id"]\n    if highest >= vocab_size:',
         '    highest = dataset.stats["max_token_id"]\n    if highest < 0:',
     ),
@@ -153,7 +153,7 @@ MUTANTS = [
         "return value",
     ),
     Mutant(
-        26, "minisft/data/sources.py",
+        26, "minisft/data/load.py",
         '        "settings": dataclasses.asdict(settings),\n',
         "",
     ),
