@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minisft.batches import Batches, RowSchedule
+from minisft.batches import Batches
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data
@@ -47,13 +47,8 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        epochs = math.ceil(self.config.num_train_epochs * self.schedule.steps_per_epoch)
+        epochs = math.ceil(self.config.num_train_epochs * self.batches.schedule.steps_per_epoch)
         return self.config.max_steps if self.config.max_steps > 0 else epochs
-
-    @property
-    def schedule(self) -> RowSchedule:
-        """The rows of every step."""
-        return self.batches.schedule
 
 
 class Numbers(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -28,7 +27,7 @@ from minisft.variants.pissa import exported_lora
 def note_memory_needs(run: Run) -> None:
     """Estimate the run's memory, for the dry run and for out-of-memory messages."""
     tokens = most_tokens(run.data, run.batches, run.total_steps)
-    evaluated = most_eval_tokens(run.data.eval, run.config)
+    evaluated = 0 if run.data.eval is None else most_eval_tokens(run.data.eval, run.config)
     run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
 
 
@@ -39,15 +38,13 @@ def announce(run: Run) -> None:
     _announce_data(run)
     show_preview(run.data.train, run.tokenizer, config.preview, config.preview_json, say)
     if run.base.lora:
-        lora, name = exported_lora(run.base.lora), config.base_name
-        adapter = adapter_config_dict(lora, cfg, name)
+        adapter = adapter_config_dict(exported_lora(run.base.lora), cfg, config.base_name)
         for problem in vllm_problems(adapter):
             say(f"warning: vLLM cannot load this adapter as it is ({problem}); merge it first")
     _announce_steps(run)
     assert run.plan.choice is not None
     say(f"pass    {run.plan.choice.description}")
-    for name, why in _without_effect(run):
-        say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
+    _warn_of_idle_settings(run)
 
 
 def _announce_model(run: Run) -> None:
@@ -101,14 +98,14 @@ def _announce_data(run: Run) -> None:
         )
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
-    sources, shares = data.train.stats["sources"], run.schedule.shares
+    sources, shares = data.train.stats["sources"], run.batches.schedule.shares
     # `shares` is empty unless --dataset gives weights.
     for source, (size, drawn) in zip(sources, shares, strict=False):
         say(f"        {source['source']}: {drawn:,} rows an epoch, of {size:,}")
 
 
 def _announce_steps(run: Run) -> None:
-    config, schedule = run.config, run.schedule
+    config, schedule = run.config, run.batches.schedule
     about = "about " if config.dry_run and is_sample(run.data.train) else ""
     say(
         f"steps   {about}{run.total_steps} ({about}{schedule.steps_per_epoch} an epoch), "
@@ -121,11 +118,8 @@ def _announce_steps(run: Run) -> None:
         say(f"warning: the {schedule.num_rows} rows do not fill one step; every step is shorter")
 
 
-def _without_effect(run: Run) -> Iterator[tuple[str, str]]:
-    """(name, why) of each setting that was given but that this run does not use.
-
-    What the settings alone tell is refused by `TrainConfig`, unless Trainer accepts the pair.
-    """
+def _warn_of_idle_settings(run: Run) -> None:
+    # What the settings alone tell is refused by TrainConfig, unless Trainer accepts the pair.
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
@@ -137,8 +131,9 @@ def _without_effect(run: Run) -> Iterator[tuple[str, str]]:
     if all(source["format"] != "text" for source in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))
     # A dataclass keeps the default of a field as an attribute of the class.
-    yield from ((n, why) for n, why in idle if getattr(config, n) != getattr(type(config), n))
-    yield from ((name, why) for name, why, _ in idle_settings(config))
+    given = [(n, why) for n, why in idle if getattr(config, n) != getattr(type(config), n)]
+    for name, why in given + [(name, why) for name, why, _ in idle_settings(config)]:
+        say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
 
 
 def summarise(run: Run, result: TrainOutput) -> None:
@@ -195,11 +190,6 @@ def end_of_dry_run(run: Run) -> TrainOutput:
     if base.device.type == "cpu":
         say("        (the allocator keeps freed blocks: the process may grow to nearly twice that)")
     say("dry run: nothing was trained, and nothing was written to the output directory")
-    metrics = {
-        "total_steps": run.total_steps,
-        "num_rows": run.schedule.num_rows,
-        "memory_gib": needs,
-        "data": run.data.train.stats,
-        "model_directory": str(base.directory),
-    }
-    return TrainOutput(0, math.nan, metrics)
+    metrics = {"total_steps": run.total_steps, "num_rows": run.batches.schedule.num_rows}
+    metrics |= {"memory_gib": needs, "data": run.data.train.stats}
+    return TrainOutput(0, math.nan, metrics | {"model_directory": str(base.directory)})

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from minisft.config.errors import UserError
 from minisft.config.train import EVAL_METRICS, TrainConfig
 from minisft.data.token_files import data_hash
 from minisft.files.disk import load_json, write_json
-from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import InferenceModel, generate, stop_ids
@@ -35,17 +33,15 @@ from minisft.text.tokenizer import Tokenizer
 STEP0 = "step0.json"  # metrics and answers before training, for a resumed run to compare with
 
 
-def evaluate(
-    base: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
-) -> dict[str, float]:
+def evaluate(run: Run, dataset: TokenizedDataset) -> dict[str, float]:
     """Returns loss, token accuracy and entropy as means over the trained tokens of a dataset.
 
     Every token has the same weight, so the batch size does not change the numbers (Trainer's
     eval_loss averages batch means). Also returns counts and times.
     """
-    started = time.perf_counter()
-    batches = eval_batches(dataset, eval_tokens(config), base.device)
-    found = evaluation(state.trainable.views, base.frozen, batches, base.compute)
+    base, started = run.base, time.perf_counter()
+    batches = eval_batches(dataset, eval_tokens(run.config), base.device)
+    found = evaluation(run.state.trainable.views, base.frozen, batches, base.compute)
     seconds = time.perf_counter() - started
     return {
         "eval_loss": found.loss,
@@ -73,23 +69,18 @@ def eval_tokens(config: TrainConfig) -> int:
     return min(rows * config.max_length, 8192)
 
 
-def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
-    """Tokens of the largest evaluation batch; 0 without eval rows."""
-    if dataset is None:
-        return 0
+def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:
+    """Tokens of the largest evaluation batch."""
     # The lengths stand for the rows: only their sums are wanted.
     lengths = dataset.row_lengths.tolist()
     return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
 def evaluate_now(run: Run, step: int) -> dict[str, Any]:
-    """Evaluate the current weights, which belong to `step`; report and return the metrics.
-
-    With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
-    """
+    """Evaluate the current weights, of `step`; report and return metrics and greedy `answers`."""
     assert run.data.eval is not None
-    epoch = run.schedule.epoch_after(step - 1)
-    metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
+    epoch = run.batches.schedule.epoch_after(step - 1)
+    metrics: dict[str, Any] = dict(evaluate(run, run.data.eval))
     answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
     run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
     return metrics | ({"answers": answers} if answers else {})
@@ -99,45 +90,33 @@ def evaluate_before(run: Run) -> dict[str, Any]:
     """Metrics and answers of the untrained model; a resumed run reads them from step0.json."""
     if run.data.eval is None:
         return {}
-    rows = data_hash(run.data.eval)
-    if run.state.step > 0:
-        before = _read_before(run.out / STEP0)
-        if before.get("rows", rows) == rows:
-            return before
+    before, rows = read_before(run), data_hash(run.data.eval)
+    if run.state.step == 0:
+        before = evaluate_now(run, 0)
+        write_json(run.out / STEP0, before | {"rows": rows})
+    elif before.get("rows", rows) != rows:
         other = f"warning: {STEP0} was computed on other eval rows"
         say(f"{other}: no comparison with the untrained model")
         return {}
-    before = evaluate_now(run, 0)
-    write_json(run.out / STEP0, before | {"rows": rows})
     return before
 
 
-def _read_before(file: Path) -> dict[str, Any]:
-    before = load_json(file) if file.exists() else {}
+def read_before(run: Run) -> dict[str, Any]:
+    """The content of step0.json if a run is resumed. Raises UserError if that is damaged."""
+    file = run.out / STEP0
+    before = load_json(file) if run.state.step and file.exists() else {}
     if not isinstance(before, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(before).__name__}; remove it")
     return before
 
 
-def check_evaluation(run: Run) -> None:
-    """Raises UserError if the first evaluation would fail: no prompts, or a bad step0.json."""
-    if run.data.eval is None:
-        return
-    eval_prompts(run.data.eval, run.config.eval_generate)
-    if run.state.step > 0:
-        _read_before(run.out / STEP0)
-
-
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best.
-
-    The last step is evaluated after the loop, so here only if it can become the best. Called again
-    after resuming, for an evaluation that a signal or a kill interrupted.
-    """
-    config, step, schedule = run.config, run.state.step, run.schedule
+    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best."""
+    config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
-        every = schedule.steps_per_epoch
+        every = run.batches.schedule.steps_per_epoch
+    # The last step is evaluated after the loop, so here only if it can become the best.
     due = step % every == 0 and (config.keeps_best or step < run.total_steps)
     done = step in run.report.evaluations
     if run.data.eval is None or config.eval_strategy == "no" or done or not due:

@@ -12,7 +12,7 @@ from minisft.files.checkpoint import list_checkpoints
 from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
-from minisft.session.evaluate import check_evaluation
+from minisft.session.evaluate import eval_prompts, read_before
 from minisft.session.report import say
 from minisft.step import State, StepResult
 from minisft.variants.pissa import is_pair
@@ -24,7 +24,9 @@ class TrainingStopped(RuntimeError):
 
 def check_run(run: Run) -> None:
     """Raises UserError if evaluating would fail, or the disk is too small for the results."""
-    check_evaluation(run)
+    if run.data.eval is not None:
+        eval_prompts(run.data.eval, run.config.eval_generate)
+        read_before(run)
     trained, lora = run.state.trainable, run.base.lora
     # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
     need = 4 * 4 * trained.buffer.numel()
@@ -40,10 +42,7 @@ def check_run(run: Run) -> None:
 
 
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Returns why training must stop after this step, or "". Warns at the start of a loss spike.
-
-    rows: the training rows of the step, for the message.
-    """
+    """Returns why training must stop after a step of these rows, or "". Warns of a loss spike."""
     shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
     reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
     if not reason:
@@ -56,14 +55,12 @@ def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
 def _not_applied(run: Run, result: StepResult, rows: str) -> str:
     if result.applied:
         return ""
-    dtype, state = run.base.compute.dtype, run.state
+    dtype, state, finite = run.base.compute.dtype, run.state, math.isfinite(result.loss)
     # In float16 gradient overflow is expected: the step is skipped and the loss scale halved. Below
     # 1e-4 the scale is no longer the cause.
-    if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
+    if finite and dtype == torch.float16 and state.loss_scale >= 1e-4:
         return ""
-    what = f"gradient norm is {result.grad_norm}"
-    if not math.isfinite(result.loss):
-        what = f"loss is {result.loss}"
+    what = f"gradient norm is {result.grad_norm}" if finite else f"loss is {result.loss}"
     return (
         f"step {state.step}: the {what}; the step changed no weight. Rows of the step: {rows}. "
         "Inspect them, or lower --learning-rate and resume"

@@ -17,6 +17,7 @@ from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import clean_temporaries, list_checkpoints
 from minisft.files.disk import check_writable, file_digest
 
+Metrics = dict[str, Any]
 RUN, OUTPUT = "run.json", "train_output.json"
 # Files that a run writes but other programs may have written too: a directory that holds one of
 # them without run.json is refused, so that nothing of theirs is overwritten.
@@ -32,7 +33,7 @@ class TrainOutput(NamedTuple):
 
     global_step: int
     training_loss: float
-    metrics: dict[str, Any]
+    metrics: Metrics
 
 
 @contextmanager
@@ -113,10 +114,9 @@ def products(out: Path) -> list[Path]:
 
 
 def base_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the base model's config.json, and SHA-256 of samples of its weights.
+    """SHA-256 of the base model's config.json, and of names, sizes and samples of its weight files.
 
-    The latter covers the name and size of each weight file and 64 evenly spaced pieces of at most
-    64 KiB, the first of which holds the header.
+    Samples are 64 evenly spaced pieces of at most 64 KiB; the first holds the header.
     """
     # Sampling takes a fraction of a second for any model. It suffices: two trainings of the same
     # architecture differ in every piece.

@@ -16,17 +16,12 @@ import torch
 from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import atomically, write_json, writing
-from minisft.files.export import (
-    export_adapter,
-    export_model,
-    trained_file,
-    write_trained,
-)
+from minisft.files.export import export_adapter, export_model, trained_file, write_trained
 from minisft.lora import ParamGroup
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
-from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain_config, products
+from minisft.session.outputs import OUTPUT, RUN, Metrics, TrainOutput, plain_config, products
 from minisft.session.report import say
 from minisft.session.serving import serving_files
 
@@ -39,10 +34,7 @@ _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "dataset
 
 
 def start_over(run: Run) -> None:
-    """Write run.json and delete the previous run's completion marker: this run has not finished.
-
-    With --overwrite-output-dir every file of the previous run is deleted too.
-    """
+    """Write run.json, delete a previous run's completion marker; all of it if it is overwritten."""
     out = run.out
     # Written before anything is deleted: a full disk stops here, with the previous run intact.
     # Renamed last: until then the old run.json marks the directory as a run's.
@@ -64,7 +56,6 @@ def _run_record(run: Run) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    gpu = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None
     return {
         "command": sys.argv,
         "config": plain_config(run.config),
@@ -78,20 +69,18 @@ def _run_record(run: Run) -> dict[str, Any]:
             "world_size": 1,
         },
         "versions": {"python": platform.python_version(), **versions},
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None,
         **run.facts,
         "data": run.data.train.stats,
         "eval_data": run.data.eval.stats if run.data.eval else None,
     }
 
 
-def log_step_(
-    run: Run, grad_norm: float, epoch: float, groups: list[ParamGroup], factor: float
-) -> None:
-    """Log one metrics line: means over the steps since the last line, and this step's grad_norm.
+def log_step_(run: Run, norm: float, epoch: float, groups: list[ParamGroup], factor: float) -> None:
+    """Log one metrics line: means over the steps since the last line, and this step's grad norm.
 
-    groups, factor: the peak learning rates, and the schedule's factor on them. Groups with a rate
-    of their own get a field each, such as learning_rate_embeddings.
+    groups: with their peak learning rates; those with one of their own get a field each, such as
+    learning_rate_embeddings. factor: the schedule's, on all of them.
     """
     state = run.state
     losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
@@ -99,7 +88,7 @@ def log_step_(
         "step": state.step,
         "epoch": epoch,
         "loss": sum(losses) / len(losses),
-        "grad_norm": grad_norm,
+        "grad_norm": norm,
         "learning_rate": run.config.learning_rate * factor,
         **{f"learning_rate_{g.name}": g.learning_rate * factor for g in groups if g.name},
         "num_tokens": state.num_tokens,
@@ -125,12 +114,9 @@ def save(run: Run) -> None:
 
 
 def save_due(run: Run, best: bool, end: bool) -> bool:
-    """Whether --save-strategy asks for a checkpoint after this step.
-
-    best: this step's evaluation is the best so far. end: this step is the last one.
-    """
+    """Whether --save-strategy asks for a checkpoint now, at a new `best` or at the `end`."""
     config, step = run.config, run.state.step
-    every = {"epoch": run.schedule.steps_per_epoch, "steps": config.save_steps}
+    every = {"epoch": run.batches.schedule.steps_per_epoch, "steps": config.save_steps}
     # With "no" and "best" no step is due by its number.
     periodic = config.save_strategy in every and step % every[config.save_strategy] == 0
     return config.save_strategy != "no" and (end or periodic or (best and config.keeps_best))
@@ -142,10 +128,7 @@ def go_on(step: int) -> str:
 
 
 def take_best_(run: Run) -> int:
-    """With --load-best-model-at-end load the weights of the best evaluation.
-
-    Returns the step that the current weights belong to.
-    """
+    """With --load-best-model-at-end load the best weights; returns the step of those in place."""
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
@@ -163,9 +146,7 @@ def take_best_(run: Run) -> int:
     return state.step
 
 
-def finish(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> TrainOutput:
+def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> TrainOutput:
     """Export, merge with --save-merged, write train_output.json, print the summary.
 
     before, after: evaluations of the untrained and of the exported weights, {} if there is none.
@@ -188,17 +169,15 @@ def finish(
     return result
 
 
-def closing_metrics(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> dict[str, Any]:
+def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Metrics:
     """The metrics of train_output.json. Times and rates cover the steps of this process only."""
     state, device, seconds = run.state, run.base.device, numbers.seconds
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "train_runtime": seconds,
         "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
-        "epoch": run.schedule.epoch_after(state.step - 1),
+        "epoch": run.batches.schedule.epoch_after(state.step - 1),
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
@@ -215,7 +194,7 @@ def closing_metrics(
     }
 
 
-def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
     """Counts and samples of --eval-generate; {} if the two evaluations had different prompts."""
     if not before or [a["prompt"] for a in before] != [a["prompt"] for a in after]:
         return {}
@@ -231,7 +210,7 @@ def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
     }
 
 
-def export(run: Run, metrics: dict[str, Any]) -> None:
+def export(run: Run, metrics: Metrics) -> None:
     """Write the final adapter (or model) with tokenizer files and model card to the output."""
     base, config, trainable = run.base, run.config, run.state.trainable
     if base.lora is None:
@@ -242,7 +221,7 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
+        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, [])},
     }
     files = serving_files(source, run.tokenizer, base.cfg)
     export_adapter(run.out, trainable, base, config, files, card)

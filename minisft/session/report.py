@@ -78,30 +78,25 @@ class Reporter:
 
 @contextmanager
 def reporting(
-    config: TrainConfig, directory: Path, total_steps: int, first_step: int, evaluated: bool = True
+    config: TrainConfig, out: Path, total_steps: int, first_step: int, evaluated: bool = True
 ) -> Iterator[Reporter]:
-    """Yield a Reporter that continues directory/metrics.jsonl after first_step.
+    """Yield a Reporter that continues out/metrics.jsonl after first_step.
 
     Lines of later steps, left by a run that was killed, are deleted. evaluated: False if the
     evaluation due at first_step still has to be run; its line is then deleted too.
     """
-    path = directory / METRICS
+    path = out / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
-        step = line["step"]
-        if step == first_step and not evaluated:
-            return "loss" in line
-        return first_step > 0 and step <= first_step
+        complete = evaluated or line["step"] < first_step or "loss" in line
+        return complete and first_step > 0 and line["step"] <= first_step
 
     kept = {line["step"]: line for line in _keep_lines(path, keep) if "eval_loss" in line}
-    for answer in _keep_lines(directory / SAMPLES, keep):
+    for answer in _keep_lines(out / SAMPLES, keep):
         if answer["step"] in kept:
             kept[answer["step"]].setdefault("answers", []).append(answer)
     # Unbuffered: closing has nothing left to write, so it cannot fail on a full disk.
-    with (
-        open(path, "ab", buffering=0) as metrics,
-        loggers(config, directory, first_step, say) as log,
-    ):
+    with open(path, "ab", buffering=0) as metrics, loggers(config, out, first_step, say) as log:
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps, kept, log)
             return

@@ -24,7 +24,6 @@ from minisft.files.checkpoint import (
 )
 from minisft.files.disk import load_json
 from minisft.files.export import trained_file
-from minisft.files.load import Base
 from minisft.session.context import Run
 from minisft.session.outputs import OUTPUT, RUN, TrainOutput, plain_config
 from minisft.session.report import say
@@ -109,7 +108,7 @@ def resume_(run: Run) -> None:
         raise UserError(f"{path}: no {file}; was it made {made} --full-finetuning?")
     then = read_facts(path)
     then["config"] = {k: respelled(k, v) for k, v in then["config"].items()}
-    if problems := _resume_problems(then, config, run.base, run.facts):
+    if problems := _resume_problems(run, then):
         raise UserError(
             f"{path} was made with other settings: {'; '.join(problems)}. "
             "Use the same, or a new --output-dir"
@@ -161,16 +160,14 @@ def _check_best_(run: Run, then: dict[str, Any]) -> None:
         state.best_step, state.best_value, state.evaluations_since_best = 0, None, 0
 
 
-def _resume_problems(
-    then: dict[str, Any], config: TrainConfig, base: Base, facts: dict[str, Any]
-) -> list[str]:
+def _resume_problems(run: Run, then: dict[str, Any]) -> list[str]:
     """Differences that make the checkpoint incompatible with this run, one string each."""
-    found, now = [], plain_config(config)
+    found, now, facts = [], plain_config(run.config), run.facts
     # Checkpoints from before the flag existed have no load_in_4bit.
     settings = now | {"load_in_4bit": False} | then["config"]
-    for name in fixed_on_resume(type(config)):
+    for name in fixed_on_resume(type(run.config)):
         was = settings[name]
-        same = name == "target_modules" and _same_targets(was, config, base)
+        same = name == "target_modules" and _same_targets(run, was)
         if was != now[name] and not same:
             found.append(f"{flag(name)} was {was!r}, now {now[name]!r}")
     contents = {
@@ -182,12 +179,13 @@ def _resume_problems(
     return found + [why for k, why in contents.items() if facts[k] and then[k] != facts[k]]
 
 
-def _same_targets(was: Any, config: TrainConfig, base: Base) -> bool:
+def _same_targets(run: Run, was: Any) -> bool:
     """Whether two spellings of --target-modules (`all-linear`, the list) match the same modules."""
-    if base.lora is None or config.lora is None or not isinstance(was, list):
+    lora, base = run.config.lora, run.base
+    if base.lora is None or lora is None or not isinstance(was, list):
         return False
     try:
-        before = split_targets(dataclasses.replace(config.lora, target_modules=tuple(was)))
+        before = split_targets(dataclasses.replace(lora, target_modules=tuple(was)))
         return adapter_shapes(before, base.cfg) == adapter_shapes(base.lora, base.cfg)
     except UserError:
         return False

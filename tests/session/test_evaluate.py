@@ -123,8 +123,8 @@ def inputs(tmp_path_factory):
 def scripted(monkeypatch):
     """Evaluation after step n gives SCRIPT[n - 1]."""
 
-    def evaluate(model, state, dataset, config):
-        loss = SCRIPT[state.step - 1] if state.step else 9.0
+    def evaluate(run, dataset):
+        loss = SCRIPT[run.state.step - 1] if run.state.step else 9.0
         return {"eval_loss": loss, "eval_mean_token_accuracy": 0.5, "eval_entropy": 1.0}
 
     monkeypatch.setattr(evaluate_module, "evaluate", evaluate)
