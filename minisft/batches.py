@@ -1,7 +1,5 @@
 """Which rows a step trains on, and how they become tensors: pure functions of (seed, step)."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -9,8 +9,6 @@ T tokens of a micro-batch (documents concatenated, no padding)  D hidden  F ffn
 N query heads  K key/value heads  H head_dim  I/O linear in/out  R LoRA rank
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple

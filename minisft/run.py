@@ -1,7 +1,5 @@
 """A whole run, from settings to exported result: `train(config)` is its table of contents."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 
@@ -19,10 +17,11 @@ from minisft.schedules import lr_factor
 from minisft.session.context import Numbers, Run, session
 from minisft.session.describe import announce, end_of_dry_run, note_memory_needs
 from minisft.session.evaluate import evaluate_after, evaluate_before, evaluate_if_due, stops_early
+from minisft.session.finish import finish, take_best_
 from minisft.session.guards import TrainingStopped, check_changed, check_run, reason_to_stop, trace
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
-from minisft.session.record import finish, go_on, log_step_, save, save_due, start_over, take_best_
+from minisft.session.record import go_on, log_step_, save, save_due, start_over
 from minisft.session.report import reporting, say
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
 from minisft.session.signals import Preempted

@@ -7,8 +7,6 @@ choices. The notes below give the rest. A field without notes is checked for its
 subclass may add fields of any type.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import typing

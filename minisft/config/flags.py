@@ -4,8 +4,6 @@ Exit codes: 0 done, 2 an error that the user can fix, 3 a guard stopped training
 a good checkpoint, 1 unexpected (with a traceback).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

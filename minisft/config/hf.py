@@ -1,7 +1,5 @@
 """Hugging Face's config.json -> `ModelConfig`."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any

@@ -4,8 +4,6 @@ The tables are in names.toml; minisft/config/README.md has them for readers, and
 the two.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Collection
 from pathlib import Path

@@ -4,8 +4,6 @@ The matching rules are PEFT's (a list item equals the path or a dotted suffix of
 match the full path), so that an exported config has the same meaning in PEFT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable

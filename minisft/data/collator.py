@@ -1,7 +1,5 @@
 """A user's `batch_fn` (data collator) applied to rows of a TokenizedDataset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A row is a UserError if a value is missing, null or of another type, a chat is e
 unknown or content is not text. It names the column; `minisft.data.tokenize` adds file and row.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 A dry run takes a sample of each source.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import functools

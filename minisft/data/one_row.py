@@ -1,7 +1,5 @@
 """One row to documents: its text, then token ids with a label each, cut to max_length."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import lru_cache

@@ -4,8 +4,6 @@ Written here so that a run does not need TRL. Row for row equal to trl.pack_data
 (tests/parity/test_data_trl.py), which keeps losses comparable.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 from collections import deque

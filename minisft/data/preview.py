@@ -1,7 +1,5 @@
 """Rows as the loss sees them: their text with the trained tokens marked, their ids, and totals."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

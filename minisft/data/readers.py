@@ -4,8 +4,6 @@ Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read 
 for, so such a source may be larger than memory; .json and .csv files are read into memory.
 """
 
-from __future__ import annotations
-
 import bisect
 import csv
 import io

@@ -1,7 +1,5 @@
 """Settings that shape the token arrays, and their values for one source."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from minisft.config.errors import UserError, closest

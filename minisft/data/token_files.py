@@ -4,8 +4,6 @@ A cache entry is a directory named by the hash of everything that shapes its arr
 under that name only when it is complete.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The result of a run, in the files that other programs load."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base model of a run: frozen weights on the device, and the state that training changes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`Run`, the object that every stage of a run shares, and `session`, the context it runs in."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

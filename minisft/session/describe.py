@@ -1,7 +1,5 @@
 """What a run prints before its first step and after its last, and its warnings."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Evaluation before, during and after training: metrics, greedy answers, the best step."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What refuses a run before it writes anything, and the guards that stop training."""
 
-from __future__ import annotations
-
 import math
 import shutil
 

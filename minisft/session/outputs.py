@@ -1,7 +1,5 @@
 """The output directory of a run: which one is accepted, its lock, its result, its settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fcntl

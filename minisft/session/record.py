@@ -1,35 +1,29 @@
-"""What a run writes: run.json, metrics lines, checkpoints, and at its end the result."""
+"""What a run writes as it goes: run.json before the first step, metrics lines, checkpoints."""
 
-from __future__ import annotations
-
-import dataclasses
 import platform
 import shutil
 import sys
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from minisft.files.checkpoint import load_trained_, rotate, save_checkpoint
-from minisft.files.device import memory_gib, peak_memory_gib
+from minisft.files.checkpoint import rotate, save_checkpoint
+from minisft.files.device import peak_memory_gib
 from minisft.files.disk import atomically, write_json, writing
-from minisft.files.export import export_adapter, export_model, trained_file, write_trained
+from minisft.files.export import write_trained
 from minisft.lora import ParamGroup
-from minisft.session.context import Numbers, Run
-from minisft.session.describe import summarise
-from minisft.session.merge import merge
-from minisft.session.outputs import OUTPUT, RUN, Metrics, TrainOutput, plain_config, products
-from minisft.session.report import say
-from minisft.session.serving import serving_files
+from minisft.session.context import Run
+from minisft.session.outputs import OUTPUT, RUN, plain_config, products
 
 # Files that only some kinds of run write; a later run of another kind would leave them stale.
 _LEFT = (
     "README.md", "config.json", "generation_config.json", "samples.jsonl", "Modelfile",
     "runs", "wandb", "merged",
 )  # fmt: skip
+
+
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
 
@@ -125,103 +119,3 @@ def save_due(run: Run, best: bool, end: bool) -> bool:
 def go_on(step: int) -> str:
     """How to continue from the checkpoint of a step, as a message."""
     return f"checkpoint-{step} is complete: continue with --resume-from-checkpoint auto"
-
-
-def take_best_(run: Run) -> int:
-    """With --load-best-model-at-end load the best weights; returns the step of those in place."""
-    config, state = run.config, run.state
-    name, value = config.best_metric[0], state.best_value
-    if state.step < run.total_steps:
-        least = config.early_stopping_threshold
-        say(
-            f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations in "
-            f"a row were no better than step {state.best_step}'s {name} {value:.4f}"
-            + (f", or by no more than {least:g}" if least else "")
-        )
-    if config.load_best_model_at_end and state.best_step not in (0, state.step):
-        best = run.out / f"checkpoint-{state.best_step}"
-        load_trained_(best, state, *trained_file(run.base.lora), run.base.initial_lora)
-        say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
-        return state.best_step
-    return state.step
-
-
-def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> TrainOutput:
-    """Export, merge with --save-merged, write train_output.json, print the summary.
-
-    before, after: evaluations of the untrained and of the exported weights, {} if there is none.
-    """
-    metrics = closing_metrics(run, numbers, before, after)
-    export(run, metrics)
-    merged = run.out / "merged"
-    if run.config.save_merged:
-        # Free the frozen weights: merging loads the base a second time.
-        run.base = dataclasses.replace(run.base, frozen={})
-        shutil.rmtree(merged, ignore_errors=True)
-        say(f"{merged}: {merge(run.out, merged, device=str(run.base.device))}")
-    elif merged.exists():
-        say(f"warning: {merged} is from an earlier state of the run; --save-merged rewrites it")
-    result = TrainOutput(run.state.step, metrics["train_loss"], metrics)
-    with run.stop.held():
-        # Written last: this file marks the run as complete.
-        write_json(run.out / OUTPUT, result._asdict())
-        summarise(run, result)
-    return result
-
-
-def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Metrics:
-    """The metrics of train_output.json. Times and rates cover the steps of this process only."""
-    state, device, seconds = run.state, run.base.device, numbers.seconds
-    metrics: Metrics = {
-        "train_runtime": seconds,
-        "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
-        "train_loss": state.total_loss / max(1, state.step),
-        "num_tokens": state.num_tokens,
-        "epoch": run.batches.schedule.epoch_after(state.step - 1),
-    }
-    if "eval_loss" in after:
-        metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
-        metrics |= {k: after[k] for k in ("eval_mean_token_accuracy", "eval_entropy")}
-    if state.best_step and run.config.keeps_best:
-        names = ("best_step", "best_value", "evaluations_since_best")
-        metrics |= {name: getattr(state, name) for name in names}
-    metrics |= _answers(before.get("answers", []), after.get("answers", []))
-    return metrics | {
-        "train_tokens_per_second": numbers.tokens / seconds,
-        "memory_before_gib": numbers.memory_before_gib,
-        "memory_after_gib": memory_gib(device),
-        "peak_memory_gib": peak_memory_gib(device),
-    }
-
-
-def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
-    """Counts and samples of --eval-generate; {} if the two evaluations had different prompts."""
-    if not before or [a["prompt"] for a in before] != [a["prompt"] for a in after]:
-        return {}
-    return {
-        "answers": len(after),
-        "right_before": sum(a["right"] for a in before),
-        "right_after": sum(a["right"] for a in after),
-        "samples": [
-            {"prompt": a["prompt"], "expected": a["expected"]}
-            | {"before": b["answer"], "after": a["answer"]}
-            for b, a in zip(before, after, strict=True)
-        ],
-    }
-
-
-def export(run: Run, metrics: Metrics) -> None:
-    """Write the final adapter (or model) with tokenizer files and model card to the output."""
-    base, config, trainable = run.base, run.config, run.state.trainable
-    if base.lora is None:
-        export_model(run.out, trainable, base, serving_files("FROM .", run.tokenizer, base.cfg))
-        return
-    source = f"FROM {Path(config.base_name).as_posix()}\nADAPTER ."
-    card = {
-        "data_hash": run.data.hash,
-        "steps": run.state.step,
-        "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, [])},
-    }
-    files = serving_files(source, run.tokenizer, base.cfg)
-    export_adapter(run.out, trainable, base, config, files, card)

@@ -1,7 +1,5 @@
 """What a run reports: printed lines, metrics.jsonl, and a progress bar on a terminal."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Resuming: which checkpoint, whether it fits this run, and which settings have changed."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ one, up to the next real special token, is encoded with special tokens switched 
 such strings is encoded in one call, with the same ids.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ template without them, renderings of the chat's prefixes (`prefix_spans`); or th
 marker strings (`marker_spans`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import NamedTuple

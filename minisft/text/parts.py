@@ -6,8 +6,6 @@ joined to one string. Which kind a template is, is found by rendering the chat w
 place of each part's text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

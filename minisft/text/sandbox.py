@@ -5,8 +5,6 @@ Python's internals and refuses to change its inputs. It does not limit work: nes
 their end, and `'a' * 10**8` is built. The environment here refuses both.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

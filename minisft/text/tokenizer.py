@@ -4,8 +4,6 @@
 in tokenizer.json, chat templates and, for tokenizers of the Llama-2 style, another pre-tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

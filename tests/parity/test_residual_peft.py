@@ -114,13 +114,13 @@ def test_the_start_is_peft_s_and_computes_what_the_base_does(place, kind, settin
 @pytest.fixture
 def live(monkeypatch):
     """(model, state) of each run as it is exported."""
-    seen, export = [], minisft.session.record.export
+    seen, export = [], minisft.session.finish.export
 
     def watched(run, metrics):
         seen.append((run.base, run.state))
         export(run, metrics)
 
-    monkeypatch.setattr(minisft.session.record, "export", watched)
+    monkeypatch.setattr(minisft.session.finish, "export", watched)
     return seen
 
 
