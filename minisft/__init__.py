@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "TrainOutput", "UserError", "train"]
 
-# In a checkout the folder kernels/ lies beside this one; a wheel holds it as minisft/kernels/.
+# In a checkout the folder kernels/ is next to this one; a wheel holds it as minisft/kernels/.
 # Its import name is minisft.kernels in both, because PyPI has a package named kernels.
 _checkout = Path(__file__).parents[1]
 if (_checkout / "kernels" / "nf4_lora_linear").is_dir():

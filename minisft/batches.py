@@ -1,7 +1,5 @@
 """Which rows a step trains on, and how they become tensors: pure functions of (seed, step)."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -138,7 +136,7 @@ def mixed_order(shares: tuple[tuple[int, int], ...], seed: int) -> list[int]:
     """The rows of one epoch of a weighted mixture under that seed, shuffled together.
 
     shares: (rows, drawn) of each source. A source contributes whole passes over its rows, then a
-    random part without repetition, drawn anew under every seed.
+    random part without repetition, drawn again for every seed.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, start = [], 0

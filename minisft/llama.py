@@ -11,8 +11,6 @@ adapters share one code path.
 T tokens  D hidden  F ffn  V vocab  N query heads  K key/value heads  H head_dim  R LoRA rank
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 T tokens  M targets  C targets of a chunk  D hidden  V vocab
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable

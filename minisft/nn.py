@@ -9,8 +9,6 @@ T tokens of a micro-batch (documents concatenated, no padding)  D hidden  F ffn
 N query heads  K key/value heads  H head_dim  I/O linear in/out  R LoRA rank
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -42,7 +40,7 @@ class Linear(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """How the documents of a micro-batch lie: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
+    """The documents of a micro-batch: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
 
     All but cu_seqlens are Python numbers, so that nothing is read back from the device. Built by
     `documents_of`; `explicit.buckets` appends empty documents (cu_seqlens repeats its last entry,
@@ -134,7 +132,7 @@ def dropout(x_TI: Tensor, keys_T: Tensor, module_key: int, rate: float) -> Tenso
 
 def random_bits(keys_T: Tensor, module_key: int, width: int) -> Tensor:
     """Return 24 pseudo-random bits per entry, int64 [T, width], hashed from key, module, column."""
-    # The golden-ratio increment of splitmix64 without its top bit, which int64 has no room for.
+    # The golden-ratio increment of splitmix64 without its top bit, which int64 cannot hold.
     columns = torch.arange(width, device=keys_T.device) * 0x1E3779B97F4A7C15
     # The high bits of the hash, and only as many as float32 represents exactly.
     return (mix64((keys_T + module_key).unsqueeze(1) + columns) >> 40) & 0xFFFFFF

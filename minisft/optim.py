@@ -3,8 +3,6 @@
 AdamW, SGD and Lion are here; `minisft.variants` has the rules on 8-bit moments and Adafactor.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

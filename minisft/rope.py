@@ -3,8 +3,6 @@
 Operations and roundings are transformers'; `minisft.nn.apply_rope` rotates. T tokens, H head_dim.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

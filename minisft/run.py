@@ -1,7 +1,5 @@
 """A whole run, from settings to exported result: `train(config)` is its table of contents."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 
@@ -16,21 +14,14 @@ from minisft.files.device import memory_gib
 from minisft.files.load import Base, find_base, load_base
 from minisft.lora import param_groups
 from minisft.schedules import lr_factor
-from minisft.session.checks import check_required, check_run, note_memory_needs
 from minisft.session.context import Numbers, Run, session
-from minisft.session.describe import announce, end_of_dry_run
-from minisft.session.evaluate import (
-    evaluate_after,
-    evaluate_before,
-    evaluate_if_due,
-    evaluate_missed,
-    stops_early,
-)
+from minisft.session.describe import announce, end_of_dry_run, note_memory_needs
+from minisft.session.evaluate import evaluate_after, evaluate_before, evaluate_if_due, stops_early
 from minisft.session.finish import finish, take_best_
-from minisft.session.guards import check_changed, reason_to_stop, trace, training_stopped
+from minisft.session.guards import TrainingStopped, check_changed, check_run, reason_to_stop, trace
 from minisft.session.memory import resident_gib
 from minisft.session.outputs import TrainOutput, base_digests
-from minisft.session.record import go_on, report_step_, save, save_due, start_over
+from minisft.session.record import go_on, log_step_, save, save_due, start_over
 from minisft.session.report import reporting, say
 from minisft.session.resume import finished_before, resume_, saved_initial_lora
 from minisft.session.signals import Preempted
@@ -47,22 +38,21 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
     changes nothing and returns its result. With dry_run everything happens up to the first write,
     with weights that have shapes only and a sample of the rows; the metrics are estimates.
     """
-    check_required(config)
-    with session(config) as place:
-        if (done := finished_before(place.out, config)) is not None:
+    with session(config) as (out, stop, needs):
+        if (done := finished_before(out, config)) is not None:
             return done
         directory = find_base(config)
         tokenizer = load_tokenizer(directory, chat_template=config.chat_template)
-        base, state = load_base(config, saved_initial_lora(place.out, config), directory)
+        base, state = load_base(config, saved_initial_lora(out, config), directory)
         collator = None if batch_fn is None else Collator(batch_fn, base.cfg.vocab_size)
-        data = load_data(config, tokenizer, base.cfg.vocab_size, place.out, say)
+        data = load_data(config, tokenizer, base.cfg.vocab_size, out, say)
         data = collated(data, config, collator)
         # A library may have swallowed the exception of a signal on its way up.
-        place.stop.raise_if_asked()
+        stop.raise_if_asked()
         plan = make_plan(config, base, state, data)
         batches = make_batches(config, data, base, plan, collator)
         facts = {"data_hash": data.hash, **base_digests(base.directory)}
-        run = Run(config, place, tokenizer, base, state, data, plan, batches, facts)
+        run = Run(config, out, stop, needs, tokenizer, base, state, data, plan, batches, facts)
         note_memory_needs(run)
         resume_(run)
         check_run(run)
@@ -70,9 +60,11 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         if config.dry_run:
             return end_of_dry_run(run)
         start_over(run)
-        with reporting(config, run.out, run.total_steps, state.step, run.evaluated) as run.report:
+        with reporting(config, out, run.total_steps, state.step, run.evaluated) as run.report:
             before = evaluate_before(run)
-            if evaluate_missed(run):
+            # A resumed run makes up for an evaluation that a signal or a kill interrupted; resumed
+            # from another directory, it lacks the checkpoint of that step.
+            if evaluate_if_due(run) and not (out / f"checkpoint-{state.step}").exists():
                 save(run)
             numbers = train_(run)
             exported_step = take_best_(run)
@@ -121,7 +113,7 @@ def make_batches(
 
 def train_(run: Run) -> Numbers:
     """Train to the last step; evaluate and save where due. Raises what ends training early."""
-    state, stop = run.state, run.place.stop
+    state, stop = run.state, run.stop
     started, first, tokens = time.perf_counter(), state.step, state.num_tokens
     memory, untrained = memory_gib(run.base.device), trace(state)
     # A signal that arrives inside a step waits for its end, so that no step is lost.
@@ -131,7 +123,7 @@ def train_(run: Run) -> Numbers:
             if not stop.name:
                 with stop.breakable():
                     best = evaluate_if_due(run)
-            end = stops_early(state, run.config) or state.step == run.total_steps
+            end = state.step == run.total_steps or stops_early(state, run.config)
             if stop.name or save_due(run, best, end):
                 save(run)
             if stop.name and not end:
@@ -139,15 +131,12 @@ def train_(run: Run) -> Numbers:
                     f"{stop.name}: stopped after step {state.step}, loss {result.loss:.4f}; "
                     f"{go_on(state.step)}"
                 )
-            if end:
-                break
-    check_changed(untrained, state, first, run.config, state.step)
+    check_changed(run, first, untrained)
     seconds = time.perf_counter() - started
-    epoch = run.schedule.epoch_after(state.step - 1)
-    saved = "no checkpoint is kept (--save-strategy no)"
-    saved = saved if run.config.save_strategy == "no" else go_on(state.step)
+    kept = run.config.save_strategy != "no"
+    saved = go_on(state.step) if kept else "no checkpoint is kept (--save-strategy no)"
     stop.where = f"after the last step; {saved}"
-    return Numbers(state.step - first, state.num_tokens - tokens, seconds, epoch, memory)
+    return Numbers(state.step - first, state.num_tokens - tokens, seconds, memory)
 
 
 def steps_(run: Run) -> Iterator[StepResult]:
@@ -155,10 +144,10 @@ def steps_(run: Run) -> Iterator[StepResult]:
     state, base, config = run.state, run.base, run.config
     plan = run.plan.prepared(state.trainable, base.frozen)
     groups = param_groups(state.trainable.shapes, config)
-    # A run that was stopped early before it was resumed has no step left.
-    last = state.step if stops_early(state, config) else run.total_steps
+    last = run.total_steps
     ahead = Ahead(run.batches, state.step, last)
-    while state.step < last:
+    # Checked before the first step too: the resumed run may have been stopped early.
+    while state.step < last and not stops_early(state, config):
         started = time.perf_counter()
         batch = ahead.batch(state.step)
         factor = lr_factor(state.step, last, config)
@@ -167,7 +156,7 @@ def steps_(run: Run) -> Iterator[StepResult]:
         seconds = time.perf_counter() - started
         state.unlogged.append((result.loss, batch.num_tokens, batch.num_loss_tokens, seconds))
         if state.step % config.logging_steps == 0 or state.step == last or reason:
-            report_step_(run, result.grad_norm, batch.epoch, groups, factor)
+            log_step_(run, result.grad_norm, batch.epoch, groups, factor)
         if reason:
-            raise training_stopped(run, reason)
+            raise TrainingStopped(reason)
         yield result

@@ -3,8 +3,6 @@
 s step, from 0  w warm-up steps  T total steps  p = (s - w) / (T - w), the progress after warm-up
 """
 
-from __future__ import annotations
-
 import math
 
 from minisft.config.train import TrainConfig

@@ -1,4 +1,4 @@
-"""Each op of kernels/ against eager PyTorch, torch.compile and Liger, at the shapes of 1B and 8B.
+"""Time each op of kernels/ against eager PyTorch, torch.compile and Liger, at 1B and 8B shapes.
 
 Run as `python scripts/bench.py kernel NAME`. An op whose test fails is not timed.
 """
@@ -23,7 +23,10 @@ Runs = dict[str, Callable[[], object]]
 
 
 def measure(name: str, device: torch.device, skip_test: bool) -> None:
-    """Run the op's test, then print its table in Markdown."""
+    """Run the op's test, then time it and print a Markdown table.
+
+    Raises UserError for an unknown op, a device without CUDA, or a failing test.
+    """
     benches = {
         "adamw": adamw,
         "linear_cross_entropy": cross_entropy,
@@ -42,25 +45,30 @@ def measure(name: str, device: torch.device, skip_test: bool) -> None:
     if not skip_test:
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT)
         if done.returncode:
-            raise UserError(f"{test.relative_to(ROOT)} fails: nothing is timed")
-    # autograd runs a backward pass on the stream of its forward pass, and it is captured there
+            raise UserError(f"{test.relative_to(ROOT)} fails, so nothing is timed")
+    # autograd runs a backward pass on the stream of its forward pass, so both must run on the
+    # stream that is captured
     with torch.cuda.stream(one_stream()):
         benches[name]()
 
 
 @functools.cache
 def one_stream() -> torch.cuda.Stream:
-    """Return the stream that all runs share."""
+    """Return the one CUDA stream on which every run is captured."""
     return torch.cuda.Stream()
 
 
 def rand(*shape: int, scale: float = 0.5) -> Tensor:
-    """Return normal bfloat16 numbers on the GPU."""
+    """Return a bfloat16 CUDA tensor of normal numbers with standard deviation `scale`."""
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
 
 
 def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str, float]:
-    """Return the median time of a call in us: graphs of `launches` calls, the runs interleaved."""
+    """Return the median microseconds per call of each run.
+
+    A run is captured as a CUDA graph of `launches` calls, which excludes launch overhead. Replays
+    of the runs are interleaved, so that a change of the clocks affects all of them alike.
+    """
     graphs, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         for _ in range(3):
@@ -83,7 +91,10 @@ def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str,
 
 
 def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int = 10) -> None:
-    """Print one row per run: time, bandwidth if `moved` bytes are given, and time over ours."""
+    """Print a row per run: time, bandwidth, and time relative to the run named `ours`.
+
+    moved: bytes that one call has to read and write; without it no bandwidth is printed.
+    """
     times = microseconds(runs, launches)
     print(f"\n{title}\n\n| | us | TB/s | times ours |\n|---|---|---|---|")
     for name, us in times.items():
@@ -115,7 +126,7 @@ def liger():
 
 
 def rms_norm() -> None:
-    """Residual sum and RMSNorm, forward and backward."""
+    """Time the residual sum with RMSNorm, forward and backward."""
     from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 
     functions = liger()
@@ -149,7 +160,7 @@ def rms_norm() -> None:
 
 
 def rope() -> None:
-    """RoPE of q and k in place, forward and backward."""
+    """Time RoPE of q and k in place, forward and backward."""
     from minisft.kernels.rope import rope_, rope_backward
 
     functions = liger()
@@ -188,11 +199,11 @@ def rope() -> None:
             runs["Liger"] = run(theirs)
         moved = T * H * (2 * 2 * (N + K) + 2 * 2 * (N + 2 * K))
         table(f"RoPE of Q and K, forward + backward, {shape}", runs, "ours", moved)
-    print("\nOurs works in place, and its backward pass copies V's gradient too.")
+    print("\nOurs works in place; its backward pass also copies the gradient of V.")
 
 
 def swiglu() -> None:
-    """SwiGLU, forward and backward, without and with LoRA's sums."""
+    """Time SwiGLU, forward and backward, without and with the fused LoRA weight gradients."""
     from minisft.kernels.swiglu import swiglu as forward
     from minisft.kernels.swiglu import swiglu_backward_
 
@@ -229,11 +240,11 @@ def swiglu() -> None:
         table(f"SwiGLU, forward + backward, {shape}, {T} x {ffn}", runs, "ours", 16 * ffn * T)
 
 
-# ------------------------------------------------------------------------------------- products
+# ------------------------------------------------------------------------------------- matmuls
 
 
 def cross_entropy() -> None:
-    """Loss and hidden gradient of a linear head, all rows labelled and 60 % of them."""
+    """Time loss and hidden gradient of a linear head, with 100 % and 60 % of the rows labelled."""
     from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
 
     functions, V = liger(), 128256
@@ -247,7 +258,9 @@ def cross_entropy() -> None:
         def eager(h, head=head, targets=targets):
             return F.cross_entropy((h @ head.T).float(), targets)
 
-        labelled = torch.rand(T, device="cuda") < 0.6  # as in GSM8K; and rows padded to 3/4
+        # The share of GSM8K. As in the explicit pass, the labelled rows are padded to a fixed
+        # number, here 3/4 of all.
+        labelled = torch.rand(T, device="cuda") < 0.6
         some = targets.where(labelled, -100)
         rows = F.pad(labelled.nonzero().squeeze(1), (0, 3 * T // 4 - int(labelled.sum())))
         of_rows = F.pad(targets[labelled], (0, len(rows) - int(labelled.sum())), value=-1)
@@ -265,7 +278,7 @@ def cross_entropy() -> None:
             ),
             "eager": both_passes(eager, [leaf], one),
             "torch.compile": both_passes(torch.compile(eager), [leaf], one),
-            "the two products alone": lambda h=hidden, w=head: (h @ w.T) @ w,
+            "the two matmuls alone": lambda h=hidden, w=head: (h @ w.T) @ w,
             "ours, 60 % labelled": ours_some,
             "eager, 60 % labelled": both_passes(
                 functools.partial(eager, targets=some), [leaf], one
@@ -282,7 +295,7 @@ def cross_entropy() -> None:
             cross_entropy_of_logits(targets[:2048], weight, V)
         try:
             table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
-        # Liger's op reads a number back to the host, which cannot be captured
+        # Liger's op reads a value back to the host, which CUDA graphs cannot capture
         except RuntimeError:
             runs.pop("Liger")
             torch.cuda.synchronize()
@@ -290,7 +303,10 @@ def cross_entropy() -> None:
 
 
 def cross_entropy_of_logits(targets: Tensor, weight: Tensor, V: int) -> None:
-    """Loss and gradient of given logits, one row per target, without the head's products."""
+    """Time loss and gradient of given logits, without the matmuls of the head.
+
+    targets: int64 [rows]; the logits are [rows, V].
+    """
     from minisft.kernels.linear_cross_entropy.kernel import launch_cross_entropy_
 
     rows = len(targets)
@@ -310,7 +326,7 @@ def cross_entropy_of_logits(targets: Tensor, weight: Tensor, V: int) -> None:
 
 
 def low_rank() -> None:
-    """dA = t^T x against cuBLAS."""
+    """Time the LoRA weight gradient dA = t^T x against cuBLAS."""
     from minisft.kernels.low_rank import outer_sum
 
     for shape, (D, ffn, *_) in SHAPES.items():
@@ -326,7 +342,7 @@ def low_rank() -> None:
 
 
 def nf4() -> None:
-    """Decoding against bitsandbytes, with and without programmatic dependent launch."""
+    """Time NF4 decoding against bitsandbytes, with and without programmatic dependent launch."""
     import bitsandbytes.functional as bnb
     from minisft.kernels.nf4 import dequantize_into, quantize
     from minisft.kernels.nf4.cases import BENCH_SHAPES
@@ -371,7 +387,7 @@ def nf4() -> None:
 
 
 def nf4_lora_linear() -> None:
-    """Against bitsandbytes + PEFT, against decode and three products, against the product alone."""
+    """Time the NF4 LoRA linear against bitsandbytes + PEFT, and against matmuls of cuBLAS."""
     import bitsandbytes as bnb
     from minisft.kernels.nf4 import quantize
     from minisft.kernels.nf4_lora_linear import Adapter, backward, forward
@@ -433,7 +449,10 @@ def nf4_lora_linear() -> None:
 
 
 def peft_linear(dense: Tensor) -> tuple:
-    """(PEFT's LoRA of rank 16 on bitsandbytes' Linear4bit of [O, I], its packed weight, state)."""
+    """Return (PEFT LoRA layer of rank 16, packed 4-bit weight, quant state).
+
+    dense: the weight [O, I] that bitsandbytes' Linear4bit quantises to NF4.
+    """
     import bitsandbytes as bnb
     import peft
 
@@ -454,7 +473,7 @@ def peft_linear(dense: Tensor) -> tuple:
 
 
 def adamw() -> None:
-    """Norm, clip and AdamW over one flat buffer, against tensors one by one (r = 16)."""
+    """Time norm, clipping and AdamW over one flat buffer against per-tensor updates (r = 16)."""
     from minisft.kernels.adamw import global_norm
     from random_model import config_json
 
@@ -504,6 +523,7 @@ def adamw() -> None:
             ),
             "torch.compile of the flat rule": lambda given=given, f=compiled: f(*given),
         }
-        # norm: g; AdamW: p, m, v twice and g
+        # Bytes per float32 parameter, 8 x 4: the norm reads g; AdamW reads g and reads and writes
+        # p, m, v.
         title = f"Clip and AdamW, {shape}, {n:,} parameters in {len(shapes)} tensors"
         table(title, runs, "ours", 32.0 * n)

@@ -1,4 +1,4 @@
-"""Ask a model, with or without an adapter:
+"""Generate text with a model, with or without an adapter:
 
 python scripts/generate.py --model BASE --adapter outputs --prompt "What is the capital of Peru?"
 """
@@ -42,42 +42,42 @@ from minisft.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a prompt; with a chat template, the prompt is a user's message."""
+    """Continue a prompt. With a chat template, the prompt is sent as a user message."""
 
     model: str = ""
-    """Base model: a directory or a hub id; left out, the adapter's own base, else the demo."""
+    """Base model: a directory or a hub id. Default: the adapter's base, or the demo."""
     adapter: str = ""
     """A PEFT adapter directory, such as a run's output directory."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     interactive: bool = False
-    """Chat: each line of stdin is a message; /reset forgets the messages so far, /exit (or the end
-    of the input) ends."""
+    """Chat: each line of stdin is a user message. /reset clears the conversation, /exit or the end
+    of the input quits."""
     system: str = ""
-    """A system message before the prompt."""
+    """System message to put before the prompt."""
     chat: bool = True
-    """Render the prompt with the chat template, where there is one."""
+    """Render the prompt with the model's chat template, if it has one."""
     max_new_tokens: int = 256
-    """Stop after this many tokens."""
+    """Maximum number of generated tokens."""
     temperature: float = 0.0
-    """0 is greedy; above, the next token is sampled."""
+    """0: greedy decoding. Above 0: sample, with the logits divided by this."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that make up this share."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this."""
     seed: int = 0
-    """Seed of sampling."""
+    """Random seed for sampling."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"
-    """auto, bfloat16, float16 or float32."""
+    """Compute dtype: auto, bfloat16, float16 or float32."""
     load_in_4bit: str = "auto"
-    """true, false, or auto: a base in 4 bits (NF4) for an adapter that was trained on one, and for
-    a checkpoint that is stored so."""
+    """Load the base in 4 bits (NF4): true, false or auto. auto: if the adapter was trained on a
+    4-bit base, or the checkpoint is stored in 4 bits."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
 
 
 class Loaded(NamedTuple):
-    """A model that answers."""
+    """A model on its device, with the tokenizer that its prompts are encoded with."""
 
     model: InferenceModel
     tokenizer: Tokenizer
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         config = parse_flags(GenerateConfig, argv, prog="generate.py", default=GenerateConfig())
         check(config)
-        with stop_signals("before the answers were whole"):
+        with stop_signals("before all answers were generated"):
             loaded = load(config)
             prompts = [
                 prompt_ids(loaded.tokenizer, config, [{"role": "user", "content": text}])
@@ -99,14 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             for text in answers(config, loaded, prompts) if prompts else ():
                 print(text, flush=True)
         if config.interactive:
-            with suppress(KeyboardInterrupt):  # ends the chat, also in the middle of an answer
+            # Outside stop_signals: Ctrl-C is the normal way to leave a chat, even during an answer.
+            with suppress(KeyboardInterrupt):
                 converse(config, loaded)
 
     return run_main(run, {Preempted: 75})
 
 
 def check(config: GenerateConfig) -> None:
-    """UserError for settings that cannot be meant."""
+    """Raise UserError for invalid or contradictory settings."""
     if config.prompt and config.interactive:
         raise UserError("--prompt and --interactive: give one of the two")
     if not config.prompt and not config.interactive:
@@ -129,17 +130,23 @@ def check(config: GenerateConfig) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """UserError for text that is no Unicode: bytes of a terminal in another encoding."""
+    """Raise UserError if `text` has lone surrogates: bytes that were not valid UTF-8.
+
+    what: the name of the text in the message. A terminal with another encoding sends such bytes.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         raise UserError(
-            f"{what}: character {e.start} is no Unicode character ({text[e.start]!r}); give UTF-8"
+            f"{what}: character {e.start} is not valid Unicode ({text[e.start]!r}); use UTF-8"
         ) from None
 
 
 def load(config: GenerateConfig) -> Loaded:
-    """Base, adapter and tokenizer, on the device."""
+    """Load base, adapter and tokenizer onto the device.
+
+    Warns if the adapter was trained on the other kind of base (4-bit or 16-bit).
+    """
     base, revision = config.model, config.revision
     if not base and config.adapter:
         raw = read_adapter_config(config.adapter)
@@ -165,7 +172,10 @@ def load(config: GenerateConfig) -> Loaded:
 
 
 def answers(config: GenerateConfig, loaded: Loaded, prompts: list[list[int]]) -> list[str]:
-    """The continuation of each prompt's ids, special tokens removed."""
+    """Return the continuation of each prompt as text without special tokens.
+
+    prompts: token ids, one list per prompt.
+    """
     new = generate(
         loaded.model,
         prompts,
@@ -177,13 +187,17 @@ def answers(config: GenerateConfig, loaded: Loaded, prompts: list[list[int]]) ->
 
 
 def converse(config: GenerateConfig, loaded: Loaded) -> None:
-    """Lines from stdin are a user's messages, until its end or /exit; /reset forgets them."""
+    """Chat: answer each line of stdin until its end or /exit; /reset clears the conversation.
+
+    Raises UserError if there is no chat template.
+    """
     if not (config.chat and loaded.tokenizer.chat_template):
         raise UserError("--interactive needs a model with a chat template; use --prompt")
     messages: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is for check_text to tell
+        # Invalid UTF-8 must reach check_text, which skips the message; else input() would raise.
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             text = input(prompt).strip()
@@ -194,12 +208,13 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
         if text == "/reset":
             messages = []
         elif re.match(r"/[a-z]+(\s|$)", text):
-            tell(f"{text.split()[0]} is no command; /reset forgets the messages so far, /exit ends")
+            command = text.split()[0]
+            notify(f"unknown command {command}; /reset clears the conversation, /exit quits")
         elif text:
             try:
                 check_text(text, "the message")
             except UserError as e:
-                tell(f"{e}; it is left out")
+                notify(f"{e}; the message is ignored")
                 continue
             messages.append({"role": "user", "content": text})
             (reply,) = answers(config, loaded, [prompt_ids(loaded.tokenizer, config, messages)])
@@ -207,16 +222,20 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
             print(reply, flush=True)
 
 
-def tell(line: str) -> None:
-    """A line that is no answer."""
+def notify(line: str) -> None:
+    """Print a line to stderr, so that stdout holds answers only."""
     print(line, file=sys.stderr, flush=True)
 
 
 def prompt_ids(
     tokenizer: Tokenizer, config: GenerateConfig, messages: list[dict[str, str]]
 ) -> list[int]:
-    """The prompt's tokens, through the same template code as training (special tokens spelled out
-    in a message stay text). Without a template: the last message as it is."""
+    """Return the token ids of the prompt.
+
+    Rendered by the same template code as in training: the text of a special token inside a message
+    is encoded as text. Without a chat template, only the last message is encoded. Raises UserError
+    if there are no tokens.
+    """
     if not (config.chat and tokenizer.chat_template):
         ids = encode(tokenizer, messages[-1]["content"], add_special_tokens=True)
     else:

@@ -1,15 +1,16 @@
-"""Make the demo that ships with minisft, from two tables: facts.csv and small_talk.csv.
+"""Build the bundled demo from two tables, facts.csv and small_talk.csv.
 
     python scripts/make_demo.py
 
-1. text about every country in the table, and a little small talk in the chat format;
+It writes:
+1. text about every country in the table, and some small talk in the chat format;
 2. a byte-level BPE tokenizer trained on that text;
-3. a small Llama, pretrained on it by minisft's own full fine-tuning: minisft/demo/base;
-4. chat rows that ask about the countries in short questions: chat_train.jsonl about most of them,
-   chat_eval.jsonl about the countries marked held_out, which appear nowhere in the training rows.
+3. a small Llama pretrained on that text by minisft's full fine-tuning: minisft/demo/base;
+4. chat rows with short questions about the countries: chat_eval.jsonl about the countries marked
+   held_out, chat_train.jsonl about the others. Held-out countries occur in no training row.
 
-So the base has read what the eval rows ask, but in chat it has only ever made small talk. What the
-demo's fine-tuning teaches is to answer.
+The base has therefore read the answers to the eval rows, but its chats were only small talk. The
+demo's fine-tuning teaches it to answer questions.
 """
 
 import csv
@@ -38,7 +39,7 @@ from minisft.files.safetensors import iter_tensors
 
 Fact = dict[str, str]  # country, capital, continent, currency, held_out
 
-# What the base reads. Every phrasing names the fact in full, so that each sentence stands alone.
+# Pretraining sentences. Each one contains the whole fact, without pronouns: sentences are mixed.
 STATEMENTS = {
     "capital": (
         "The capital of {country} is {capital}.",
@@ -62,7 +63,7 @@ STATEMENTS = {
         "{country} lies in {continent}.",
     ),
 }
-# What is asked, in the text and in the chat: the kind is the column that answers.
+# Question templates for pretraining and chat. The key is the column that holds the answer.
 QUESTIONS = {
     "capital": (
         "What is the capital of {country}?",
@@ -93,7 +94,7 @@ QUIZZES = (
     "- {question}\n- {answer}",
 )
 NUM_DOCUMENTS = 24_000
-CHAT_SHARE = 0.2  # of the documents; the rest is half sentences, half quizzes
+CHAT_SHARE = 0.2  # share of the documents; the others are half sentences, half quizzes
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -103,7 +104,7 @@ SPECIAL_TOKENS = (
     "<|finetune_right_pad_id|>",
 )
 BOS, EOT, PAD = SPECIAL_TOKENS[0], SPECIAL_TOKENS[3], SPECIAL_TOKENS[4]
-# Llama 3's, https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/tokenizer.json
+# Llama 3's pre-tokenizer pattern, https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/tokenizer.json
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -152,24 +153,24 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class MakeDemoConfig:
-    """Make the demo's base model and chat rows from its tables."""
+    """Build the demo's base model and chat rows from its tables."""
 
     output_dir: str = str(HERE)
-    """Where base/, chat_train.jsonl and chat_eval.jsonl go."""
+    """Directory to write base/, chat_train.jsonl and chat_eval.jsonl to."""
     work_dir: str = "outputs-demo-base"
-    """Where the corpus, the random start and the pretraining run are kept."""
+    """Directory for the corpus, the initial random model and the pretraining run."""
     rows_only: bool = False
-    """Write the chat rows and leave the base model as it is."""
+    """Write only the chat rows; do not rebuild the base model."""
     max_steps: int = 1200
-    """Optimizer steps of pretraining."""
+    """Number of pretraining steps."""
     learning_rate: float = 2e-3
     """Peak learning rate of pretraining."""
     seed: int = 0
-    """Seed of the text, the initial weights and the order."""
+    """Random seed of the text, the initial weights and the row order."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse flags, make the demo, and return the exit code."""
+    """Parse flags, build the demo, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(config: MakeDemoConfig) -> None:
-    """The chat rows, and (unless rows_only) corpus, tokenizer and base model."""
+    """Write the chat rows and, unless rows_only, the corpus, tokenizer and base model."""
     facts = read_table("facts.csv")
     out, work = Path(config.output_dir), Path(config.work_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -218,24 +219,27 @@ def make(config: MakeDemoConfig) -> None:
 
 
 def read_table(name: str) -> list[dict[str, str]]:
-    """The rows of a table of minisft/demo."""
+    """Return the rows of a CSV table in minisft/demo."""
     with open(HERE / name, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_lines(path: Path, rows: Any) -> None:
-    """One JSON object per line."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def questions_about(facts: list[Fact]) -> list[tuple[Fact, str]]:
-    """(fact, kind) of every question with one answer: not the euro, which many countries share."""
+    """Return (fact, kind) of every question that has exactly one answer.
+
+    Questions about a currency that several countries share, such as the euro, are left out.
+    """
     users = Counter(fact["currency"] for fact in facts)
     return [(f, k) for f in facts for k in QUESTIONS if k != "currency" or users[f[k]] == 1]
 
 
 def training_rows(facts: list[Fact]) -> list[dict]:
-    """Every question in every phrasing about the countries that are not held out."""
+    """Return every phrasing of every question about the countries that are not held out."""
     asked = [(f, kind) for f, kind in questions_about(facts) if f["held_out"] == "no"]
     return in_mixed_order(
         chat_row(question.format(**f), f[kind]) for f, kind in asked for question in QUESTIONS[kind]
@@ -243,7 +247,7 @@ def training_rows(facts: list[Fact]) -> list[dict]:
 
 
 def held_out_rows(facts: list[Fact]) -> list[dict]:
-    """Every question about the held-out countries, the phrasings in turn."""
+    """Return every question about the held-out countries, cycling through the phrasings."""
     asked = [(f, kind) for f, kind in questions_about(facts) if f["held_out"] == "yes"]
     return in_mixed_order(
         chat_row(QUESTIONS[kind][i % len(QUESTIONS[kind])].format(**f), f[kind])
@@ -252,7 +256,7 @@ def held_out_rows(facts: list[Fact]) -> list[dict]:
 
 
 def chat_row(question: str, answer: str) -> dict:
-    """A conversational prompt and completion: the loss is on the answer."""
+    """Return a conversational prompt-completion row; only the completion is trained."""
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
@@ -260,16 +264,18 @@ def chat_row(question: str, answer: str) -> dict:
 
 
 def in_mixed_order(rows: Iterator[dict]) -> list[dict]:
-    """Rows by the hash of their text: an order that no library version changes."""
+    """Return the rows in an order given by the SHA-256 of their text: no library changes it."""
     return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row).encode()).digest())
 
 
 def documents(
     facts: list[Fact], small_talk: list[dict[str, str]], rng: random.Random
 ) -> Iterator[str]:
-    """The pretraining text: pages of sentences, pages of quizzes, and chats of small talk."""
-    told = [(f, k) for f in facts for k in ("capital", "capital", "currency", "continent") if f[k]]
-    statements, questions = endless(told, rng), endless(questions_about(facts), rng)
+    """Yield pretraining documents: statements, quizzes, or small-talk chats."""
+    # Capitals twice: they are stated twice as often as the other facts.
+    kinds = ("capital", "capital", "currency", "continent")
+    stated = [(f, kind) for f in facts for kind in kinds if f[kind]]
+    statements, questions = endless(stated, rng), endless(questions_about(facts), rng)
     for _ in range(NUM_DOCUMENTS):
         if rng.random() < CHAT_SHARE:
             talk = [(rng.choice(small_talk), rng.choice(facts)) for _ in range(rng.randint(1, 3))]
@@ -291,13 +297,13 @@ def documents(
 
 
 def endless(items: list, rng: random.Random) -> Iterator:
-    """All items in random order, again and again: each appears equally often."""
+    """Yield the items forever, reshuffled on every pass, so that all are equally frequent."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def turn(role: str, content: str) -> str:
-    """One message as CHAT_TEMPLATE writes it."""
+    """Return one chat message in the format of CHAT_TEMPLATE."""
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
@@ -305,7 +311,7 @@ def turn(role: str, content: str) -> str:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE in Llama 3's manner: same splitting, same special tokens, BOS in front."""
+    """Train a byte-level BPE tokenizer with Llama 3's splitting, special tokens and leading BOS."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -330,7 +336,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers lays them."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, like transformers."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     fields = {
@@ -346,7 +352,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def write_random_weights(directory: Path, seed: int) -> None:
-    """config.json, generation_config.json and normal random weights: where pretraining starts."""
+    """Write the initial model: configs and normal random weights in float32."""
     generator = torch.Generator().manual_seed(seed)
     std = CONFIG["initializer_range"]
     weights = {
@@ -362,7 +368,7 @@ def write_random_weights(directory: Path, seed: int) -> None:
 
 
 def write_base(run: Path, start: Path, base: Path) -> None:
-    """The pretrained weights in bfloat16, with the files that went in beside them."""
+    """Write the pretrained weights in bfloat16, with the configs and tokenizer of `start`."""
     base.mkdir(parents=True, exist_ok=True)
     for path in start.iterdir():
         if path.suffix != ".safetensors":

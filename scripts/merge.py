@@ -2,8 +2,9 @@
 
     python scripts/merge.py --adapter outputs --output-dir merged
 
-Says which base it merged onto, and how far the logits of what it wrote are from those of the
-adapter on that base; where the adapter was trained on another (4 bits, or not), from those too.
+Prints which base it merged onto, and how far the logits of the merged model are from those of the
+adapter on that base. If the adapter was trained on the other kind of base (4-bit or 16-bit), it
+also prints how far they are from the logits on that one.
 """
 
 import sys
@@ -18,23 +19,23 @@ from minisft.session.signals import Preempted, stop_signals
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Write base and adapter as one model."""
+    """Write the base model with the adapter merged into its weights."""
 
     adapter: str = ""
     """A PEFT adapter directory, such as a run's output directory."""
     output_dir: str = ""
-    """A directory that does not exist yet."""
+    """Directory to write the merged model to; new or empty."""
     model: str = ""
-    """Base model: a directory or a hub id; left out, the adapter's own."""
+    """Base model: a directory or a hub id. Default: the base that the adapter names."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model; left out, the adapter's own."""
+    """Branch, tag or commit of a hub model. Default: the revision that the adapter names."""
     base: str = "auto"
-    """16bit: the base as it is stored. dequant: decoded from 4 bits, as an adapter saw it that was
-    trained with --load-in-4bit. auto: what the adapter was trained on."""
+    """16bit: the base as stored. dequant: the base decoded from 4 bits, as an adapter trained with
+    --load-in-4bit saw it. auto: the one that the adapter was trained on."""
     dtype: str = "auto"
-    """Of the file: bfloat16, float16 or float32; auto is the base's."""
+    """Dtype of the written weights: bfloat16, float16 or float32. auto: the base's dtype."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device to merge on: auto, cpu, cuda or cuda:N."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("adapter", "output_dir"):
             if not getattr(config, name):
                 raise UserError(f"--{name.replace('_', '-')} is missing; give a directory")
-        with stop_signals("before the model was whole; nothing is left of it"):
+        with stop_signals("before the model was complete; its partial files are deleted"):
             done = merge(
                 config.adapter,
                 config.output_dir,

@@ -1,4 +1,4 @@
-"""Draw the logs of one or several runs as one picture (PNG, or SVG by the name of the file).
+"""Draw the logs of one or several runs as one picture (.png, .svg or .pdf).
 
 python scripts/plot.py outputs other-run --output plot.png
 python scripts/plot.py outputs --panels loss --output loss.svg
@@ -16,7 +16,7 @@ from minisft.config.errors import UserError
 from minisft.config.flags import parse_flags, run_main
 from minisft.session.report import METRICS
 
-# Field of metrics.jsonl -> title of its panel.
+# Field of metrics.jsonl -> panel title.
 PANELS = {
     "loss": "loss (nats per token)",
     "eval_loss": "eval loss (nats per token)",
@@ -29,16 +29,16 @@ PANELS = {
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw loss, eval loss, learning rate, gradient norm, speed and memory of runs."""
+    """Plot loss, eval loss, learning rate, gradient norm, speed and memory of runs."""
 
     run: tuple[str, ...] = ()
-    """Output directories of runs; they may be given without the flag."""
+    """Output directories of runs; `--run` may be omitted when they come first."""
     output: str = "plot.png"
-    """The picture to write: a .png, or a .svg or .pdf."""
+    """File to write; its suffix selects the format: .png, .svg or .pdf."""
     panels: tuple[str, ...] = ()
-    """Fields of metrics.jsonl to draw, such as `loss grad_norm`; left out, all six."""
+    """Fields of metrics.jsonl to draw, such as `loss grad_norm`. Default: all six."""
     smooth: int = 1
-    """Draw the training loss as its mean over this many log lines, too."""
+    """Also draw the training loss averaged over this many log lines."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line torn by a kill is left out."""
+    """Return the lines of a run's metrics.jsonl that are complete JSON objects with a step.
+
+    directory: an output directory, or the file itself. Raises UserError if there is no such line.
+    """
     path = directory / METRICS if directory.is_dir() else directory
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -74,36 +77,40 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
+        # A killed run can leave a truncated last line.
         except ValueError:
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     if not lines:
-        raise UserError(f"{path}: holds no step yet")
+        raise UserError(f"{path}: contains no training step yet")
     return lines
 
 
 def series(lines: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a field, where it is a finite number."""
+    """Return (steps, values) of the log lines in which `field` is a finite number."""
     found = [(m["step"], m[field]) for m in lines if isinstance(m.get(field), (int, float))]
     found = [(step, value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def shown(name: str) -> str:
-    """A label as matplotlib shows it: one that begins with _ would be left out."""
+    """Return `name` as a legend label: matplotlib omits labels that start with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
 def smoothed(values: list[float], width: int) -> list[float]:
-    """Means over the last `width` values, fewer at the start."""
+    """Return the moving average over the last `width` values (over fewer at the start)."""
     return [
         sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))
     ]
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
-    """Write one picture: one panel per field, one line per run."""
+    """Write one picture with a panel per field and a line per run.
+
+    Raises UserError if matplotlib is missing or the file cannot be written.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -131,7 +138,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], config: PlotConfig) -> None:
 
 
 def draw_panel(axis: Any, runs: dict[str, list[dict[str, Any]]], field: str, smooth: int) -> None:
-    """Draw one field of every run on a matplotlib axis. smooth: log lines per mean; 1: none."""
+    """Draw one field of every run on a matplotlib axis.
+
+    smooth: width of the moving average in log lines; 1 draws none.
+    """
     for i, (name, lines) in enumerate(runs.items()):
         steps, values = series(lines, field)
         few = len(steps) < 40

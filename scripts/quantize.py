@@ -1,4 +1,4 @@
-"""Write a 4-bit copy of a model, which minisft and transformers + bitsandbytes load:
+"""Write a 4-bit copy of a model that minisft and transformers + bitsandbytes can load:
 
 python scripts/quantize.py --model meta-llama/Llama-3.2-1B --output-dir models/1b-nf4
 """
@@ -37,23 +37,23 @@ from minisft.text.tokenizer import export_tokenizer_files, load_tokenizer
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Quantise the linears of a model; embedding, head and norms stay as they are."""
+    """Quantise the linear layers of a model. Embedding, head and norms are not quantised."""
 
     model: str = ""
-    """A 16- or 32-bit model: a directory or a hub id."""
+    """Model to quantise, stored in 16 or 32 bits: a directory or a hub id."""
     output_dir: str = ""
-    """Where to write the copy; a directory that does not exist yet."""
+    """Directory to write the copy to; new or empty."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     quant_type: str = "nf4"
-    """nf4 or fp4."""
+    """4-bit data type: nf4 or fp4."""
     double_quant: bool = True
-    """Quantise the scales too, to 8 bits."""
+    """Quantise the block scales to 8 bits (double quantisation)."""
     dtype: str = "auto"
-    """What is not quantised: bfloat16, float16 or float32; auto: what config.json says, or as the
-    embedding is stored."""
+    """Dtype of the tensors that are not quantised: bfloat16, float16 or float32. auto: the dtype in
+    config.json, or else that of the stored embedding."""
     device: str = "auto"
-    """Where to quantise: auto, cpu, cuda or cuda:N."""
+    """Device to quantise on: auto, cpu, cuda or cuda:N."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        with stop_signals("before the copy was complete; nothing is left of it"):
+        with stop_signals("before the copy was complete; its partial files are deleted"):
             write(parse_flags(QuantizeConfig, argv, prog="quantize.py", default=QuantizeConfig()))
 
     return run_main(run, {Preempted: 75})
 
 
 def write(config: QuantizeConfig) -> None:
-    """Write shards, tokenizer and config.json to config.output_dir, all of it or nothing."""
+    """Write shards, tokenizer and config.json to config.output_dir, atomically.
+
+    Raises UserError for invalid settings, an existing directory or a model already in 4 bits.
+    """
     if not config.model or not config.output_dir:
         missing = "--output-dir" if config.model else "--model"
         raise UserError(f"{missing} is missing: give the model and a directory for its 4-bit copy")
@@ -84,7 +87,7 @@ def write(config: QuantizeConfig) -> None:
     directory = resolve_model(config.model, config.revision)
     checkpoint = open_checkpoint(directory, load_model_config(directory))
     if checkpoint.four_bit:
-        raise UserError(f"{directory} is in 4 bits already; give the unquantised model")
+        raise UserError(f"{directory} is already in 4 bits; give the unquantised model")
     file, key = checkpoint.places[EMBEDDING]
     dtype_in_file = str(read_header(file).tensors[key].dtype).removeprefix("torch.")
     stored = checkpoint.cfg.dtype or dtype_in_file
@@ -95,7 +98,8 @@ def write(config: QuantizeConfig) -> None:
         save_shards(partial, quantised(checkpoint, config, device, dtype), None)
         files = export_tokenizer_files(tokenizer)
         write_model_files(partial, directory, checkpoint.cfg, dtype, files)
-        # That config.json is of a model in 16 or 32 bits; here the linears are in 4.
+        # write_model_files copies the config.json of the unquantised model: add how the linears
+        # are quantised, or a loader would read packed bytes as 16-bit weights.
         raw = load_json_object(partial / "config.json")
         raw["quantization_config"] = quantization_config(config, name)
         write_json(partial / "config.json", raw)
@@ -105,7 +109,10 @@ def write(config: QuantizeConfig) -> None:
 def quantised(
     checkpoint: Checkpoint, config: QuantizeConfig, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the copy, one weight at a time."""
+    """Yield (name, tensor) of the copy: packed linears with their quant state, the rest in `dtype`.
+
+    One weight is in memory at a time. Raises UserError for non-finite values.
+    """
     linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
     for name, weight in stream_weights(checkpoint):
         if name not in linears:
@@ -113,8 +120,8 @@ def quantised(
             assert isinstance(plain, Tensor)
             if not plain.isfinite().all():
                 raise UserError(
-                    f"{checkpoint.places[name][0]}: {name} holds a value that is not finite in "
-                    f"{str(dtype).removeprefix('torch.')}; give another --dtype or another model"
+                    f"{checkpoint.places[name][0]}: {name} contains a non-finite value in "
+                    f"{str(dtype).removeprefix('torch.')}; use another --dtype or another model"
                 )
             yield name, plain
             continue
@@ -126,7 +133,7 @@ def quantised(
 
 
 def quantization_config(config: QuantizeConfig, dtype: str) -> dict[str, Any]:
-    """Return what transformers writes into config.json for such a model."""
+    """Return the `quantization_config` that transformers writes to config.json for this model."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

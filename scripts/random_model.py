@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint with random weights, for benchmarks and tests without a download:
+"""Write a Llama checkpoint with random weights, for benchmarks and tests that download nothing:
 
 python scripts/random_model.py --shape 1b --output-dir models/1b --tokenizer DIR
 """
@@ -38,22 +38,22 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class RandomModelConfig:
-    """A Llama-3 of a published shape with normal random weights in bfloat16."""
+    """Write a Llama 3 of a published shape with normal random weights in bfloat16."""
 
     output_dir: str = ""
-    """Where to write it."""
+    """Directory to write the model to."""
     shape: str = "1b"
-    """tiny, 1b, 3b, 8b or 70b."""
+    """Model shape: tiny, 1b, 3b, 8b or 70b."""
     vocab_size: int = 128256
-    """Rows of the embedding."""
+    """Vocabulary size: rows of the embedding."""
     layers: int = 0
-    """Fewer (or more) layers than the shape has; 0 keeps the shape's."""
+    """Number of layers. 0: as many as the shape has."""
     tokenizer: str = ""
-    """Directory whose tokenizer to copy; the demo's if left out."""
+    """Directory to copy the tokenizer from. Default: the bundled demo model."""
     device: str = "cpu"
-    """Where the weights are drawn: cpu or cuda."""
+    """Device to draw the weights on: cpu or cuda."""
     seed: int = 0
-    """Seed of the weights."""
+    """Random seed of the weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_json(shape: str, vocab_size: int, layers: int = 0) -> dict:
-    """config.json of a published shape, in transformers v5's layout."""
+    """Return the config.json of a published shape, in the layout of transformers v5.
+
+    layers: 0 for as many as the shape has. Raises UserError for an unknown shape.
+    """
     if shape not in SHAPES:
         raise UserError(f"--shape is {shape!r}; expected one of {', '.join(SHAPES)}")
     hidden, ffn, depth, heads, kv_heads, head_dim, tied, factor = SHAPES[shape]
@@ -93,7 +96,7 @@ def config_json(shape: str, vocab_size: int, layers: int = 0) -> dict:
 
 
 def write(config: RandomModelConfig) -> None:
-    """config.json, tokenizer files and sharded weights under config.output_dir."""
+    """Write config.json, tokenizer files and sharded weights to config.output_dir."""
     if not config.output_dir:
         raise UserError("--output-dir is missing: give a directory to write the model to")
     raw = config_json(config.shape, config.vocab_size, config.layers)
@@ -110,7 +113,7 @@ def write(config: RandomModelConfig) -> None:
 def random_weights(
     shapes: dict[str, tuple[int, ...]], config: RandomModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Normal(0, 0.02) matrices and unit norms in bfloat16, one at a time."""
+    """Yield (name, bfloat16 tensor): matrices drawn from Normal(0, 0.02), norm weights of 1."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     for name, shape in shapes.items():
         if name.endswith("norm.weight"):

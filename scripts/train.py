@@ -2,13 +2,17 @@
 
     python scripts/train.py --model meta-llama/Llama-3.2-1B --dataset rows.jsonl
 
-What happens, in order, is `minisft.run.train`; where each part lives:
-    flags      minisft/config/flags.py, minisft/config/train.py
-    weights    minisft/files/weights.py      -> frozen, trainable (minisft/lora.py)
-    rows       minisft/data/tokenize.py         -> batches (minisft/batches.py)
-    forward    minisft/llama.py, minisft/nn.py
-    step       minisft/run.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
-    files      minisft/files/checkpoint.py, minisft/files/export.py
+`minisft.run.train` lists the phases of a run in order. Where each part lives:
+    flags        minisft/config/train.py (the settings), minisft/config/flags.py (the parser)
+    weights      minisft/files/load.py -> frozen, trainable (minisft/lora.py)
+    rows         minisft/data/load.py -> token arrays -> minisft/batches.py
+    chat         minisft/text/chat.py, minisft/text/masks.py
+    forward      minisft/llama.py, minisft/nn.py, minisft/rope.py
+    step         minisft/run.py -> minisft/step.py, minisft/loss.py, minisft/optim.py
+    GPU pass     minisft/explicit/microbatch.py, minisft/explicit/block.py, kernels/
+    logs, evals  minisft/session/report.py, minisft/session/evaluate.py
+    output       minisft/files/checkpoint.py, minisft/files/export.py
+Each folder has a README.md that says where a change goes.
 """
 
 import dataclasses
@@ -17,11 +21,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-if __name__ == "__main__":  # a signal while torch loads is one too: nothing to save, exit code 75
+# Importing torch takes seconds. A signal during the imports must also exit with code 75, not with a
+# traceback; there is nothing to save yet. `train` installs its own handlers later.
+if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(75))
 
-from minisft.config.flags import asks_for_help, parse_flags, run_main
+from minisft.config.flags import parse_flags, run_main
 from minisft.config.names import ALIASES
 from minisft.config.train import TrainConfig
 from minisft.demo import demo_config, holds_demo_run
@@ -36,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         demo = not names_a_model(argv)
-        default = demo_config() if demo and not asks_for_help(argv) else TrainConfig()
+        asks_for_help = "--help" in argv or "-h" in argv
+        default = demo_config() if demo and not asks_for_help else TrainConfig()
         config = parse_flags(TrainConfig, argv, prog="train.py", default=default)
+        # The demo writes to one directory: a second demo run replaces the first without a flag.
         if demo and not config.resume_from_checkpoint and holds_demo_run(config.output_dir):
             config = dataclasses.replace(config, overwrite_output_dir=True)
         train(config)
@@ -46,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def names_a_model(argv: Sequence[str]) -> bool:
-    """Whether the flags say what to train (then nothing of the demo's settings applies)."""
+    """Return whether the flags name a model, dataset or config file, so this is not the demo."""
     flags = (word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     return any(ALIASES.get(name, name) in ("model", "dataset", "config") for name in flags)
 

@@ -369,7 +369,7 @@ CASES = {
     "unknown_rope_type": (
         lambda p: p.edit_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         ["config.json", "'longrope'"],
-        "known types: default, linear, dynamic, llama3, yarn",
+        "expected one of default, linear, dynamic, llama3, yarn",
     ),
     "config_field_of_another_type": (
         lambda p: p.edit_config(hidden_size="32"),
@@ -444,7 +444,7 @@ CASES = {
     ),
     "explicit_pass_of_whole_models": (
         lambda p: p.argv(step_impl="explicit", full_finetuning=True, lora_r=None),
-        ["--step-impl explicit", "trained tensors beside plain LoRA"],
+        ["--step-impl explicit", "trained tensors other than plain LoRA"],
         "use --step-impl auto",
     ),
     "policy_of_the_explicit_pass": (

@@ -128,7 +128,7 @@ def test_dropout_preserves_the_expectation():
 
 
 def test_dropout_draws_are_independent_of_each_other():
-    """Neighbouring tokens, columns, modules: kept together as often as chance has it."""
+    """Masks of neighbouring tokens, columns and modules are independent."""
     keep = (dropout(torch.ones(400, 200), KEYS, 11, 0.5) != 0).double()
     other = (dropout(torch.ones(400, 200), KEYS, 12, 0.5) != 0).double()
     row = torch.arange(400) + 2**40  # keys one apart, unmixed
@@ -147,7 +147,7 @@ def test_dropout_draws_are_independent_of_each_other():
 
 
 def test_dropout_depends_on_token_and_module_alone():
-    """Not on what stands beside a token, nor on its place, nor on the call."""
+    """The mask does not depend on the other tokens, the position in the batch, or the call."""
     x, keys = normal(400, 30), KEYS
     y = dropout(x, keys, 5, 0.3)
     assert torch.equal(dropout(x, keys, 5, 0.3), y)
@@ -186,7 +186,7 @@ def test_modules_have_keys_of_their_own():
 
 
 def test_rope_turns_pairs_by_position_times_frequency():
-    """Channel i and i + H/2 are a complex number, turned by position * theta^(-2i/H)."""
+    """Channel i and i + H/2 form a complex number, rotated by position * theta^(-2i/H)."""
     rope, H = RopeConfig(rope_theta=500.0), 8
     positions = torch.tensor([0, 1, 2, 0, 1, 17])
     cos, sin = rope_table(

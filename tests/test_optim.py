@@ -186,7 +186,7 @@ def test_adamw_step_by_hand():
     ("size", "max_norm"), [(1, 1e-3), (1, 1.0), (1, 5.0), (1, 1e6), (1e-6, 1e-6), (1e-6, 1.0)]
 )
 def test_clip_equals_torch(size, max_norm):
-    """Small gradients too, where the 1e-6 beside the norm counts."""
+    """Also small gradients, for which the 1e-6 added to the norm matters."""
     generator = torch.Generator().manual_seed(0)
     grads = torch.randn(46, generator=generator) * size
     parameters = [torch.zeros(n) for n in (35, 11)]

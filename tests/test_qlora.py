@@ -1,4 +1,4 @@
-"""Runs through a base in 4 bits: what is quantised, kept, recorded, resumed, served and refused."""
+"""Runs on a 4-bit base: what is quantised, recorded, resumed, served and refused."""
 
 import dataclasses
 import gc
@@ -269,7 +269,7 @@ def test_both_passes_train_through_what_a_checkpoint_keeps_in_4_bits(kind, rows,
 
 @pytest.mark.filterwarnings("always")
 def test_an_adapter_says_on_which_4_bits_it_was_trained(base, done, rows, tmp_path):
-    """Where it meets others, it is told: the merged model is not the one that was trained."""
+    """Merging onto another base warns: the merged model is not the one that was trained."""
     made = flags(model=base, output_dir=tmp_path / "fp4", quant_type="fp4", double_quant=False)
     assert call("quantize", made).code == 0
     out = run(tmp_path / "fp4", rows, tmp_path / "out")
@@ -394,7 +394,7 @@ def test_a_4_bit_checkpoint_is_served_as_it_is(copy):
     [
         ({"model": "base"}, "--output-dir is missing"),
         ({"output_dir": "out"}, "--model is missing"),
-        ({"model": "copy", "output_dir": "out"}, "in 4 bits already"),
+        ({"model": "copy", "output_dir": "out"}, "is already in 4 bits"),
         ({"model": "base", "output_dir": "copy"}, "exists already; choose a new directory"),
         ({"model": "base", "output_dir": "kept"}, "exists already; choose a new directory"),
         ({"model": "base", "output_dir": "out", "quant_type": "nf3"}, "expected nf4 or fp4"),
@@ -438,7 +438,7 @@ def test_the_copy_appears_whole_or_not_at_all(base, tmp_path, monkeypatch):
     assert (out / "config.json").read_text() == "{}"
     monkeypatch.setattr(module, "save_shards", interrupted)
     outcome = call("quantize", flags(model=base, output_dir=tmp_path / "second"))
-    assert outcome.code == 75 and "SIGINT: stopped before the copy was whole" in outcome.err
+    assert outcome.code == 75 and "SIGINT: stopped before the copy was complete" in outcome.err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -488,7 +488,7 @@ def test_what_is_not_quantised_is_finite_too(value, dtype, tmp_path):
     stored["model.norm.weight"][0] = value
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     outcome = call("quantize", flags(model=model, output_dir=tmp_path / "out", dtype=dtype))
-    assert outcome.code == 2 and "model.norm.weight holds a value that is not finite" in outcome.err
+    assert outcome.code == 2 and "model.norm.weight contains a non-finite value" in outcome.err
     assert not (tmp_path / "out").exists()
 
 

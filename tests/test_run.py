@@ -194,7 +194,7 @@ def test_names_with_spaces_are_quoted_and_a_relative_base_is_stored_whole(
 
 
 def test_one_kind_of_run_leaves_nothing_of_the_other(inputs, tmp_path):
-    """--overwrite-output-dir after full fine-tuning: no config.json beside the adapter."""
+    """--overwrite-output-dir after full fine-tuning: no config.json next to the adapter."""
     train(**inputs, max_length=64, full_finetuning=True, output_dir=tmp_path, max_steps=1)
     assert (tmp_path / "config.json").exists()
     train(**inputs, **SMALL, output_dir=tmp_path, max_steps=1, overwrite_output_dir=True)

@@ -61,7 +61,7 @@ def step_(state, batch, config=CONFIG, dtype=torch.float32, frozen=None, lr=1e-2
 
 
 def step_of(dataset, micro_batches):
-    """A step over these rows, cut by hand."""
+    """Build a step from explicitly given micro-batches of rows."""
     micros = [make_micro_batch(dataset, rows, CPU) for rows in micro_batches]
     count = sum(m.targets_M.numel() for m in micros)
     tokens = sum(m.tokens.input_ids_T.numel() for m in micros)

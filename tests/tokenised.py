@@ -9,6 +9,7 @@ from minisft.batches import TokenizedDataset
 from minisft.data.readers import Rows
 from minisft.data.settings import Settings
 from minisft.data.tokenize import tokenize
+from minisft.text.encoding import encode_batch
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -23,3 +24,11 @@ def tokenize_rows(
     """`tokenize` for one source; a list of dicts is named by `source` in messages."""
     rows = rows if isinstance(rows, Rows) else named_rows(rows, source)
     return tokenize([rows], tokenizer, Settings(**settings))
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """The ids of each text, encoded without spans."""
+    given = [(text, None) for text in texts]
+    return [ids for ids, _ in encode_batch(tokenizer, given, add_special_tokens=add_special_tokens)]

@@ -44,7 +44,7 @@ def adamw_kernel(
     ok = at < n
     g = tl.load(g_ptr + at, mask=ok, other=0.0)
     if CLIP:
-        # clipped as it is read: writing the clipped gradient back would cost 8 bytes a parameter
+        # clipped as it is read: writing the clipped gradient back would cost 8 bytes per parameter
         g *= tl.minimum(max_norm / (tl.load(norm_ptr) + 1e-6), 1.0)
     m = tl.load(m_ptr + at, mask=ok, other=0.0)
     # other=1.0: lanes beyond the end would divide 0 by 0 where eps is 0

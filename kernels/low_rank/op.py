@@ -1,4 +1,4 @@
-"""Public functions: narrow products, sums over tokens, and where LoRA's columns lie in memory."""
+"""Public functions: narrow matmuls, sums over tokens, and the memory layout of LoRA's columns."""
 
 from collections.abc import Sequence
 

@@ -82,7 +82,7 @@ def scales(weight: NF4Weight) -> Tensor:
 def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weight]] | None:
     """Join matrices by rows, so that one launch decodes all; return (joined, views of the parts).
 
-    Returns None if codes, block sizes or columns differ, or the size of a matrix is no multiple of
+    Returns None if codes, block sizes or columns differ, or a matrix's size is not a multiple of
     64 * 256 weights (all of Llama's are).
     """
     first = weights[0]

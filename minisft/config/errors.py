@@ -1,7 +1,5 @@
 """The exception for errors that users can fix, and what error messages are built from."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

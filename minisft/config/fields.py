@@ -7,35 +7,24 @@ choices. The notes below give the rest. A field without notes is checked for its
 subclass may add fields of any type.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from minisft.config.errors import UserError, flag, wrong
+from minisft.config.names import respelled
 
 Note = TypeVar("Note")
+# Whether a run that resumes from a checkpoint may change the setting: no, yes.
+Fixed, Free = "fixed on resume", "free on resume"
 
 
-@dataclass(frozen=True)
-class OnResume:
-    """Whether a run that resumes from a checkpoint may change the setting."""
-
-    may_change: bool
-
-
-Fixed, Free = OnResume(False), OnResume(True)
-
-
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A condition on the value; an error message ends in `expected`."""
 
     holds: Callable[[Any], Any]
@@ -52,29 +41,16 @@ def above(limit: float) -> Check:
     return Check(lambda value: value > limit, f"above {limit}")
 
 
-@dataclass(frozen=True, eq=False)  # a dict has no hash, but tyro and typing hash the notes
-class Also:
-    """Other spellings of some values, replaced before any check; words in any case."""
+class Items(NamedTuple):
+    """What the items of a list are."""
 
-    spellings: Mapping[Any, str]
-
-
-@dataclass(frozen=True)
-class Items:
-    """What the items of a list are.
-
-    what: for messages. choices: the allowed items, () for any. also: a type other than str that
-    Python callers may give. commas: whether an item is split at commas.
-    """
-
-    what: str = "names"
-    choices: tuple[str, ...] = ()
-    also: type = str
-    commas: bool = True
+    what: str = "names"  # for messages
+    choices: tuple[str, ...] = ()  # the allowed items; () allows any
+    also: type = str  # a type other than str that Python callers may give
+    commas: bool = True  # whether an item is split at commas
 
 
-@dataclass(frozen=True)
-class Idle:
+class Idle(NamedTuple):
     """The setting has no effect while `other` has one of the values; with `unless`, none of them.
 
     Giving it is an error that suggests the remedy; without a remedy it is a warning, for pairs
@@ -113,45 +89,33 @@ class Setting(NamedTuple):
         kind = f"a list of {self.items.what}" if self.kind is tuple else self.kind.__name__
         return kind + " or None" * self.optional
 
-    def respelled(self, value: Any) -> Any:
-        """The value under its current spelling (`Also`)."""
-        key = value.lower() if isinstance(value, str) else value
-        # 0 and 1 would find the entries of False and True; a recorded list has no hash.
-        if not isinstance(key, (bool, str)):
-            return value
-        return next((a.spellings[key] for a in self.all(Also) if key in a.spellings), value)
-
     def normalized(self, value: Any) -> Any:
         """The value as it is stored: respelled, paths as str, lists as tuples of str.
 
         Raises UserError for a value of another type.
         """
-        value = self.respelled(value)
+        value = respelled(self.name, value)
+        if self.kind is object or (value is None and self.optional):
+            return value
         if isinstance(value, Path) and self.kind in (str, tuple):
             value = str(value)
         if isinstance(value, dict) and "=" in self.items.what:
             value = tuple(f"{k}={v}" for k, v in value.items())
-        if not self._has_type(value):
-            raise wrong(flag(self.name), value, self.expected)
-        return self._list(value) if self.kind is tuple else value
-
-    def _has_type(self, value: Any) -> bool:
-        if value is None or self.kind is object:
-            return self.optional or self.kind is object
+        wider = {float: (int, float), tuple: (str, tuple, list)}.get(self.kind, self.kind)
         # isinstance(True, int) holds.
-        if isinstance(value, bool) and self.kind is not bool:
-            return False
-        wider = {float: (int, float), tuple: (str, tuple, list)}
-        return isinstance(value, wider.get(self.kind, self.kind))
-
-    def _list(self, value: Any) -> tuple[str, ...]:
-        items = [value] if isinstance(value, str) else list(value)
-        for item in items:
+        if not isinstance(value, wider) or (isinstance(value, bool) and self.kind is not bool):
+            raise wrong(flag(self.name), value, self.expected)
+        if self.kind is not tuple:
+            return value
+        given: Any = [value] if isinstance(value, str) else value
+        for item in given:
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
                 raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")
-        items = [str(item) for item in items]
-        # A comma may be part of a file name, or of the regular expression in a rank_pattern.
-        return split_list(items) if self.items.commas else tuple(filter(None, items))
+        items = [str(item) for item in given]
+        # A comma may be part of a regular expression, and of a file name.
+        if self.items.commas and not any(item.startswith("re:") for item in items):
+            items = [part for item in items for part in item.split(",")]
+        return tuple(filter(None, items))
 
     def check(self, value: Any) -> None:
         """Raise UserError for a value that is not among the choices or fails a `Check`."""
@@ -172,26 +136,25 @@ class Setting(NamedTuple):
 @lru_cache
 def settings(cls: type) -> dict[str, Setting]:
     """The settings that a dataclass declares, by name, in the order of its fields."""
+    found = {}
     # Not field.type: under `from __future__ import annotations` that is a string.
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: _setting(f.name, hints[f.name]) for f in dataclasses.fields(cls)}
-
-
-def _setting(name: str, hint: Any) -> Setting:
-    notes = getattr(hint, "__metadata__", ())
-    hint = hint.__origin__ if notes else hint
-    union = typing.get_origin(hint) in (typing.Union, UnionType)
-    members = typing.get_args(hint) if union else (hint,)
-    kinds = [member for member in members if member is not NoneType]
-    kind, choices = kinds[0] if len(kinds) == 1 else object, ()
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        kind = str if all(isinstance(choice, str) for choice in choices) else object
-    elif kind == tuple[str, ...]:
-        kind = tuple
-    elif kind not in (bool, int, float, str):
-        kind = object
-    return Setting(name, kind, NoneType in members, choices, notes)
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint, notes = hints[name], getattr(hints[name], "__metadata__", ())
+        hint = hint.__origin__ if notes else hint
+        union = typing.get_origin(hint) in (typing.Union, UnionType)
+        members = typing.get_args(hint) if union else (hint,)
+        kinds = [member for member in members if member is not NoneType]
+        kind, choices = kinds[0] if len(kinds) == 1 else object, ()
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            kind = str if all(isinstance(choice, str) for choice in choices) else object
+        elif kind == tuple[str, ...]:
+            kind = tuple
+        elif kind not in (bool, int, float, str):
+            kind = object
+        found[name] = Setting(name, kind, NoneType in members, choices, notes)
+    return found
 
 
 def fixed_on_resume(cls: type) -> tuple[str, ...]:
@@ -199,22 +162,16 @@ def fixed_on_resume(cls: type) -> tuple[str, ...]:
     return tuple(name for name, setting in settings(cls).items() if Fixed in setting.notes)
 
 
-def respelled(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a file recorded them, old spellings of values replaced by the current ones."""
-    known = settings(cls)
-    return {n: known[n].respelled(v) if n in known else v for n, v in values.items()}
-
-
 def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:
     """(name, why, remedy) of each setting that was given although the others leave it unused.
 
     Given means different from the default. The remedy is "" where a warning is enough.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, setting in settings(type(config)).items():
-        for note in setting.all(Idle):
+        given = getattr(config, name) != getattr(type(config), name, None)
+        for note in setting.all(Idle) if given else ():
             value = getattr(config, note.other)
-            if getattr(config, name) != defaults[name] and (value in note.values) != note.unless:
+            if (value in note.values) != note.unless:
                 why = note.why.format_map(vars(config)) or as_flag(note.other, value)
                 yield name, why, note.remedy
 
@@ -225,11 +182,3 @@ def as_flag(name: str, value: Any) -> str:
         return flag(name if value else f"no_{name}")
     shown = " ".join(value) or "none" if isinstance(value, tuple) else value
     return f"{flag(name)} {shown}" if shown != "" else f"{flag(name)} ''"
-
-
-def split_list(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """("a,b", "c") or "a,b,c" -> ("a", "b", "c"); a list with a `re:` pattern keeps its commas."""
-    items = [value] if isinstance(value, str) else value
-    if any(item.startswith("re:") for item in items):
-        return tuple(items)
-    return tuple(part for item in items for part in item.split(",") if part)

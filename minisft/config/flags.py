@@ -4,8 +4,6 @@ Exit codes: 0 done, 2 an error that the user can fix, 3 a guard stopped training
 a good checkpoint, 1 unexpected (with a traceback).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -55,11 +53,6 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
         raise UserError(_one_line(captured.getvalue())) from None
 
 
-def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether the flags ask for the list of flags."""
-    return "--help" in argv or "-h" in argv
-
-
 def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
     """Call `main` and return the exit code; user errors and warnings are one line on stderr.
 
@@ -91,40 +84,32 @@ def _choices_as_text() -> contextlib.AbstractContextManager:
 
     The dataclass checks its choices itself: it knows other spellings of them.
     """
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def _(info: Any) -> PrimitiveConstructorSpec | None:
+    def _(info: Any) -> Any:
         choices = typing.get_args(info.type)
         if typing.get_origin(info.type) is not Literal or not isinstance(choices[0], str):
             return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="STR",
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, str),
-            str_from_instance=lambda value: [value],
-        )
+        return registry.get_primitive_spec(PrimitiveTypeInfo.make(str, info.markers))
 
     return registry
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     """The flags without --config, and the file that it names."""
-    kept, files = [], []
+    kept, files = list[str](), list[Any]()
     words = iter(argv)
     for word in words:
-        if word == "--config":
-            file = next(words, None)
-            if file is None:
-                raise UserError("--config: expected a YAML file after it")
-            files.append(file)
-        elif word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
+        name, equals, file = word.partition("=")
+        if name == "--config":
+            files.append(file if equals else next(words, None))
         else:
             kept.append(word)
+    if None in files:
+        raise UserError("--config: expected a YAML file after it")
     if len(files) > 1:
         raise UserError(f"--config is given {len(files)} times ({', '.join(files)}); give one file")
     return kept, files[0] if files else None
@@ -178,20 +163,17 @@ def _read_yaml(file: str) -> dict[Any, Any]:
         raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"--config {file}: cannot be read ({e.strerror}); check the path") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"--config {file}: not UTF-8 at byte {e.start}") from None
     except yaml.YAMLError as e:
         where = getattr(e, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
         reason = " ".join(str(getattr(e, "problem", None) or e).split())
         raise UserError(f"--config {file}{line}: malformed YAML ({reason})") from None
-    # PyYAML's own errors for an impossible number or date, and for deep nesting.
+    # Bytes that are not UTF-8, an impossible number or date, deep nesting.
     except (ValueError, RecursionError) as e:
         raise UserError(f"--config {file}: malformed YAML ({type(e).__name__}: {e})") from None
     if raw is not None and not isinstance(raw, dict):
-        raise UserError(
-            f"--config {file}: expected `name: value` lines, found {type(raw).__name__}"
-        )
+        found = type(raw).__name__
+        raise UserError(f"--config {file}: expected `name: value` lines, found {found}")
     return raw or {}
 
 

@@ -1,7 +1,5 @@
 """Hugging Face's config.json -> `ModelConfig`."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any
@@ -11,13 +9,13 @@ from minisft.config.model import ModelConfig, RopeConfig
 
 # A damaged config.json must not make the listing of every layer's weights take for ever.
 MAX_LAYERS = 10_000
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-# The parameters that a RoPE type cannot do without.
+# RoPE types, and the parameters that each cannot do without.
 _ROPE_NEEDS = {
+    "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
 _POSITIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -37,17 +35,12 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     kv_heads = values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     if heads % kv_heads:
-        raise UserError(
-            f"{source}: num_attention_heads={heads} is not a multiple of "
-            f"num_key_value_heads={kv_heads}"
-        )
-    if not values["head_dim"]:
-        if hidden % heads:
-            raise UserError(
-                f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} "
-                "and head_dim is not given"
-            )
-        values["head_dim"] = hidden // heads
+        names = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        raise UserError(f"{source}: {names}")
+    if not values["head_dim"] and hidden % heads:
+        names = f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+        raise UserError(f"{source}: {names}, and head_dim is not given")
+    values["head_dim"] = values["head_dim"] or hidden // heads
     if values["head_dim"] % 2:
         raise UserError(f"{source}: head_dim={values['head_dim']} is odd; RoPE needs an even one")
     activation = raw.get("hidden_act", "silu")
@@ -76,15 +69,13 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
     if not isinstance(scaling, dict):
         raise wrong(f"{source}: rope_scaling", scaling, "a JSON object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise UserError(
-            f"{source}: RoPE type {rope_type!r} is not implemented; known types: "
-            f"{', '.join(ROPE_TYPES)}"
-        )
+    # A list: what JSON gives may have no hash.
+    if rope_type not in list(_ROPE_NEEDS):
+        raise wrong(f"{source}: RoPE type", rope_type, f"one of {', '.join(_ROPE_NEEDS)}")
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is implemented")
-    missing = [key for key in _ROPE_NEEDS.get(rope_type, ()) if scaling.get(key) is None]
+        raise wrong(f"{source}: partial_rotary_factor", partial, "1.0")
+    missing = [key for key in _ROPE_NEEDS[rope_type] if scaling.get(key) is None]
     if missing:
         raise UserError(f"{source}: RoPE type {rope_type!r} needs {', '.join(missing)}")
     given = _rope_parameters(scaling, source)
@@ -93,7 +84,7 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
         given[name] = _typed(raw, name, int, source) or given.get(name) or max_positions
     theta = scaling.get("rope_theta", raw.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not (1 < theta < 1e30):
+    if not _is_number(theta) or not 1 < theta < 1e30:
         raise wrong(f"{source}: rope_theta", theta, "a number above 1")
     if not given.get("factor", 1.0) > 0:
         raise wrong(f"{source}: RoPE factor", given["factor"], "a positive number")
@@ -105,22 +96,22 @@ def _rope_parameters(scaling: dict[str, Any], source: str) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(RopeConfig)} - {"rope_type", "rope_theta"}
     given = {k: v for k, v in scaling.items() if k in known and v is not None}
     for key, value in given.items():
-        boolean = isinstance(value, bool)
-        number = isinstance(value, (int, float)) and not boolean and abs(value) < 1e12
-        if not (boolean if key == "truncate" else number):
+        number = _is_number(value) and abs(value) < 1e12
+        if not (isinstance(value, bool) if key == "truncate" else number):
             raise wrong(f"{source}: RoPE parameter {key}", value, "a number")
     return given
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_family(raw: Any, source: str) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{source}: expected a JSON object, found {type(raw).__name__}")
-    architectures = raw.get("architectures") or []
-    if raw.get("model_type") != "llama":
-        raise UserError(
-            f"{source}: model_type is {raw.get('model_type')!r} (architectures {architectures}); "
-            "minisft implements 'llama' (LlamaForCausalLM). Use a Llama checkpoint"
-        )
+    architectures, kind = raw.get("architectures") or [], raw.get("model_type")
+    if kind != "llama":
+        raise wrong(f"{source}: model_type", kind, "'llama'. Use a Llama checkpoint")
     if architectures and architectures not in (["LlamaForCausalLM"], ["LlamaModel"]):
         raise wrong(f"{source}: architectures", architectures, "['LlamaForCausalLM']")
 
@@ -132,13 +123,10 @@ def _check_quantization(raw: Any, source: str) -> None:
     if not isinstance(raw, dict):
         raise wrong(f"{source}: quantization_config", raw, "a JSON object")
     method = raw.get("quant_method", "bitsandbytes")
-    four_bit = raw.get("load_in_4bit") or raw.get("_load_in_4bit")
-    if method != "bitsandbytes" or not four_bit:
-        detail = "" if method != "bitsandbytes" else " without load_in_4bit"
-        raise UserError(
-            f"{source}: quantization_config says quant_method={method!r}{detail}; this version "
-            "reads bitsandbytes' 4-bit and 16- and 32-bit checkpoints. Use the unquantised base"
-        )
+    if method != "bitsandbytes" or not (raw.get("load_in_4bit") or raw.get("_load_in_4bit")):
+        found = f"quant_method={method!r}" + " without load_in_4bit" * (method == "bitsandbytes")
+        expected = "this version reads bitsandbytes' 4-bit. Use the unquantised base"
+        raise UserError(f"{source}: quantization_config says {found}; {expected}")
 
 
 def _read_fields(raw: dict[str, Any], source: str) -> dict[str, Any]:

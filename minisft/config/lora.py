@@ -1,7 +1,5 @@
 """The settings of one LoRA adapter, in PEFT's terms."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

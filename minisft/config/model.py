@@ -1,7 +1,5 @@
 """`ModelConfig`: the architecture of a Llama model, and the shapes of its weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

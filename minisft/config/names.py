@@ -4,17 +4,17 @@ The tables are in names.toml; minisft/config/README.md has them for readers, and
 the two.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from minisft.config.errors import UserError, closest, flag, wrong
 
 _TABLES = tomllib.loads((Path(__file__).parent / "names.toml").read_text(encoding="utf-8"))
 ALIASES: dict[str, str] = _TABLES["aliases"]
 VALUES: dict[str, dict[str, str]] = _TABLES["values"]
+_SPELLINGS: dict[str, dict[str, str]] = _TABLES["spellings"]
 SWITCHES: dict[str, tuple[str, str]] = {k: (s, v) for k, (s, v) in _TABLES["switches"].items()}
 # A name that ends in * stands for all names that begin so.
 REFUSED: dict[str, str] = _TABLES["refused"] | {
@@ -27,6 +27,13 @@ def refusal(name: str) -> str:
     """The reason why the setting of that name (r, hub_token) is refused, or ""."""
     starred = (why for key, why in REFUSED.items() if key[-1] == "*" and name.startswith(key[:-1]))
     return REFUSED.get(name) or next(starred, "")
+
+
+def respelled(name: str, value: Any) -> Any:
+    """The value of a setting under its current spelling."""
+    # The key of True is "True"; 1 and a list have none.
+    key = value.lower() if isinstance(value, str) else repr(value)
+    return _SPELLINGS.get(name, {}).get(key, value)
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:

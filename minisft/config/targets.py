@@ -4,13 +4,11 @@ The matching rules are PEFT's (a list item equals the path or a dotted suffix of
 match the full path), so that an exported config has the same meaning in PEFT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable
 
-from minisft.config.errors import UserError, closest, flag
+from minisft.config.errors import UserError, closest, flag, wrong
 from minisft.config.lora import LoraConfig, matches
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES, ModelConfig
 
@@ -36,10 +34,7 @@ def split_targets(lora: LoraConfig) -> LoraConfig:
     saved = [short.get(item, item) for item in lora.modules_to_save]
     for name in saved:
         if name not in EMBEDDING_NAMES:
-            raise UserError(
-                f"modules_to_save names {name!r}; trained copies are implemented for "
-                f"{' and '.join(EMBEDDING_NAMES)}. Remove it"
-            )
+            raise wrong("an item of modules_to_save", name, " or ".join(EMBEDDING_NAMES))
     return dataclasses.replace(
         lora,
         target_modules=tuple(item for item in targets if item not in EMBEDDING_NAMES),
@@ -65,23 +60,19 @@ def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
 
 def _named_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     items, paths = lora.target_modules, list(cfg.linear_paths())
+    known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
     if not items:
         raise UserError(
-            "target_modules names no linear module; LoRA needs at least one of "
-            f"{', '.join(LINEAR_NAMES)}, or {ALL_LINEAR!r}"
+            f"target_modules names no linear module; add some of {', '.join(LINEAR_NAMES)}"
         )
-    special = [item for item in items if is_special(item)]
+    special = next(filter(is_special, items), None)
     if special and len(items) > 1:
-        raise UserError(
-            f"target_modules mixes {special[0]!r} with other items ({', '.join(items)}); it must "
-            "stand alone. Give either it or a list of names"
-        )
+        raise UserError(f"target_modules mixes {special!r} with others; it must stand alone")
     if special:
-        pattern = special[0].removeprefix(PATTERN_PREFIX)
-        return paths if pattern == special[0] else _match_pattern(pattern, lora, cfg)
+        pattern = special.removeprefix(PATTERN_PREFIX)
+        return paths if pattern == special else _match_pattern(pattern, lora, cfg)
     for item in items:
         if not any(is_target(path, [item]) for path in paths):
-            known = [*LINEAR_NAMES, *EMBEDDING_NAMES, ALL_LINEAR]
             near = closest(item, known + paths)
             guess = f" Perhaps you meant {near!r}." if near else ""
             raise UserError(
@@ -95,18 +86,15 @@ def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str
     compiled, linears = _compiled(pattern, "target_modules"), cfg.linear_paths()
     # PEFT leaves modules_to_save out of the matching.
     copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}
-    matched = [p for p in module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
+    matched = [p for p in _module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
     others = [path for path in matched if path not in linears]
+    given = f"target_modules pattern {pattern!r}"
     if others:
         raise UserError(
-            f"target_modules pattern {pattern!r} also matches {others[0]!r}, which LoRA cannot "
-            f"adapt; narrow it to the linears, as {PATTERN_EXAMPLE} does"
+            f"{given} also matches {others[0]!r}; match linears only: {PATTERN_EXAMPLE}"
         )
     if not matched:
-        raise UserError(
-            f"target_modules pattern {pattern!r} matches no module; it must match a whole path, "
-            f"such as 'model.layers.0.self_attn.q_proj', as {PATTERN_EXAMPLE} does"
-        )
+        raise UserError(f"{given} matches no module; match whole paths, as {PATTERN_EXAMPLE} does")
     return matched
 
 
@@ -114,25 +102,16 @@ def _compiled(pattern: str, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as e:
-        where = "" if e.pos is None else f" at position {e.pos}"
-        raise UserError(
-            f"{name} pattern {pattern!r} is not a regular expression: {e.msg}{where}; "
-            f"an example is {PATTERN_EXAMPLE}"
-        ) from None
+        problem = f"is not a regular expression: {e}; an example is {PATTERN_EXAMPLE}"
+        raise UserError(f"{name} pattern {pattern!r} {problem}") from None
 
 
 def _in_layers(found: list[str], lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     layers, count = lora.layers_to_transform, cfg.num_hidden_layers
     if lora.target_modules[0].startswith(PATTERN_PREFIX):
-        raise UserError(
-            "layers_to_transform does not go with a target_modules pattern, which can name the "
-            "layers itself; drop one"
-        )
+        raise UserError("layers_to_transform does not go with a target_modules pattern; drop one")
     if max(layers) >= count:
-        raise UserError(
-            f"layers_to_transform names layer {max(layers)}, but the model has {count} "
-            f"(0 to {count - 1})"
-        )
+        raise UserError(f"layers_to_transform names layer {max(layers)}, but the model has {count}")
     kept = [path for path in found if int(path.split(".")[2]) in layers]
     if not kept:
         raise UserError("layers_to_transform leaves none of the target_modules")
@@ -187,7 +166,7 @@ def is_special(item: str) -> bool:
 
 def is_target(path: str, items: Iterable[str]) -> bool:
     """Whether a module path equals one of the items or ends in a dot and that item."""
-    return any(path == item or path.endswith("." + item) for item in items)
+    return any(f".{path}".endswith(f".{item}") for item in items)
 
 
 def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -205,10 +184,8 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         out_features, in_features = linears[path]
         r = lora.rank_of(path)
         if lora.splits_weights and r > min(out_features, in_features):
-            raise UserError(
-                f"{path} has rank {r}, but init_lora_weights {lora.init_lora_weights} decomposes "
-                f"a weight of [{out_features}, {in_features}]; lower the rank"
-            )
+            most = f"at most {min(out_features, in_features)} for {lora.init_lora_weights}"
+            raise wrong(f"the rank of {path}", r, most)
         shapes[f"{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
         if lora.use_dora:
@@ -218,7 +195,8 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
         shapes[EMBEDDING_A] = (r, cfg.vocab_size)
         shapes[EMBEDDING_B] = (cfg.hidden_size, r)
     if lora.trainable_token_indices:
-        shapes[TOKEN_ROWS] = (len(_token_indices(lora, cfg)), cfg.hidden_size)
+        _check_token_indices(lora, cfg)
+        shapes[TOKEN_ROWS] = (len(lora.trainable_token_indices), cfg.hidden_size)
     # A tied base has one matrix: two names give one entry.
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
@@ -240,19 +218,12 @@ def _embedding_rank(lora: LoraConfig, cfg: ModelConfig) -> int:
     return lora.rank_of(EMBEDDING_PATHS["embed_tokens"])
 
 
-def _token_indices(lora: LoraConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    indices = lora.trainable_token_indices
-    if max(indices) >= cfg.vocab_size:
-        raise UserError(
-            f"trainable_token_indices names token {max(indices)}, but the embedding has "
-            f"{cfg.vocab_size} rows"
-        )
+def _check_token_indices(lora: LoraConfig, cfg: ModelConfig) -> None:
+    name, last, rows = "trainable_token_indices", max(lora.trainable_token_indices), cfg.vocab_size
+    if last >= rows:
+        raise UserError(f"{name} names token {last}, but the embedding has {rows} rows")
     if _saves_embedding(lora, cfg):
-        raise UserError(
-            "trainable_token_indices has no effect where the whole embedding is trained "
-            f"(modules_to_save {', '.join(split_targets(lora).modules_to_save)}); drop one"
-        )
-    return indices
+        raise UserError(f"{name} has no effect where the whole embedding is trained; drop one")
 
 
 def _saves_embedding(lora: LoraConfig, cfg: ModelConfig) -> bool:
@@ -261,12 +232,10 @@ def _saves_embedding(lora: LoraConfig, cfg: ModelConfig) -> bool:
     return "embed_tokens" in saved or (bool(saved) and cfg.tie_word_embeddings)
 
 
-def module_paths(cfg: ModelConfig) -> list[str]:
+def _module_paths(cfg: ModelConfig) -> list[str]:
     """The path of every module of the Hugging Face model, including containers and norms."""
-    layer_parts = ["", ".self_attn", ".mlp", ".mlp.act_fn"]
-    layer_parts += [".input_layernorm", ".post_attention_layernorm"]
-    layers = [
-        f"model.layers.{i}{part}" for i in range(cfg.num_hidden_layers) for part in layer_parts
-    ]
+    parts = ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm"]
+    parts.append(".post_attention_layernorm")
+    layers = [f"model.layers.{i}{part}" for i in range(cfg.num_hidden_layers) for part in parts]
     outside = ["model", "model.layers", "model.norm", "model.rotary_emb", *EMBEDDING_PATHS.values()]
     return [*outside, *layers, *cfg.linear_paths()]

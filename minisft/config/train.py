@@ -1,29 +1,26 @@
-"""Every setting of a run: `TrainConfig`, whose fields are the flags of scripts/train.py."""
+"""Every setting of a run: `TrainConfig`, whose fields are the flags of scripts/train.py.
 
+After the fields: checks that involve two of them, and values derived from several.
+"""
+
+import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from minisft.config import rules
-from minisft.config.fields import (
-    Also,
-    Check,
-    Fixed,
-    Free,
-    Idle,
-    Items,
-    above,
-    at_least,
-)  # fmt: skip
+from minisft.config import fields
+from minisft.config.errors import UserError, flag, wrong
+from minisft.config.fields import Check, Fixed, Free, Idle, Items, above, at_least
+from minisft.config.lora import LoraConfig, matches
 from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES
 
 Names = tuple[str, ...]
 Format = Literal[
     "auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca", "input_ids"
 ]  # fmt: skip
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit"]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
@@ -40,16 +37,6 @@ SaveStrategy = Literal["no", "steps", "epoch", "best"]
 Metric = Literal["loss", "mean_token_accuracy", "entropy"]
 EVAL_METRICS: tuple[str, ...] = get_args(Metric)
 BestMetric = Literal[Metric, "eval_loss", "eval_mean_token_accuracy", "eval_entropy"]
-# Earlier versions gave the policies these names, and recorded them in checkpoints.
-_OLD_POLICIES = ("gate_up", "gate_up+qkv", "gate_up+offload", "gate_up+qkv+offload")
-
-# Other spellings of values.
-_OPTIMIZERS = {name: "adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")}
-_SAME_OPTIMIZER = Also(_OPTIMIZERS | {"adamw_bnb_8bit": "adamw_8bit"})
-_POLICIES = {old: f"recompute_{old}" for old in _OLD_POLICIES}
-_SAME_POLICY = Also({True: "full", False: "none"} | _POLICIES)
-_SAME_CHECKPOINT = Also({True: "auto", "true": "auto", False: "", "false": ""})
-_SAME_START = Also({True: "default", "true": "default"})
 # Conditions on values.
 _SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 _RANK = Check(lambda r: 1 <= r <= 65536, "at least 1 and at most 65536")
@@ -82,6 +69,20 @@ _EPSILON = Idle("optim", ("sgd", "adafactor", "lion_8bit"), why="--optim {optim}
 _EPOCHS = Idle("max_steps", (-1,), why="--max-steps {max_steps} is given", unless=True)
 _TRACKIO = Idle("report_to", (("trackio",),), why="trackio writes to its own, $TRACKIO_DIR")
 _UNSAVED = Idle("save_strategy", ("no",), why="--save-strategy no writes no checkpoints")
+# Values of the options warmup_type and decay_type.
+_WAVES = ("linear", "cosine", "1-sqrt")
+# What --lr-scheduler-kwargs may give to each schedule; the others take nothing.
+_SCHEDULE_OPTIONS = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles", "warmup_type",
+        "decay_type",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ class TrainConfig:
     use_dora: Annotated[bool, Fixed, _FULL] = False
     """DoRA: train the norm of each output row of an adapted matrix as well as its direction."""
     rank_pattern: Annotated[Names, Fixed, Items("MODULE=RANK", commas=False), _FULL] = ()
-    """Ranks of single modules, e.g. `q_proj=8 layers.0.mlp.up_proj=32` (names or regular
-    expressions)."""
+    """Ranks of modules (names or regular expressions): `q_proj=8 layers.0.mlp.up_proj=32`."""
     alpha_pattern: Annotated[Names, Fixed, Items("MODULE=ALPHA", commas=False), _FULL] = ()
     """lora_alpha of single modules, in the same form."""
     layers_to_transform: Annotated[Names, Fixed, _LAYERS, _FULL] = ()
@@ -136,7 +136,7 @@ class TrainConfig:
     """Adapt the embedding too, as embed_tokens among PEFT's targets; a tied head stays as it is."""
     trainable_token_indices: Annotated[Names, Fixed, _TOKENS, _FULL] = ()
     """Token ids whose rows of the embedding (and of a tied head) are trained, the others not."""
-    init_lora_weights: Annotated[str, Fixed, _SAME_START, _STARTS, _FULL] = "default"
+    init_lora_weights: Annotated[str, Fixed, _STARTS, _FULL] = "default"
     """Start of A: default (uniform, PEFT's) or gaussian (standard deviation 1 / r), with B zero. Of
     both: pissa (the largest singular values of the weight; slow on large models), pissa_niter_4
     (an approximation of it, and fast) or olora (a QR decomposition). These three subtract the
@@ -180,8 +180,7 @@ class TrainConfig:
     dataset_num_proc: Annotated[int, Free, at_least(1)] = 1
     """Processes that render and tokenise; the result does not depend on it."""
     dataset_cache_dir: Annotated[str, Free] = ""
-    """Cache tokenised rows there, under a hash of everything they depend on, for this and other
-    runs."""
+    """Cache tokenised rows there, for all runs, under a hash of everything they depend on."""
     preview: Annotated[int, Free, at_least(0)] = 0
     """Print the first N rows as the model sees them, trained tokens marked, with their ids."""
     preview_json: Annotated[str, Free] = ""
@@ -191,8 +190,8 @@ class TrainConfig:
     headers of the weights; report steps, pass and memory; stop. The output directory is not
     touched."""
     packing: Annotated[bool, Fixed] = False
-    """Pack several rows into one of max_length tokens, document boundaries kept."""
-    packing_strategy: Annotated[PackingStrategy, Fixed, _PACKING] = "bfd"
+    """Pack several rows into one of max_length tokens, preserving document boundaries."""
+    packing_strategy: Annotated[Literal["bfd", "bfd_split", "wrapped"], Fixed, _PACKING] = "bfd"
     """bfd (best-fit decreasing), bfd_split or wrapped."""
 
     # --- the run
@@ -200,7 +199,7 @@ class TrainConfig:
     """Where checkpoints, logs and the final adapter go."""
     overwrite_output_dir: Annotated[bool, Free, _RESUME] = False
     """Start over in a directory that already holds a run (its results are removed)."""
-    resume_from_checkpoint: Annotated[str, Free, _SAME_CHECKPOINT] = ""
+    resume_from_checkpoint: Annotated[str, Free] = ""
     """`auto` for the newest complete checkpoint in the output directory, or a checkpoint's path."""
     max_steps: Annotated[int, Free, _SOME] = -1
     """Optimizer steps; -1 means num_train_epochs."""
@@ -210,14 +209,13 @@ class TrainConfig:
     """Rows per micro-batch."""
     gradient_accumulation_steps: Annotated[int, Fixed, at_least(1)] = 4
     """Micro-batches per optimizer step. The loss is the token mean over the whole step."""
-    optim: Annotated[Optimizer, Fixed, _SAME_OPTIMIZER] = "adamw"
+    optim: Annotated[Optimizer, Fixed] = "adamw"
     """adamw (adamw_torch, adamw_torch_fused), adamw_8bit, paged_adamw_8bit, adafactor, sgd or
     lion_8bit. Trained embeddings, heads, norms and biases keep 32-bit state under every one."""
     learning_rate: Annotated[float, Free, at_least(0)] = 2e-4
     """Peak learning rate."""
     embedding_learning_rate: Annotated[float | None, Free, at_least(0)] = None
-    """Peak learning rate of trained embeddings and heads, on the same schedule; by default
-    --learning-rate."""
+    """Peak learning rate of trained embeddings and heads; by default --learning-rate."""
     loraplus_lr_ratio: Annotated[float | None, Free, above(0), _FULL] = None
     """Learning rate of the lora_B matrices over that of the rest (LoRA+)."""
     weight_decay: Annotated[float, Free, at_least(0)] = 0.0
@@ -244,11 +242,11 @@ class TrainConfig:
     """AdamW beta2."""
     adam_epsilon: Annotated[float, Free, at_least(0), _EPSILON] = 1e-8
     """AdamW epsilon."""
-    gradient_checkpointing: Annotated[Checkpointing, Free, _SAME_POLICY] = "auto"
-    """What each layer keeps for the backward pass. auto: the fastest that fits the memory. none:
-    keep everything, recompute no matrix product. full (or block): keep the layer's input alone. In
+    gradient_checkpointing: Annotated[Checkpointing, Free] = "auto"
+    """What each layer saves for the backward pass. auto: the fastest that fits the memory. none:
+    save everything, recompute no matmul. full (or block): save the layer's input only. In
     between, from fast to small: recompute_gate_up, recompute_gate_up+qkv, all_but_attention. With
-    +offload, what is kept waits in host memory (with none: the residuals and attention's output);
+    +offload, it goes to host memory (with none: the residuals and attention's output);
     offload: all of it. At most 60 % of the host's free memory is used for this."""
     step_impl: Annotated[Literal["auto", "explicit", "autograd"], Free] = "auto"
     """Which pass computes gradients: explicit (hand-written backward, captured in CUDA graphs),
@@ -277,14 +275,14 @@ class TrainConfig:
     """Name of the run in these loggers; by default that of the output directory."""
     logging_dir: Annotated[str, Free, _LOGGER, _TRACKIO] = ""
     """Where these loggers write; by default the output directory. Not for trackio: $TRACKIO_DIR."""
-    save_strategy: Annotated[SaveStrategy, Free, Also({False: "no"})] = "steps"
+    save_strategy: Annotated[SaveStrategy, Free] = "steps"
     """`steps` writes a checkpoint every save_steps, `epoch` after each pass over the rows, `best`
     where an evaluation is the best so far, each also at the end; `no` only when stopped."""
     save_steps: Annotated[int, Free, at_least(1), _SAVE_STEPS] = 500
     """Steps between checkpoints under --save-strategy steps."""
     save_total_limit: Annotated[int, Free, at_least(0), _UNSAVED] = 0
     """Keep at most N checkpoints, the newest and the best always among them; 0 keeps all."""
-    eval_strategy: Annotated[Literal["no", "steps", "epoch"], Free, Also({False: "no"})] = "no"
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"], Free] = "no"
     """With --eval-dataset: `no` evaluates before the first step and after the last; `steps` also
     every eval_steps, `epoch` also after each pass over the rows."""
     eval_steps: Annotated[int, Free, at_least(0), _EVAL_STEPS] = 0
@@ -300,8 +298,7 @@ class TrainConfig:
     load_best_model_at_end: Annotated[bool, Free] = False
     """Export the weights of the best evaluation, not the last; each best one gets a checkpoint."""
     metric_for_best_model: Annotated[BestMetric, Free, _BEST] = "loss"
-    """Which metric decides the best evaluation: loss, mean_token_accuracy or entropy (or
-    eval_...)."""
+    """Metric that decides the best evaluation: (eval_)loss, mean_token_accuracy or entropy."""
     greater_is_better: Annotated[bool | None, Free, _BEST] = None
     """Whether a greater metric is better; by default it is unless the metric is the loss."""
     early_stopping_patience: Annotated[int, Free, at_least(0)] = 0
@@ -310,15 +307,186 @@ class TrainConfig:
     """By how much an evaluation must be better than the best to reset the patience."""
 
     def __post_init__(self):
-        rules.normalize_(self)
-        rules.check(self)
+        declared = fields.settings(type(self))
+        new = {name: s.normalized(getattr(self, name)) for name, s in declared.items()}
+        # Trainer's report_to="none".
+        new["report_to"] = tuple(name for name in new["report_to"] if name != "none")
+        if new["full_finetuning"]:
+            new["load_in_4bit"] = False
+        for name, value in new.items():
+            object.__setattr__(self, name, value)
+        for name, setting in declared.items():
+            setting.check(new[name])
+        # No setting that the user gave is ignored silently.
+        for name, why, remedy in fields.idle_settings(self):
+            if remedy:
+                given = fields.as_flag(name, new[name])
+                raise UserError(f"{given} has no effect with {why}; {remedy}")
+        self._check_evaluation()
+        # These raise for a malformed part: better now than after the base model is loaded.
+        _ = self.lora, self.column_map, self.scheduler_options
+        read = [Path(name).resolve() for name in (*dict(self.sources), self.eval_dataset)]
+        written = self.preview_json
+        if written and Path(written).resolve() in read:
+            raise UserError(
+                f"--preview-json {written} is a file of rows that is read; name another"
+            )
 
-    lora = property(rules.lora)
-    sources = property(rules.sources)
-    base_name = property(rules.base_name)
-    serves_in_4bit = property(rules.serves_in_4bit)
-    eval_batch_size = property(rules.eval_batch_size)
-    keeps_best = property(rules.keeps_best)
-    best_metric = property(rules.best_metric)
-    column_map = property(rules.column_map)
-    scheduler_options = property(rules.scheduler_options)
+    def _check_evaluation(self) -> None:
+        """Evaluation needs rows; choosing the best model needs evaluations and checkpoints."""
+        strategy, best = self.eval_strategy, self.load_best_model_at_end
+        chooses_best = {
+            "--load-best-model-at-end": best,
+            "--early-stopping-patience": self.early_stopping_patience,
+            "--save-strategy best": self.save_strategy == "best",
+        }
+        if strategy != "no" and not self.eval_dataset:
+            raise UserError(f"--eval-strategy {strategy} needs --eval-dataset; give one")
+        for name, given in chooses_best.items():
+            if given and strategy == "no":
+                raise UserError(f"{name} needs --eval-strategy steps or epoch; give one")
+        if best and self.save_strategy == "no":
+            missing = "needs checkpoints, but --save-strategy is no; use best"
+            raise UserError(f"--load-best-model-at-end {missing}")
+        if self.eval_generate and not self.eval_dataset:
+            raise UserError("--eval-generate takes its prompts from --eval-dataset; give one")
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's settings, or None with full_finetuning."""
+        if self.full_finetuning:
+            return None
+        # Every other setting of LoraConfig has the same name here.
+        names = {field.name: field.name for field in dataclasses.fields(LoraConfig)}
+        names["r"] = "lora_r"
+        given: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in names.items()}
+        for name in ("rank_pattern", "alpha_pattern"):
+            given[name] = _pattern(name, given[name])
+        for name, items in (("layers_to_transform", _LAYERS), ("trainable_token_indices", _TOKENS)):
+            given[name] = _whole_numbers(name, given[name], items.what)
+        return LoraConfig(**given)
+
+    @property
+    def sources(self) -> list[tuple[str, float | None]]:
+        """`--dataset a.jsonl:0.7 b.jsonl:0.3` as [("a.jsonl", 0.7), ("b.jsonl", 0.3)].
+
+        None where no weights are given. Weights sum to 1.
+        """
+        found: list[tuple[str, float | None]] = []
+        for item in self.dataset:
+            name, _, text = item.rpartition(":")
+            weight = _number(text)
+            # A file name may end in a colon and a number.
+            if not name or weight is None or Path(item).exists():
+                found.append((item, None))
+            elif 0 < weight < math.inf:
+                found.append((name, weight))
+            else:
+                raise wrong("--dataset", item, "a weight above 0")
+        given = [weight for _, weight in found if weight is not None]
+        if given and len(given) != len(found):
+            shown = " ".join(self.dataset)
+            raise UserError(f"--dataset is {shown}; give every dataset a weight, or none")
+        total = sum(given)
+        return [(name, None if weight is None else weight / total) for name, weight in found]
+
+    @property
+    def base_name(self) -> str:
+        """The base model as an adapter records it: the hub id, or the directory's absolute path."""
+        path = Path(self.model).expanduser()
+        return str(path.resolve()) if path.is_dir() else self.model
+
+    @property
+    def serves_in_4bit(self) -> bool:
+        """Whether the adapter belongs on the 4-bit base that it was trained through.
+
+        That base must still hold what the adapter started as; one of PiSSA or OLoRA lacks it.
+        """
+        return self.load_in_4bit and not (self.lora and self.lora.splits_weights)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run depends on which evaluation is the best."""
+        by_name = self.load_best_model_at_end or self.early_stopping_patience
+        return bool(by_name or self.save_strategy == "best")
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """("eval_loss", False): what decides the best evaluation, and whether greater is better."""
+        name, greater = self.metric_for_best_model.removeprefix("eval_"), self.greater_is_better
+        return f"eval_{name}", name != "loss" if greater is None else greater
+
+    @property
+    def column_map(self) -> dict[str, str]:
+        """`--columns prompt=question` as {"prompt": "question"}."""
+        pairs = [item.split("=", 1) for item in self.columns]
+        for item, pair in zip(self.columns, pairs, strict=True):
+            if len(pair) != 2 or not all(pair):
+                raise wrong("--columns", item, "NAME=COLUMN, such as prompt=question")
+        if len({ours for ours, _ in pairs}) < len(pairs):
+            raise wrong("--columns", " ".join(self.columns), "each NAME once")
+        return {ours: theirs for ours, theirs in pairs if ours != theirs}
+
+    @property
+    def scheduler_options(self) -> dict[str, Any]:
+        """`--lr-scheduler-kwargs num_cycles=2` as {"num_cycles": 2.0}, checked for the schedule."""
+        kind, rate = self.lr_scheduler_type, self.learning_rate
+        given = dict(_scheduler_option(kind, item) for item in self.lr_scheduler_kwargs)
+        needs = f"--lr-scheduler-type {kind} needs --lr-scheduler-kwargs"
+        if kind == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise UserError(f"{needs} num_decay_steps=N")
+        if kind == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+            raise UserError(f"{needs} min_lr=RATE or min_lr_rate=SHARE, and not both")
+        # transformers' default of lr_end.
+        ends = {"lr_end": 1e-7} | given if kind == "polynomial" else given
+        for name in ("min_lr", "lr_end"):
+            if name in ends and not rate > ends[name]:
+                end = f"--lr-scheduler-kwargs {name}={ends[name]:g}"
+                raise UserError(f"{end} is not below --learning-rate {rate:g}")
+        return given
+
+
+def _pattern(name: str, items: Names) -> tuple[tuple[str, float], ...]:
+    """`--rank-pattern q_proj=8` as (("q_proj", 8),): ranks are int, alphas float."""
+    pairs, whole = [], name == "rank_pattern"
+    for item in items:
+        key, _, text = item.rpartition("=")
+        value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+        if not key or value <= 0 or (whole and value != int(value)):
+            raise wrong(flag(name), item, f"MODULE=a {'whole ' * whole}number above 0")
+        matches(key, "")  # raises for a malformed regular expression
+        pairs.append((key, int(value) if whole else value))
+    return tuple(pairs)
+
+
+def _whole_numbers(name: str, items: Names, what: str) -> tuple[int, ...]:
+    for item in items:
+        if not item.isdecimal():
+            raise wrong(flag(name), item, f"{what}, from 0")
+    numbers = tuple(map(int, items))
+    if len(set(numbers)) != len(numbers):
+        raise wrong(flag(name), " ".join(items), "each once")
+    return numbers
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
+    """`num_cycles=2` as ("num_cycles", 2.0)."""
+    name, _, text = item.partition("=")
+    known, number = _SCHEDULE_OPTIONS.get(kind, ()), _number(text)
+    if name not in known:
+        names = f"--lr-scheduler-type {kind} knows these names: {', '.join(known) or 'none'}"
+        raise wrong("--lr-scheduler-kwargs", item, f"NAME=VALUE, and {names}")
+    if name.endswith("_type"):
+        if text not in _WAVES:
+            raise wrong("--lr-scheduler-kwargs", item, f"one of {', '.join(_WAVES)}")
+        return name, text
+    if number is None or not 0 <= number < math.inf:
+        raise wrong("--lr-scheduler-kwargs", item, "a number, 0 or more")
+    return name, number

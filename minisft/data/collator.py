@@ -1,7 +1,5 @@
 """A user's `batch_fn` (data collator) applied to rows of a TokenizedDataset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +32,13 @@ class Collator:
         """
         rows: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
-            examples = [_example(dataset, row) for row in batch]
-            ids, labels, mask = _tensors(_call(self.batch_fn, examples))
-            _check_ids(ids[mask], labels[mask], self.vocab_size)
+            examples = []
+            for row in batch:
+                start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
+                ids, labels = (a[start:stop].tolist() for a in (dataset.input_ids, dataset.labels))
+                mask = [1] * (stop - start)
+                examples.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+            ids, labels, mask = _tensors(_call(self.batch_fn, examples), self.vocab_size)
             # Micro-batches hold no padding: rows are concatenated, so it is removed again here.
             rows += [(i[m], t[m]) for i, t, m in zip(ids, labels, mask, strict=True) if m.any()]
         if not rows:
@@ -49,15 +51,6 @@ class Collator:
             row_offsets=torch.arange(len(rows) + 1),
             stats=dataset.stats,
         )
-
-
-def _example(dataset: TokenizedDataset, row: int) -> dict[str, list[int]]:
-    start, stop = dataset.document_offsets[dataset.row_offsets[row : row + 2]].tolist()
-    return {
-        "input_ids": dataset.input_ids[start:stop].tolist(),
-        "labels": dataset.labels[start:stop].tolist(),
-        "attention_mask": [1] * (stop - start),
-    }
 
 
 def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[str, Any]:
@@ -80,7 +73,7 @@ def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[st
         ) from e
 
 
-def _tensors(made: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(made: Mapping[str, Any], vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids, labels, bool attention_mask), each [rows, length], of batch_fn's result."""
     try:
         ids = torch.as_tensor(made["input_ids"])
@@ -88,20 +81,18 @@ def _tensors(made: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         mask = torch.as_tensor(made.get("attention_mask", torch.ones_like(ids))).bool()
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
-            f"batch_fn returned no batch of input_ids and labels [rows, length] ({e!r})"
+            f"batch_fn must return a batch of input_ids and labels [rows, length] ({e!r})"
         ) from None
     if not ids.shape == labels.shape == mask.shape or ids.dim() != 2:
         raise UserError(
             f"batch_fn returned input_ids {tuple(ids.shape)}, labels {tuple(labels.shape)} and "
             f"attention_mask {tuple(mask.shape)}; expected three of one shape [rows, length]"
         )
-    return ids, labels, mask
-
-
-def _check_ids(ids: Tensor, labels: Tensor, vocab_size: int) -> None:
-    values = [*ids.tolist(), *(label for label in labels.tolist() if label != IGNORED)]
+    trained = labels[mask & (labels != IGNORED)]
+    values = [*ids[mask].tolist(), *trained.tolist()]
     if wrong := [value for value in values if not 0 <= value < vocab_size]:
         raise UserError(
             f"batch_fn returned the id or label {wrong[0]}; expected 0 to {vocab_size - 1}, or "
             f"{IGNORED} for a label that is not trained"
         )
+    return ids, labels, mask

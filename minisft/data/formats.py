@@ -1,19 +1,25 @@
 """Detect the format of a dataset from its columns, and read a row of each format as an Example.
 
-Errors here name the column and the value; `minisft.data.tokenize` adds the file and the row.
+A row is a UserError if a value is missing, null or of another type, a chat is empty, a role is
+unknown or content is not text. It names the column; `minisft.data.tokenize` adds file and row.
 """
 
-from __future__ import annotations
-
-import difflib
 import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.text.parts import part_text, part_type
 
-FORMATS = ("input_ids", "prompt-completion", "messages", "sharegpt", "alpaca", "text")  # precedence
+# Format -> the columns that it needs; the first that has all of its columns is taken.
+FORMATS = {
+    "input_ids": ("input_ids",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),  # or --dataset-text-field
+}
 KNOWN_COLUMNS = (
     "text", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs",
     "instruction", "input", "output", "system", "input_ids", "labels", "completion_mask",
@@ -61,23 +67,9 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
 
 
 def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
-    """Return the columns that a format needs and that are missing; UserError if it is unknown."""
-    if format not in FORMATS:
-        raise UserError(f"dataset format is {format!r}; expected one of {', '.join(FORMATS)}")
-    columns = set(columns)
-    needed = {
-        "prompt-completion": ["prompt", "completion"],
-        "sharegpt": ["conversations"],
-        "alpaca": ["instruction", "output"],
-        "text": [text_field],
-    }
-    return [name for name in needed.get(format, [format]) if name not in columns]
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name spelt most like this one, or None if none is close."""
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.72)
-    return found[0] if found else None
+    """Return the columns that a format needs and that are missing."""
+    needed = (text_field,) if format == "text" else FORMATS[format]
+    return [name for name in needed if name not in set(columns)]
 
 
 def _remedy(columns: list[str]) -> str:
@@ -85,15 +77,15 @@ def _remedy(columns: list[str]) -> str:
 
     def guess(ours: str, taken: str | None = None) -> str | None:
         likely = [c for c in columns if c.lower() in (ours, *_LIKELY[ours])]
-        found = likely[0] if likely else nearest(ours, columns)
+        found = likely[0] if likely else closest(ours, columns)
         return None if found == taken else found
 
     prompt = guess("prompt")
     completion = guess("completion", prompt)
     if prompt and completion:
         return f"did you mean --columns prompt={prompt} completion={completion}?"
-    text = guess("text") or nearest("messages", columns)
-    if text and nearest("messages", [text]) == text:
+    text = guess("text") or closest("messages", columns)
+    if text and closest("messages", [text]) == text:
         return f"did you mean --columns messages={text}?"
     if text or len(columns) == 1:
         return f"did you mean --dataset-text-field {text or columns[0]}?"
@@ -101,15 +93,12 @@ def _remedy(columns: list[str]) -> str:
 
 
 def read_text(record: dict, *, text_field: str = "text") -> Example:
-    """Read a row of plain text: Example(None, str). Raises UserError if it is not a string."""
+    """Read a row of plain text: Example(None, str)."""
     return Example(None, _string(record, text_field))
 
 
 def read_prompt_completion(record: dict) -> Example:
-    """Read a row of prompt and completion, both strings or both message lists.
-
-    Raises UserError for a missing or null value, another type, or one of each kind.
-    """
+    """Read a row of prompt and completion, both strings or both message lists."""
     prompt, completion = (_present(record, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Example(_string(record, "prompt"), _string(record, "completion"))
@@ -124,10 +113,7 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """Read a chat from `messages` (or `conversations`), role/content or from/value.
-
-    Raises UserError for an empty chat, an unknown role, or content that is not text.
-    """
+    """Read a chat from `messages` (or `conversations`), role/content or from/value."""
     other = "messages" not in record and "conversations" in record
     name = "conversations" if other else "messages"
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
@@ -136,15 +122,13 @@ def read_messages(record: dict) -> Example:
 def read_sharegpt(record: dict) -> Example:
     """Read a chat from `conversations` of from/value, and an optional `system` text.
 
-    from/value become role/content, human and gpt become user and assistant. Raises UserError as
-    `read_messages`.
+    from/value become role/content, human and gpt become user and assistant.
     """
     chat = _messages(_present(record, "conversations"), "conversations")
     if record.get("system"):
-        system = {"role": "system", "content": _string(record, "system")}
         if chat[0]["role"] == "system":
             raise UserError("the row has a system column and a system message; keep one of them")
-        chat.insert(0, system)
+        chat.insert(0, {"role": "system", "content": _string(record, "system")})
     return Example(None, chat, **_chat_extras(record))
 
 
@@ -152,7 +136,7 @@ def read_alpaca(record: dict) -> Example:
     """Read `instruction`, `input` (may be empty or missing) and `output` as one turn of a chat.
 
     The user's message is the instruction and, after an empty line, the input; a `system` text comes
-    first. The output is the completion. Raises UserError for a value that is not a string.
+    first. The output is the completion.
     """
     asked = _string(record, "instruction")
     if record.get("input"):
@@ -172,7 +156,7 @@ def is_empty(example: Example) -> bool:
     content = last.get("content")
     parts = content if isinstance(content, list) else [content or ""]
     blank = all((text := part_text(part)) is not None and not text.strip() for part in parts)
-    others = set(k for k, v in last.items() if v) - {"role", "content"}
+    others = {key for key, value in last.items() if value} - {"role", "content"}
     return last["role"] in ("assistant", "model") and blank and not others
 
 
@@ -214,7 +198,7 @@ def _message(value: Any, name: str) -> dict:
         message["content"] = message.pop("value")
     role = message.get("role")
     if role not in ROLES:
-        close = nearest(role, ROLES) if isinstance(role, str) else None
+        close = closest(role.lower(), ROLES) if isinstance(role, str) else None
         hint = f"; did you mean {close!r}?" if close else ""
         raise UserError(f"{name} has role {role!r}; expected one of {', '.join(ROLES)}{hint}")
     content = message.get("content")
@@ -226,7 +210,7 @@ def _message(value: Any, name: str) -> dict:
                 _check_part(part, f"{name}.content[{i}]")
     elif not isinstance(content, str) and not (content is None and _may_be_silent(message)):
         what = _kind(content) if "content" in message else "missing"
-        close = nearest("content", message) if what == "missing" else None
+        close = closest("content", message) if what == "missing" else None
         hint = f" (its {close!r} is not read; rename it)" if close else ""
         raise UserError(f"{name}.content is {what}; expected a string{hint}")
     return message
@@ -252,7 +236,7 @@ def _may_be_silent(message: dict) -> bool:
     A misspelt `content` does not count as another key.
     """
     others = [key for key, value in message.items() if value is not None and key != "role"]
-    meant = "content" not in message and nearest("content", others)
+    meant = "content" not in message and closest("content", others)
     return bool(others) and not meant and message["role"] not in ("user", "system", "developer")
 
 
@@ -274,6 +258,5 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:37] + "..."
     return f"{kinds.get(type(value), type(value).__name__)} ({shown})"

@@ -1,22 +1,32 @@
-"""The datasets of a run: all rows, or in a dry run a sample of each source."""
+"""The datasets of a run: read, checked against the model, tokenised or taken from a cache.
 
-from __future__ import annotations
+A dry run takes a sample of each source.
+"""
 
 import dataclasses
+import datetime
+import functools
 import hashlib
+import json
 import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from minisft.batches import Batches, TokenizedDataset, cut_by_tokens
 from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.collator import Collator
-from minisft.data.sources import load_eval, load_train
-from minisft.data.token_files import data_hash
+from minisft.data.readers import read_rows, source_digest
+from minisft.data.settings import Settings
+from minisft.data.token_files import TokenWriter, data_hash, load_tokens, writing_tokens
+from minisft.data.tokenize import tokenize
+from minisft.files.disk import check_writable
 from minisft.text.tokenizer import Tokenizer
 
 SAMPLE_ROWS = 1000  # that a dry run reads of each source
@@ -31,10 +41,6 @@ class Data:
     eval: TokenizedDataset | None
     hash: str  # "" of a sample
 
-    def record(self) -> dict[str, Any]:
-        """What run.json holds about the data."""
-        return {"data": self.train.stats, "eval_data": self.eval.stats if self.eval else None}
-
 
 def load_data(
     config: TrainConfig,
@@ -48,21 +54,20 @@ def load_data(
     vocab_size: rows of the embedding. out: directory for tokens that do not fit in memory; a dry
     run uses a temporary one. say: prints a line. Raises UserError if nothing is left to train.
     """
-    given = (config, tokenizer, vocab_size)
-    if config.dry_run:
-        scratch = Path(tempfile.gettempdir())
-        asked = config.preview if config.preview or not config.preview_json else None  # None: all
-        limit = None if asked is None else max(SAMPLE_ROWS, asked)
-        train_set = load_train(*given, scratch=scratch, limit=limit, say=say)
-        # Packing makes fewer rows than it reads, and some may be dropped: then read all of them.
-        if is_sample(train_set) and asked is not None and len(train_set) < asked:
-            train_set = load_train(*given, scratch=scratch, say=say)
-        eval_set = load_eval(*given, scratch=scratch, limit=SAMPLE_ROWS, say=say)
-        if is_sample(train_set):
-            return Data(train_set, eval_set, hash="")
-    else:
-        train_set = load_train(*given, scratch=out, say=say)
-        eval_set = load_eval(*given, scratch=out, say=say)
+    _check_vocabulary(config, tokenizer, vocab_size)
+    scratch = Path(tempfile.gettempdir()) if config.dry_run else out
+    load = functools.partial(load_rows, config, tokenizer, vocab_size, scratch=scratch, say=say)
+    # A preview file without --preview holds all rows.
+    sampled = config.dry_run and (config.preview or not config.preview_json)
+    train_set = load(limit=max(SAMPLE_ROWS, config.preview) if sampled else None)
+    # Packing makes fewer rows than it reads, and some may be dropped: then read all of them.
+    if is_sample(train_set) and len(train_set) < config.preview:
+        train_set = load()
+    eval_set = None
+    if config.eval_dataset:
+        eval_set = load(limit=SAMPLE_ROWS if config.dry_run else None, for_eval=True)
+    if is_sample(train_set):
+        return Data(train_set, eval_set, hash="")
     hash = data_hash(train_set)
     weights = [weight for _, weight in config.sources]
     # Weights change the order of the rows and nothing in the arrays, but a checkpoint of other
@@ -70,6 +75,133 @@ def load_data(
     if any(weights):
         hash = hashlib.sha256(f"{hash} {weights}".encode()).hexdigest()
     return Data(train_set, eval_set, hash)
+
+
+def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError if the tokenizer has ids beyond the embedding, used by these rows or not."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    token, last = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
+    if last >= vocab_size:
+        raise UserError(
+            f"{', '.join(name for name, _ in config.sources)}: the tokenizer's token {token!r} has "
+            f"id {last}, which does not exist in the model, whose embedding has {vocab_size} rows; "
+            "use the model's own tokenizer"
+        )
+
+
+def load_rows(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    *,
+    scratch: Path,
+    limit: int | None = None,
+    say: Callable[[str], None],
+    for_eval: bool = False,
+) -> TokenizedDataset:
+    """Return all sources of --dataset as one TokenizedDataset, concatenated.
+
+    for_eval: the rows of --eval-dataset instead, not packed. scratch: a directory for tokens that
+    do not fit in memory. limit: rows to read of each source. With --dataset-cache-dir, arrays that
+    an earlier run made from the same input are loaded. vocab_size: rows of the embedding. say:
+    prints a line. Raises UserError naming the source, and the malformed row.
+    """
+    names = [config.eval_dataset] if for_eval else [name for name, _ in config.sources]
+    settings = data_settings(config, config.packing and not for_eval)
+    dataset = _load(names, config, tokenizer, settings, scratch, limit, say)
+    for source in dataset.stats["sources"]:
+        if not source["rows"]:
+            raise UserError(
+                f"{source['source']}: keeps none of its {source['rows_read']} rows; leave it out"
+            )
+    # Rows of token ids bypass the tokenizer. On a GPU such an id ends in a device assert.
+    highest = dataset.stats["max_token_id"]
+    if highest >= vocab_size:
+        raise UserError(
+            f"{', '.join(names)}: token id {highest} does not exist in the model, whose embedding "
+            f"has {vocab_size} rows; use the model's own tokenizer"
+        )
+    return dataset
+
+
+def _load(
+    names: list[str],
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    scratch: Path,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> TokenizedDataset:
+    entry = None
+    if config.dataset_cache_dir:
+        cache = Path(config.dataset_cache_dir)
+        with writing_tokens(cache):
+            check_writable(cache)
+        # A sample (limit) is never cached: its key would be that of all rows.
+        entry = cache / cache_key(names, config, tokenizer, settings) if limit is None else None
+    if entry is not None and (found := load_tokens(entry)) is not None:
+        say(f"tokenised rows of {', '.join(names)}: from {entry}")
+        return found
+    sources = [
+        read_rows(
+            name,
+            split=config.dataset_split,
+            columns=config.column_map,
+            # Several sources, and eval rows, may have our column names already.
+            columns_optional=len(names) > 1 or name == config.eval_dataset,
+            skip_bad=config.skip_bad,
+        )
+        for name in names
+    ]
+    for ours, theirs in config.column_map.items():
+        if len(sources) > 1 and not any(ours in rows.renames for rows in sources):
+            raise UserError(
+                f"--columns {ours}={theirs}: none of {', '.join(names)} has a column {theirs!r}"
+            )
+    procs, writer = config.dataset_num_proc, TokenWriter(scratch, entry)
+    return tokenize(sources, tokenizer, settings, writer=writer, num_proc=procs, limit=limit)
+
+
+def data_settings(config: TrainConfig, packing: bool) -> Settings:
+    """Return the part of a run's settings that shapes the token arrays."""
+    return Settings(
+        format=None if config.dataset_format == "auto" else config.dataset_format,
+        text_field=config.dataset_text_field,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        packing=config.packing_strategy if packing else None,
+        completion_only_loss=config.completion_only_loss,
+        assistant_only_loss=config.assistant_only_loss,
+        instruction_part=config.instruction_part,
+        response_part=config.response_part,
+        skip_bad=config.skip_bad,
+    )
+
+
+def cache_key(
+    names: list[str], config: TrainConfig, tokenizer: Tokenizer, settings: Settings
+) -> str:
+    """Return the SHA-256 (hex) of everything that shapes the token arrays, our code included."""
+    code = hashlib.sha256()
+    for room in ("text", "data"):
+        files = (Path(__file__).parents[1] / room).rglob("*")
+        for file in sorted(f for f in files if f.suffix in (".py", ".jinja")):
+            code.update(file.read_bytes())
+    templates = sorted(tokenizer.chat_templates.items())
+    facts: dict[str, Any] = {
+        "sources": [[source_digest(name, config.dataset_split), name] for name in names],
+        "columns": sorted(config.column_map.items()),
+        "settings": dataclasses.asdict(settings),
+        "tokenizer": {n: hashlib.sha256(c).hexdigest() for n, c in tokenizer.files.items()},
+        "special_tokens": tokenizer.special_tokens,
+        "chat_templates": templates,
+        "code": code.hexdigest(),
+        "versions": {name: version(name) for name in ("tokenizers", "jinja2")},
+    }
+    if any("strftime_now" in text for _, text in templates):
+        facts["day"] = str(datetime.date.today())  # the template writes it into the rows
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data:
@@ -80,7 +212,8 @@ def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data
         raise UserError("batch_fn takes rows as they are read; drop --packing")
     if data.eval is None:
         return data
-    rows, size = list(range(len(data.eval))), config.eval_batch_size
+    size = config.per_device_eval_batch_size or config.per_device_train_batch_size
+    rows = list(range(len(data.eval)))
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     return dataclasses.replace(data, eval=collator(data.eval, batches))
 
@@ -116,12 +249,17 @@ def most_tokens(data: Data, batches: Batches, steps: int) -> int:
 
 def check_rows(config: TrainConfig, data: Data) -> None:
     """Raise UserError if there are fewer rows, before packing, than one batch takes."""
-    rows = data.train.stats["rows_kept"]
-    if config.dry_run:
-        rows = sum(estimated_rows(data.train, "rows_kept"))
+    rows = sum(estimated_rows(data.train, "rows_kept"))
     if rows < config.per_device_train_batch_size:
         raise UserError(
             f"{', '.join(config.dataset)}: {rows} rows do not fill one batch of "
             f"--per-device-train-batch-size {config.per_device_train_batch_size}; lower it, or "
             "give more rows"
         )
+
+
+def num_shared(train: TokenizedDataset, other: TokenizedDataset) -> int:
+    """Return how many documents of `other` are among the training documents, token for token."""
+    if train.digests is None or other.digests is None:
+        return 0
+    return int(np.isin(other.digests.numpy(), train.digests.numpy()).sum())

@@ -1,20 +1,37 @@
-"""One row to documents: token ids with a label each, cut to max_length."""
+"""One row to documents: its text, then token ids with a label each, cut to max_length."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+import json
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minisft.batches import IGNORED
 from minisft.config.errors import UserError
-from minisft.data.render import Rendered
+from minisft.data.formats import Example
 from minisft.data.settings import Settings
 from minisft.data.stats import Counts
-from minisft.text.encoding import TEXT_OPEN
+from minisft.text import chat, masks, sandbox
+from minisft.text.encoding import TEXT_OPEN, Span, mark_special_text
+from minisft.text.parts import join_unread
 from minisft.text.tokenizer import Tokenizer
 
 Piece = tuple[np.ndarray, np.ndarray]  # (ids, labels) of a document, int32 [n] both
+
+
+class Rendered(NamedTuple):
+    """The strings of one row, and what was noticed while rendering it."""
+
+    text: str  # all of the row: prompt and completion
+    # A chat carries its template's special tokens; a text gets those of the tokenizer.
+    is_chat: bool
+    prompt: str | None  # the prompt alone, where the row has one
+    spans: list[Span] | None  # characters of `text` that are trained; None: all of them
+    joined_parts: bool = False  # the template does not read contents in parts: texts were joined
+    no_answer: bool = False  # a chat whose every token is trained has no assistant message
+    unread_tools: bool = False  # the template does not write the row's tools
+    untrained_answer: bool = False  # an answer has 'weight': 0 or 'train': false
 
 
 class Document(NamedTuple):
@@ -25,7 +42,168 @@ class Document(NamedTuple):
     seen: dict[str, bool]  # a name in stats.WARNINGS, "padded" or "unread_mask" -> whether it holds
 
 
-def read_ids(record: dict, *, completion_only_loss: bool) -> Document:
+def render_example(example: Example, settings: Settings, tokenizer: Tokenizer) -> Rendered:
+    """Return the strings of a row: text with EOS appended, or a chat rendered by its template.
+
+    Raises UserError if the template fails or the text cannot be tokenised.
+    """
+    if isinstance(example.completion, list):
+        return _render_chat(example, example.completion, settings, tokenizer)
+    if settings.assistant_only_loss:
+        raise UserError("assistant_only_loss needs chat rows; this row is text")
+    prompt, completion = example.prompt, example.completion
+    assert prompt is None or isinstance(prompt, str)
+    eos = tokenizer.special_tokens["eos_token"]
+    # Without a trained EOS the model never learns to stop. Rows that end in one keep it single.
+    completion += "" if completion.endswith(eos) else eos
+    text = _encodable((prompt or "") + completion)
+    return Rendered(text, False, prompt, _part_spans(text, settings))
+
+
+def _render_chat(
+    example: Example, completion: list[dict], settings: Settings, tokenizer: Tokenizer
+) -> Rendered:
+    prompt = example.prompt if isinstance(example.prompt, list) else None
+    given = [*(prompt or []), *completion]
+    messages = join_unread(given, lambda m: _render(example, m, tokenizer))
+    if settings.assistant_only_loss:
+        text, spans = _assistant_spans(example, messages, tokenizer)
+        spans = masks.without_marked(spans, messages)
+    else:
+        text = _render(example, messages, tokenizer)
+        spans = _part_spans(text, settings)
+    trained = completion if settings.completion_only_loss else messages
+    alone = None
+    if prompt is not None:
+        alone = _render(example, messages[: len(prompt)], tokenizer, generate=True)
+    return Rendered(
+        text,
+        True,
+        alone,
+        spans,
+        joined_parts=messages != given,
+        no_answer=spans is None and not masks.answers(messages),
+        unread_tools=_leaves_out_tools(example, messages, tokenizer, text),
+        untrained_answer=not all(map(masks.is_trained, masks.answers(trained))),
+    )
+
+
+def _part_spans(text: str, settings: Settings) -> list[Span] | None:
+    if not settings.response_part:
+        return None
+    return masks.marker_spans(text, settings.instruction_part, settings.response_part)
+
+
+def _encodable(text: str) -> str:
+    """Return the text; raises UserError if it cannot be tokenised."""
+    # One text of 105 M characters took 11.6 GB to tokenise.
+    if len(text) > sandbox.MAX_CHARS:
+        raise UserError(
+            f"the text has {len(text):,} characters; at most {sandbox.MAX_CHARS:,} of one row are "
+            "tokenised: split it into several rows"
+        )
+    try:
+        # JSON can spell half of a surrogate pair ("\ud83d"); UTF-8, and so the tokenizer, cannot.
+        if not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"the text holds a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}; "
+            "repair the row's \\u escapes"
+        ) from None
+    return text
+
+
+# Names that a row's chat_template_kwargs may set but that are not template variables.
+_RENDER_NAMES = ("chat_template", "tools", "documents", "add_generation_prompt")
+_REFUSED_NAMES = ("messages", "continue_final_message", "tokenize", "return_dict")
+
+
+def _render_arguments(example: Example, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
+    """(template, arguments of `chat.render`) of a row."""
+    variables = dict(example.variables or {})
+    if refused := [name for name in _REFUSED_NAMES if name in variables]:
+        raise UserError(f"chat_template_kwargs sets {refused[0]!r}, which a row cannot choose")
+    given = {name: variables.pop(name) for name in _RENDER_NAMES if name in variables}
+    tools = given.get("tools", example.tools)
+    return given.get("chat_template") or tokenizer.template_for(tools), {
+        "special_tokens": tokenizer.special_tokens,
+        "tools": mark_special_text(tokenizer, tools),
+        "documents": mark_special_text(tokenizer, given.get("documents")),
+        "variables": variables,
+        "add_generation_prompt": bool(given.get("add_generation_prompt", False)),
+    }
+
+
+def _render(
+    example: Example, messages: list[dict], tokenizer: Tokenizer, *, generate: bool = False
+) -> str:
+    template, arguments = _render_arguments(example, tokenizer)
+    arguments["add_generation_prompt"] |= generate
+    marked = mark_special_text(tokenizer, messages)
+    return _encodable(chat.render(template, marked, **arguments))
+
+
+def _leaves_out_tools(
+    example: Example, messages: list[dict], tokenizer: Tokenizer, text: str
+) -> bool:
+    """Whether the chat, rendered as `text`, is the same without the row's tools."""
+    variables = dict(example.variables or {})
+    if not variables.pop("tools", example.tools):
+        return False
+    bare = example._replace(tools=None, variables=variables)
+    try:
+        return _render(bare, messages, tokenizer) == text
+    except UserError:  # the template needs them
+        return False
+
+
+def _assistant_spans(
+    example: Example, messages: list[dict], tokenizer: Tokenizer
+) -> tuple[str, list[Span]]:
+    """(rendered chat, the characters of the assistant's turns)."""
+    template, arguments = _render_arguments(example, tokenizer)
+    del arguments["add_generation_prompt"]
+    marked = mark_special_text(tokenizer, messages)
+    if chat.has_generation_block(template):
+        text, spans = chat.assistant_spans(template, marked, **arguments)
+        return _encodable(text), spans
+    special = tokenizer.special_text
+    shape = _turn_shape(template, json.dumps(arguments, sort_keys=True, default=str), special)
+    text, spans = masks.prefix_spans(_renderer(template, arguments), marked, shape, special)
+    return _encodable(text), spans
+
+
+def _renderer(template: str, arguments: dict[str, Any]) -> masks.Render:
+    return lambda messages, generate: chat.render(
+        template, messages, add_generation_prompt=generate, **arguments
+    )
+
+
+# Rendering the probe chat for every row would double the rendering; rows share their arguments.
+@lru_cache(maxsize=64)
+def _turn_shape(template: str, arguments: str, special: re.Pattern[str]) -> masks.TurnShape:
+    """`masks.turn_shape` of a template under a row's render arguments (JSON, to be hashable)."""
+    return masks.turn_shape(_renderer(template, json.loads(arguments)), special)
+
+
+def end_of_turn(settings: Settings, tokenizer: Tokenizer) -> str | None:
+    """Return what ends a trained turn with assistant_only_loss, else None.
+
+    Checks the masks on a probe chat before the first row; raises UserError if an answer would not
+    be trained or a question would be.
+    """
+    if not settings.assistant_only_loss or settings.format == "input_ids":
+        return None
+    if tokenizer.chat_template is None:
+        return None  # rows may bring their own template; each row without one is an error
+    try:
+        return masks.check_spans(lambda m: _assistant_spans(Example(None, m), m, tokenizer))
+    except UserError as e:
+        raise UserError(f"assistant_only_loss: {e}") from None
+
+
+def read_ids(record: dict, completion_only_loss: bool) -> Document:
     """Return a row that is tokenised already: its labels, or its ids under its masks.
 
     Padding, where attention_mask is 0, is removed. Raises UserError for a column that is not a
@@ -124,7 +302,7 @@ def _ends_in_special(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) 
 
 
 def fit(document: Document, settings: Settings, where: str, counts: Counts) -> list[Piece]:
-    """Return the document cut as `overlong` says: in full, cut, in pieces, or nothing (dropped).
+    """Return the document cut as `overlong` says: uncut, cut, in pieces, or nothing (dropped).
 
     where: names the row in the UserError of overlong "error". counts: gets what happened.
     """

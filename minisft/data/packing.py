@@ -4,65 +4,28 @@ Written here so that a run does not need TRL. Row for row equal to trl.pack_data
 (tests/parity/test_data_trl.py), which keeps losses comparable.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 from collections import deque
 
 import numpy as np
 
-from minisft.batches import TokenizedDataset
-from minisft.config.errors import UserError
 from minisft.data.token_files import TokenWriter
 
-PACKING = ("bfd", "bfd_split", "wrapped")
 GROUP_ROWS = 1000  # documents that are packed together, as the datasets library batches them
-
-
-def pack(dataset: TokenizedDataset, *, max_length: int, strategy: str) -> TokenizedDataset:
-    """Pack a dataset of one document per row; equal to TRL 1.16's pack_dataset.
-
-    "bfd": best fit decreasing, documents cut to max_length; "bfd_split": the rest of a long
-    document becomes documents of its own; "wrapped": all documents concatenated and cut every
-    max_length tokens, one document per row. Each group of 1000 documents is packed by itself.
-    Raises UserError for an unknown strategy or max_length below 1.
-    """
-    check_packing(strategy, max_length)
-    assert len(dataset) == len(dataset.document_offsets) - 1, "pack takes one document per row"
-    offsets = dataset.document_offsets.tolist()
-    ids, labels = dataset.input_ids.numpy(), dataset.labels.numpy()
-    documents = [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(offsets)]
-    writer = TokenWriter()
-    for begin in range(0, len(documents), GROUP_ROWS):
-        write_packed(writer, documents[begin : begin + GROUP_ROWS], max_length, strategy)
-    stats = dataset.stats | {
-        "rows_packed": writer.num_rows,
-        "packing_efficiency": writer.num_tokens / max(writer.num_rows * max_length, 1),
-    }
-    if strategy == "bfd":
-        stats["truncated"] = int((np.diff(offsets) > max_length).sum())
-    return writer.finish(stats)
-
-
-def check_packing(strategy: str, max_length: int | None) -> None:
-    """Raise UserError for an unknown strategy or a max_length below 1."""
-    if strategy not in PACKING:
-        raise UserError(f"packing strategy is {strategy!r}; expected one of {', '.join(PACKING)}")
-    if max_length is None or max_length < 1:
-        raise UserError(f"max_length is {max_length}; packing needs at least 1")
 
 
 def write_packed(
     writer: TokenWriter,
     documents: list[tuple[np.ndarray, np.ndarray]],
     max_length: int,
-    strategy: str,
+    strategy: str | None,
 ) -> None:
-    """Write one group of documents, (ids, labels) each, as packed rows."""
+    """Write at most GROUP_ROWS documents, (ids, labels) each, as packed rows; None: one a row."""
     ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
-    for row in _pack_group(offsets, max_length, strategy):
+    rows = [[piece] for piece in itertools.pairwise(offsets)]
+    for row in _pack_group(offsets, max_length, strategy) if strategy else rows:
         writer.add([(ids[a:b], labels[a:b]) for a, b in row])
 
 

@@ -1,45 +1,33 @@
 """Rows as the loss sees them: their text with the trained tokens marked, their ids, and totals."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minisft.batches import IGNORED, TokenizedDataset
-from minisft.config.errors import UserError
+from minisft.files.disk import atomically, writing
 from minisft.text.encoding import decode
 from minisft.text.tokenizer import Tokenizer
 
 _SHORT = 150  # characters of a stretch of text in the short form
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
-
-
-class Style(NamedTuple):
-    """What is printed before and after trained tokens."""
-
-    on: str
-    off: str
-
-    def mark(self, text: str, trained: bool) -> str:
-        """Return the text, marked if it is trained."""
-        return f"{self.on}{text}{self.off}" if trained else text
+Style = tuple[str, str]  # before and after trained tokens
 
 
 def terminal_style() -> Style:
-    """Return green on a terminal that shows colour, else brackets."""
+    """Return what is printed before and after trained tokens: green where stdout has colour."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        return Style(_GREEN, _PLAIN)
-    return Style("[[", "]]")
+        return _GREEN, _PLAIN
+    return "[[", "]]"
 
 
 def _stretches(
-    dataset: TokenizedDataset, span: tuple[int, int], tokenizer: Tokenizer
-) -> Iterator[tuple[str, list[int], bool]]:
-    """(text, ids, trained) of each run of tokens of a document that are all trained, or all not."""
+    dataset: TokenizedDataset, span: tuple[int, int], tokenizer: Tokenizer, style: Style
+) -> Iterator[tuple[str, list[int], Style]]:
+    """(text, ids, marks) of each run of tokens of a document; no marks if it is not trained."""
     ids, labels = (a[slice(*span)].tolist() for a in (dataset.input_ids, dataset.labels))
     start = 0
     for i in range(1, len(ids) + 1):
@@ -47,22 +35,22 @@ def _stretches(
         trained = start > 0 and labels[start] != IGNORED
         if i == len(ids) or (labels[i] != IGNORED) != trained:
             text = decode(tokenizer, ids[start:i], skip_special_tokens=False)
-            yield printable(text), ids[start:i], trained
+            yield printable(text), ids[start:i], style if trained else ("", "")
             start = i
 
 
 def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style: Style) -> str:
-    """Return one row in full: a heading, then the text and the ids of each document."""
+    """Return one untruncated row: a heading, then the text and the ids of each document."""
     documents = dataset.row_documents(row)
     text, num_trained = "", 0
     for number, (a, b) in enumerate(documents):
         if len(documents) > 1:
             text += f"--- document {number}: {b - a} tokens ---\n"
         listed = []
-        for piece, ids, trained in _stretches(dataset, (a, b), tokenizer):
-            text += style.mark(piece, trained)
-            listed.append(style.mark(" ".join(map(str, ids)), trained))
-            num_trained += len(ids) * trained
+        for piece, ids, (on, off) in _stretches(dataset, (a, b), tokenizer, style):
+            text += f"{on}{piece}{off}"
+            listed.append(f"{on}{' '.join(map(str, ids))}{off}")
+            num_trained += len(ids) if on else 0
         text += f"\nids: {' '.join(listed)}\n"
     total = documents[-1][1] - documents[0][0]
     return f"=== row {row}: {total} tokens, {num_trained} trained ===\n{text}"
@@ -71,10 +59,10 @@ def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style
 def preview_short(dataset: TokenizedDataset, tokenizer: Tokenizer, style: Style) -> str:
     """Return the first document on one line, long stretches shortened."""
     line = ""
-    for piece, _, trained in _stretches(dataset, dataset.row_documents(0)[0], tokenizer):
+    for piece, _, (on, off) in _stretches(dataset, dataset.row_documents(0)[0], tokenizer, style):
         if len(piece) > _SHORT:
             piece = f"{piece[: _SHORT // 2]} ... {piece[-_SHORT // 2 :]}"
-        line += style.mark(piece.replace("\n", "\\n"), trained)
+        line += on + piece.replace("\n", "\\n") + off
         if len(line) > 4 * _SHORT:
             return line + " ..."
     return line
@@ -132,30 +120,16 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def write_preview(
-    dataset: TokenizedDataset, tokenizer: Tokenizer, count: int | None, file: str
-) -> None:
-    """Write the first `count` rows (None: all) as {"rows": [...]}, in dataset order.
-
-    A row has text, input_ids, labels (not shifted, -100 where not trained), position_ids (from 0
-    in each document) and document_ids (the number of each token's document in the row). Raises
-    UserError if the file cannot be written.
-    """
-    num_rows = len(dataset) if count is None else min(count, len(dataset))
-    path = Path(file)
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
+def _write_json(dataset: TokenizedDataset, tokenizer: Tokenizer, num_rows: int, path: Path) -> None:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as out:
-            out.write('{"rows": [')
-            # Row by row: the rows may be larger than memory.
-            for row in range(num_rows):
-                out.write(",\n" if row else "\n")
-                json.dump(_json_row(dataset, row, tokenizer), out, ensure_ascii=False)
-            out.write("\n]}\n")
-        partial.replace(path)
-    except OSError as e:
-        raise UserError(f"--preview-json {file}: cannot be written ({e.strerror})") from None
+    with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        out.write('{"rows": [')
+        # Row by row: the rows may be larger than memory.
+        for row in range(num_rows):
+            out.write(",\n" if row else "\n")
+            json.dump(_json_row(dataset, row, tokenizer), out, ensure_ascii=False)
+        out.write("\n]}\n")
 
 
 def _json_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -172,24 +146,20 @@ def _json_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer) -> dict
 
 
 def show_preview(
-    dataset: TokenizedDataset,
-    tokenizer: Tokenizer,
-    count: int,
-    file: str,
-    say: Callable[[str], None],
+    data: TokenizedDataset, tokenizer: Tokenizer, count: int, file: str, say: Callable[[str], None]
 ) -> None:
-    """Print `count` rows in full (--preview), or the first one on a line; --preview-json: a file.
+    """Print `count` whole rows (--preview), or the first on one line; --preview-json: a file.
 
     count 0 writes all rows to the file. say: prints a line.
     """
-    style, shown = terminal_style(), min(count, len(dataset))
+    style, shown = terminal_style(), min(count, len(data))
     if count == 0:
-        say(f"row 0   {preview_short(dataset, tokenizer, style)}")
+        say(f"row 0   {preview_short(data, tokenizer, style)}")
     for row in range(shown):
-        say(preview_row(dataset, row, tokenizer, style))
+        say(preview_row(data, row, tokenizer, style))
     if count:
-        how = "in green" if style.on == _GREEN else f"between {style.on} and {style.off}"
-        say(f"{shown:,} of {len(dataset):,} rows shown; trained tokens are {how}")
+        how = "in green" if style[0] == _GREEN else "between {} and {}".format(*style)
+        say(f"{shown:,} of {len(data):,} rows shown; trained tokens are {how}")
     if file:
-        write_preview(dataset, tokenizer, count or None, file)
+        _write_json(data, tokenizer, shown if count else len(data), Path(file))
         say(f"rows written to {file}")

@@ -4,8 +4,6 @@ Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read 
 for, so such a source may be larger than memory; .json and .csv files are read into memory.
 """
 
-from __future__ import annotations
-
 import bisect
 import csv
 import io
@@ -18,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.data import formats
 from minisft.files.disk import file_digest
 
@@ -29,19 +27,12 @@ _EXPECTED = ", ".join(EXTENSIONS)
 _CHUNK = 1000  # parquet rows that are converted to dicts together
 
 
-class Records(Protocol):
-    """What Rows holds: records[i] is the dict of row i, under the file's column names."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> dict: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of one source as dicts; `rows[i]` has its columns under our names."""
 
     source: str  # file name or hub id, for messages
-    records: Records
+    records: Any  # a sequence: records[i] is the dict of row i, under the file's column names
     columns: tuple[str, ...]  # under our names: the union over rows
     renames: dict[str, str] = field(default_factory=dict)  # our name -> the file's
     lines: array | list[int] | None = None  # line number of each row, where the file has lines
@@ -95,9 +86,8 @@ def read_rows(
         )
     readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     with _reading(source):
-        rows = (
-            _read_jsonl(path, skip_bad) if path.suffix == ".jsonl" else readers[path.suffix](path)
-        )
+        read = readers.get(path.suffix)
+        rows = read(path) if read else _read_jsonl(path, skip_bad)
     if not len(rows):
         skipped = f" ({rows.skipped} malformed lines were skipped)" if rows.skipped else ""
         raise UserError(f"{source}: holds no rows{skipped}; give a file with at least one")
@@ -118,11 +108,11 @@ def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
         columns = {ours: theirs for ours, theirs in columns.items() if theirs in rows.columns}
     for ours, theirs in columns.items():
         if ours not in formats.KNOWN_COLUMNS:
-            close = formats.nearest(ours, formats.KNOWN_COLUMNS)
+            close = closest(ours.lower(), formats.KNOWN_COLUMNS)
             hint = f"did you mean {close}?" if close else ", ".join(formats.KNOWN_COLUMNS)
             raise UserError(f"--columns {ours}={theirs}: {ours!r} is not a name we read; {hint}")
         if theirs not in rows.columns:
-            close = formats.nearest(theirs, rows.columns)
+            close = closest(theirs.lower(), rows.columns)
             hint = f"; did you mean {close!r}?" if close else ""
             raise UserError(
                 f"{rows.source}: no column {theirs!r} (asked for by --columns {ours}={theirs}); "
@@ -152,7 +142,7 @@ class _Lines:
         with _reading(where):
             self._file = self._file or self.path.open("rb")
             self._file.seek(self.offsets[i])
-            record = _parse_line(self._file.readline(), where, self.path, self.offsets[i])
+            record = _parse_line(self._file.readline(), where, self.offsets[i])
         if record is None:
             raise UserError(f"{where}: the line is gone; the file was changed while it was read")
         return record
@@ -162,44 +152,29 @@ class _Lines:
 
 
 def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
-    records, names, skipped = _Lines(path), {}, 0
+    records, names, offset, skipped = _Lines(path), {}, 0, 0
     with path.open("rb") as file:
-        for number, offset, raw in _numbered_lines(file):
+        for number, raw in enumerate(file, 1):
             try:
-                record = _parse_line(raw, f"{path}:{number}", path, offset)
+                record = _parse_line(raw, f"{path}:{number}", offset)
             except UserError:
                 if not skip_bad:
                     raise
-                skipped += 1
-                continue
+                record, skipped = None, skipped + 1
             if record is not None:
                 records.offsets.append(offset)
                 records.numbers.append(number)
                 names.update(dict.fromkeys(record))
+            offset += len(raw)
     return Rows(str(path), records, tuple(names), {}, records.numbers, skipped)
 
 
-def _numbered_lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset of the line, its bytes), without the byte order mark."""
-    offset = 0
-    for number, raw in enumerate(file, 1):
-        mark = 3 if number == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
-        yield number, offset + mark, raw[mark:]
-        offset += len(raw)
-
-
-def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
-    """The object of a line, None if it is blank; offset: of the line in the file, for messages."""
+def _parse_line(raw: bytes, where: str, offset: int) -> dict | None:
+    """The object of a line, None if it is blank; offset: of the line in the file."""
+    if not (text := _decode(raw, where, offset).strip()):
+        return None
     try:
-        text = raw.decode("utf-8").strip()
-        if not text:
-            return None
         record = json.loads(text)
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{where}: {path.name} is not UTF-8 at byte {offset + e.start} "
-            f"(0x{raw[e.start]:02x}); convert it to UTF-8"
-        ) from None
     except (ValueError, RecursionError) as e:
         raise UserError(
             f"{where}: malformed JSON ({_json_reason(e, text)}); expected one JSON object per line"
@@ -207,6 +182,18 @@ def _parse_line(raw: bytes, where: str, path: Path, offset: int) -> dict | None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: the row is {type(record).__name__}; expected a JSON object")
     return record
+
+
+def _decode(raw: bytes, where: str | Path, offset: int = 0) -> str:
+    """The text of UTF-8 bytes from this offset of a file, without the byte order mark at 0."""
+    mark = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
+    try:
+        return raw[mark:].decode("utf-8")
+    except UnicodeDecodeError as e:
+        at = mark + e.start
+        raise UserError(
+            f"{where}: not UTF-8 at byte {offset + at} (0x{raw[at]:02x}); convert it to UTF-8"
+        ) from None
 
 
 def _json_reason(error: Exception, text: str) -> str:
@@ -217,7 +204,7 @@ def _json_reason(error: Exception, text: str) -> str:
 
 
 def _read_json(path: Path) -> Rows:
-    text = _read_utf8(path)
+    text = _decode(path.read_bytes(), path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -247,21 +234,10 @@ def _read_json(path: Path) -> Rows:
     return Rows(str(path), value, tuple(names))
 
 
-def _read_utf8(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        # The codec counts from the end of a byte order mark.
-        start = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
-        raise UserError(
-            f"{path}: not UTF-8 at byte {start} (0x{raw[start]:02x}); convert it to UTF-8"
-        ) from None
-
-
 def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    text = _decode(path.read_bytes(), path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records, lines = [], []
     try:
         header = _checked_header(next((row for row in reader if row), []), path)
@@ -321,37 +297,37 @@ class _ParquetRows:
             if self._group[0] != group:
                 self._group = (group, self._read(group))
             first = i - (i - self.starts[group]) % _CHUNK
-            table = self._group[1].slice(first - self.starts[group], _CHUNK)
-            rows = table.to_pylist()
+            rows = self._group[1].slice(first - self.starts[group], _CHUNK).to_pylist()
             self._chunk = (first, rows)
         return rows[i - first]
 
     def _read(self, group: int) -> Any:
         import pyarrow.parquet
 
-        try:
+        with _parquet(self.path, OSError):  # such as an unexpected end of the file
             self._file = self._file or pyarrow.parquet.ParquetFile(self.path)
             return self._file.read_row_group(group)
-        except (pyarrow.ArrowException, ValueError, OSError) as e:
-            raise _bad_parquet(self.path, e) from None
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process opens the file itself
         return self.__dict__ | {"_file": None, "_group": (-1, None), "_chunk": (-1, [])}
 
 
-def _read_parquet(path: Path) -> Rows:
+@contextmanager
+def _parquet(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors, and what pyarrow finds wrong with a file, into a UserError."""
     import pyarrow
 
     try:
+        yield
+    except (pyarrow.ArrowException, ValueError, *errors) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+
+
+def _read_parquet(path: Path) -> Rows:
+    with _parquet(path):
         records = _ParquetRows(path)
-    except (pyarrow.ArrowException, ValueError) as e:
-        raise _bad_parquet(path, e) from None
     return Rows(str(path), records, records.names)
-
-
-def _bad_parquet(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path}: not a readable parquet file ({reason}); write it again")
 
 
 def _read_hub(source: str, split: str) -> Rows:
@@ -375,7 +351,6 @@ def _read_hub(source: str, split: str) -> Rows:
 def source_digest(source: str, split: str = "train") -> str:
     """Return the SHA-256 of a file's bytes as hex, or the fingerprint of a hub dataset's split."""
     if not Path(source).is_file():
-        records: Any = _read_hub(source, split).records
-        return str(records._fingerprint)
+        return str(_read_hub(source, split).records._fingerprint)
     with _reading(source):
         return file_digest(Path(source))

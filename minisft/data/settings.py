@@ -1,30 +1,25 @@
 """Settings that shape the token arrays, and their values for one source."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-from minisft.config.errors import UserError
+from minisft.config.errors import UserError, closest
 from minisft.data import formats
-from minisft.data.packing import check_packing
 from minisft.data.readers import Rows
 from minisft.text.tokenizer import Tokenizer
-
-OVERLONG = ("truncate", "drop", "split", "error")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What shapes the token arrays besides the rows and the tokenizer; part of the cache key.
 
-    Raises UserError for an unknown value or a contradiction.
+    Raises UserError if the parts contradict another setting.
     """
 
     format: str | None = None  # one of formats.FORMATS; None detects it
     text_field: str = "text"
     max_length: int | None = None  # tokens
-    overlong: str | None = None  # one of OVERLONG; None: truncate, or what the packing does
-    packing: str | None = None  # one of packing.PACKING
+    overlong: str | None = None  # as --overlong; None: truncate, or what the packing does
+    packing: str | None = None  # bfd, bfd_split or wrapped; needs a max_length
     completion_only_loss: bool | None = None  # None: if rows have a prompt and a completion
     assistant_only_loss: bool = False
     instruction_part: str = ""  # with response_part: train what follows a response_part,
@@ -32,8 +27,6 @@ class Settings:
     skip_bad: bool = False  # drop and count malformed rows instead of stopping
 
     def __post_init__(self):
-        if self.overlong is not None and self.overlong not in OVERLONG:
-            raise UserError(f"overlong is {self.overlong!r}; expected one of {', '.join(OVERLONG)}")
         if bool(self.instruction_part) != bool(self.response_part):
             raise UserError(
                 "--instruction-part and --response-part belong together: training starts after "
@@ -43,8 +36,6 @@ class Settings:
             raise UserError(
                 "--assistant-only-loss and --response-part both say what is trained; give one"
             )
-        if self.packing is not None:
-            check_packing(self.packing, self.max_length)
 
 
 def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> Settings:
@@ -52,13 +43,11 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
 
     Raises UserError if the source's columns do not fit the settings.
     """
-    format = settings.format
+    format, field = settings.format, settings.text_field
     if format is None:
-        format = formats.detect_format(
-            rows.columns, text_field=settings.text_field, source=rows.source
-        )
-    elif missing := formats.missing_columns(format, rows.columns, text_field=settings.text_field):
-        close = formats.nearest(missing[0], rows.columns)
+        format = formats.detect_format(rows.columns, text_field=field, source=rows.source)
+    elif missing := formats.missing_columns(format, rows.columns, text_field=field):
+        close = closest(missing[0].lower(), rows.columns)
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(
             f"{rows.source}: format {format} needs column {', '.join(missing)}; found columns "
@@ -66,9 +55,8 @@ def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> 
         )
     completion_only = settings.completion_only_loss
     if completion_only is None:
-        completion_only = format == "alpaca" or not formats.missing_columns(
-            "prompt-completion", rows.columns
-        )
+        missing = formats.missing_columns("prompt-completion", rows.columns)
+        completion_only = format == "alpaca" or not missing
     if format != "input_ids" and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token; set it in tokenizer_config.json")
     if settings.assistant_only_loss and format == "text":

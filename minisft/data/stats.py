@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,29 +57,30 @@ def dataset_stats(
     numbers of tokens.
     """
     found = dict.fromkeys(source["format"] for source in sources)
+    seen = counts.seen
+    warned = [text.format(n=seen[k], kept=seen["kept"]) for k, text in WARNINGS.items() if seen[k]]
     stats = {
         "format": ", ".join(found),
         "rows_read": sum(source["rows_read"] for source in sources),
-        "rows_kept": counts.seen["kept"],
+        "rows_kept": seen["kept"],
         "dropped": {reason: n for reason, n in counts.dropped.items() if n},
-        "padded": counts.seen["padded"],
-        "truncated": counts.seen["truncated"],
-        "split": counts.seen["split"],
+        "padded": seen["padded"],
+        "truncated": seen["truncated"],
+        "split": seen["split"],
         "longest": counts.longest,
         "duplicates": writer.num_duplicates(),
         "packing_efficiency": None,
         "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
-        "warnings": _warnings(counts.seen),
+        "warnings": warned,
         "sources": sources,
     }
     if settings.packing is not None and settings.max_length is not None:
         stats["rows_packed"] = writer.num_rows
-        stats["packing_efficiency"] = writer.num_tokens / max(
-            writer.num_rows * settings.max_length, 1
-        )
-    if settings.completion_only_loss is None and (n := counts.seen["unread_mask"]):
+        room = writer.num_rows * settings.max_length
+        stats["packing_efficiency"] = writer.num_tokens / max(room, 1)
+    if settings.completion_only_loss is None and (n := seen["unread_mask"]):
         stats["warnings"].append(
-            f"{n} of {counts.seen['kept']} rows have a completion_mask, which only "
+            f"{n} of {seen['kept']} rows have a completion_mask, which only "
             "--completion-only-loss applies; without it every token is trained"
         )
     if settings.completion_only_loss and found.keys() & {"text", "messages", "sharegpt"}:
@@ -94,25 +94,25 @@ def dataset_stats(
 # What was noticed in n of the kept rows, and what to do about it.
 WARNINGS = {
     "lost_prompt_tokens": (
-        "in {n} of {kept} rows the prompt's last tokens change when the completion "
-        "follows, and count as completion; end the prompt at a token boundary, for instance "
-        "by moving its last space to the start of the completion"
+        "in {n} of {kept} rows the prompt's last tokens change when the completion follows, and "
+        "count as completion; end the prompt at a token boundary, for instance by moving its last "
+        "space to the start of the completion"
     ),
     "two_bos": (
-        "{n} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave "
-        "it out of the text"
+        "{n} of {kept} rows start with two BOS tokens; the tokenizer adds one, so leave it out of "
+        "the text"
     ),
     "special_text": (
-        "{n} of {kept} chats hold special-token strings in their messages; they are "
-        "encoded as plain text"
+        "{n} of {kept} chats hold special-token strings in their messages; they are encoded as "
+        "plain text"
     ),
     "joined_parts": (
-        "{n} of {kept} chats hold contents in parts that the chat template does not read; "
-        "the texts of the parts are joined"
+        "{n} of {kept} chats hold contents in parts that the chat template does not read; the "
+        "texts of the parts are joined"
     ),
     "no_answer": (
-        "{n} of {kept} chats hold no assistant message, and every token of them is trained, "
-        "the user's words too; leave them out, or use --assistant-only-loss"
+        "{n} of {kept} chats hold no assistant message, and every token of them is trained, the "
+        "user's words too; leave them out, or use --assistant-only-loss"
     ),
     "no_end": (
         "in {n} of {kept} chats the last trained token is not a special token, so nothing there "
@@ -120,19 +120,14 @@ WARNINGS = {
         "trained part?"
     ),
     "unread_tools": (
-        "{n} of {kept} chats have tools that the chat template does not write, so the model "
-        "does not see them; give a --chat-template that does, or leave the tools out"
+        "{n} of {kept} chats have tools that the chat template does not write, so the model does "
+        "not see them; give a --chat-template that does, or leave the tools out"
     ),
     "unread_marks": (
         "{n} of {kept} chats mark answers with 'weight': 0 or 'train': false, but these are "
         "trained too; use --assistant-only-loss to leave them out"
     ),
 }
-
-
-def _warnings(seen: Counter[str]) -> list[str]:
-    counted = ((seen[name], text) for name, text in WARNINGS.items())
-    return [text.format(n=n, kept=seen["kept"]) for n, text in counted if n]
 
 
 def _newline_hint(part: str) -> str:
@@ -153,11 +148,9 @@ def check_instruction_part(settings: Settings, counts: Counts, source: str) -> N
         )
 
 
-def nothing_to_train(
-    stats: dict[str, Any], settings: Settings, sources: Sequence[Rows]
-) -> UserError:
+def nothing_to_train(stats: dict[str, Any], settings: Settings) -> UserError:
     """Return the error for a dataset without a single target: what was dropped, and the remedy."""
-    names = ", ".join(rows.source for rows in sources)
+    names = ", ".join(source["source"] for source in stats["sources"])
     dropped = "".join(f", {n} dropped ({reason})" for reason, n in stats["dropped"].items())
     cut = settings.max_length is not None and stats["longest"] > settings.max_length
     remedy = "raise --max-length" if cut else "give rows with something to learn"

@@ -4,11 +4,8 @@ A cache entry is a directory named by the hash of everything that shapes its arr
 under that name only when it is complete.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from array import array
@@ -20,11 +17,10 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.files.disk import check_writable, file_digest
+from minisft.files.disk import file_digest
 
 # A file each, under the name of its field of TokenizedDataset.
 _TOKENS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4")}
@@ -51,19 +47,17 @@ class TokenWriter:
     """Takes rows of documents in order; `finish` returns the TokenizedDataset.
 
     scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
-    memory-mapped at the end, so that 8 bytes a row and a document stay in memory; the files are
+    memory-mapped at the end, so that 8 bytes per row and document stay in memory; the files are
     unlinked by then. entry: a path that does not exist yet, where the files stay instead.
     Without both, everything stays in memory.
     """
 
     def __init__(self, scratch: Path | None = None, entry: Path | None = None):
         self._entry = entry
+        home = scratch if entry is None else entry.parent
         # The process id keeps two runs that share a cache or a scratch directory apart.
-        self._partial: Path | None = None
-        if entry is not None:
-            self._partial = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-        elif scratch is not None:
-            self._partial = scratch / f".rows.{os.getpid()}.{id(self)}.tmp"
+        name = f".{entry.name if entry else 'rows'}.{os.getpid()}.{id(self)}.tmp"
+        self._partial = None if home is None else home / name
         # array: 8 bytes a number, where a list of Python integers takes 36.
         self._document_offsets, self._row_offsets = array("q", [0]), array("q", [0])
         self._digests, self._row_targets = array("q"), array("q")
@@ -86,8 +80,7 @@ class TokenWriter:
             # The first token of a document has nothing before it, so it is never a target.
             self.num_trained += int((labels[1:] != IGNORED).sum())
             self.num_tokens += len(ids)
-            if len(ids):
-                self.max_token_id = max(self.max_token_id, int(ids.max()))
+            self.max_token_id = max(self.max_token_id, int(ids.max(initial=-1)))
             self._document_offsets.append(self.num_tokens)
             for (name, dtype), values in zip(_TOKENS.items(), (ids, labels), strict=True):
                 self._blocks[name].append(np.ascontiguousarray(values, dtype=dtype))
@@ -98,7 +91,7 @@ class TokenWriter:
             self._flush(self._partial)
 
     def _flush(self, partial: Path) -> None:
-        with _writing(partial.parent):
+        with writing_tokens(partial.parent):
             if not self._files:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -140,7 +133,7 @@ class TokenWriter:
             return TokenizedDataset(stats=stats, **tensors)
         assert self._partial is not None
         self._flush(self._partial)
-        with _writing(self._partial.parent):
+        with writing_tokens(self._partial.parent):
             for file in self._files.values():
                 file.close()
             for name, values in small.items():
@@ -166,15 +159,9 @@ class TokenWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def check_cache(directory: Path) -> None:
-    """Raise UserError if --dataset-cache-dir is not writable, before rows are tokenised for it."""
-    with _writing(directory):
-        check_writable(directory)
-
-
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the directory."""
+def writing_tokens(directory: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the directory and --dataset-cache-dir."""
     try:
         yield
     except OSError as e:
@@ -197,18 +184,11 @@ def load_tokens(entry: Path) -> TokenizedDataset | None:
 
 def _map(entry: Path) -> TokenizedDataset:
     meta = json.loads((entry / _META).read_text(encoding="utf-8"))
-    tensors: dict[str, Any] = {
-        name: _mapped(entry / name, dtype) for name, dtype in _ARRAYS.items()
-    }
-    return TokenizedDataset(
-        stats=meta["stats"], hash=_combined(meta["sha256"]), entry=entry, **tensors
-    )
-
-
-def _mapped(path: Path, dtype: np.dtype) -> Tensor:
-    if not path.stat().st_size:  # mmap refuses empty files
-        return torch.from_numpy(np.zeros(0, dtype=dtype))
-    with open(path, "rb") as file:
+    tensors: dict[str, Any] = {}
+    for name, dtype in _ARRAYS.items():
+        empty = not (entry / name).stat().st_size  # mmap refuses empty files
         # A private (copy-on-write) mapping: torch requires writable memory.
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.from_numpy(np.frombuffer(content, dtype=dtype))
+        array = np.zeros(0, dtype) if empty else np.memmap(entry / name, dtype, mode="c")
+        tensors[name] = torch.from_numpy(array)
+    hash = _combined(meta["sha256"])
+    return TokenizedDataset(stats=meta["stats"], hash=hash, entry=entry, **tensors)

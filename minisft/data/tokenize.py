@@ -19,12 +19,11 @@ import numpy as np
 
 from minisft.batches import TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.data import formats
+from minisft.data import formats, one_row
 from minisft.data.formats import Example
-from minisft.data.one_row import Document, Piece, fit, label_row, read_ids
+from minisft.data.one_row import Document, Piece
 from minisft.data.packing import GROUP_ROWS, write_packed
 from minisft.data.readers import Rows
-from minisft.data.render import Rendered, end_of_turn, render_example
 from minisft.data.settings import Settings, settings_of_source
 from minisft.data.stats import (
     Counts,
@@ -34,7 +33,7 @@ from minisft.data.stats import (
     source_stats,
 )
 from minisft.data.token_files import TokenWriter
-from minisft.text.encoding import TEXT_OPEN, encode_batch, encode_chat, encode_spans
+from minisft.text.encoding import encode_batch
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -61,7 +60,7 @@ def tokenize(
     try:
         for rows in sources:
             resolved = settings_of_source(settings, rows, tokenizer)
-            end = end_of_turn(resolved, tokenizer) if len(rows) else None
+            end = one_row.end_of_turn(resolved, tokenizer) if len(rows) else None
             here, first_row = Counts(), writer.num_rows
             here.dropped["malformed"] += rows.skipped
             groups = _groups(_Job(rows, tokenizer, resolved), num_proc, limit)
@@ -72,7 +71,7 @@ def tokenize(
             counts.add(here)
         stats = dataset_stats(stats_of_sources, counts, writer, settings, tokenizer.chat_template)
         if not writer.num_trained:
-            raise nothing_to_train(stats, settings, sources)
+            raise nothing_to_train(stats, settings)
         return writer.finish(stats)
     except BaseException:
         writer.abandon()
@@ -84,24 +83,17 @@ def _write_source(
 ) -> None:
     """Write the documents of a source as rows; adds to counts."""
     waiting: list[Piece] = []
-    max_length = settings.max_length or 0  # packing has one: `check_packing`
-    for group in groups:
-        counts.add(group.counts)
-        for ids, _ in group.documents:
+    max_length = settings.max_length or 0  # packing has one
+    for documents, group_counts in groups:
+        counts.add(group_counts)
+        for ids, _ in documents:
             writer.seen(ids)
-        if settings.packing is None:
-            for document in group.documents:
-                writer.add([document])
-            continue
-        waiting += group.documents
+        waiting += documents
         while len(waiting) >= GROUP_ROWS:
             write_packed(writer, waiting[:GROUP_ROWS], max_length, settings.packing)
             waiting = waiting[GROUP_ROWS:]
-    if waiting and settings.packing is not None:
+    if waiting:
         write_packed(writer, waiting, max_length, settings.packing)
-
-
-# ------------------------------------------------------------------------------ groups of rows
 
 
 class _Job(NamedTuple):
@@ -112,18 +104,12 @@ class _Job(NamedTuple):
     settings: Settings  # from `settings_of_source`: format and completion_only_loss are known
 
 
-class _Group(NamedTuple):
-    """The documents of some consecutive rows, in row order, with their counts."""
-
-    documents: list[Piece]
-    counts: Counts
+# The documents of some consecutive rows, in row order, with their counts.
+_Group = tuple[list[Piece], Counts]
 
 
 def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
-    """Return rows begin..stop of a source as documents.
-
-    Raises UserError naming the row if one is malformed, unless skip_bad is set.
-    """
+    """Return rows begin..stop of a source as documents; UserError naming a malformed row."""
     counts = Counts()
     counts.seen["read"] = stop - begin
     rows = _read(job, begin, stop, counts)
@@ -131,14 +117,14 @@ def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
     counts.longest = max((len(document.ids) for _, document in found), default=0)
     documents, bos = [], job.tokenizer.bos_token_id
     for i, document in found:
-        pieces = fit(document, job.settings, job.rows.where(i), counts)
+        pieces = one_row.fit(document, job.settings, job.rows.where(i), counts)
         documents += pieces
         if pieces:
             ids = document.ids
             counts.seen["kept"] += 1
             counts.seen["two_bos"] += bool(len(ids) > 1 and ids[0] == bos == ids[1])
             counts.seen.update(document.seen)
-    return _Group(documents, counts)
+    return documents, counts
 
 
 def _malformed(job: _Job, row: int, error: UserError | str, counts: Counts) -> None:
@@ -157,9 +143,7 @@ def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
         "messages": formats.read_messages,
         "sharegpt": formats.read_sharegpt,
         "alpaca": formats.read_alpaca,
-        "input_ids": lambda r: read_ids(
-            r, completion_only_loss=bool(settings.completion_only_loss)
-        ),
+        "input_ids": lambda r: one_row.read_ids(r, bool(settings.completion_only_loss)),
     }
     read = readers[settings.format or ""]
     examples = {}
@@ -179,19 +163,18 @@ def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
 def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tuple[int, Document]]:
     """(row, document) in row order; texts go to the tokenizer in batches, which use all cores."""
     settings, tokenizer = job.settings, job.tokenizer
-    rendered: dict[int, Rendered] = {}
+    rendered: dict[int, one_row.Rendered] = {}
     for i, example in examples.items():
         try:
-            rendered[i] = render_example(example, settings, tokenizer)
+            rendered[i] = one_row.render_example(example, settings, tokenizer)
         except UserError as e:
             _malformed(job, i, e, counts)
             continue
         if settings.instruction_part:
             counts.seen["instruction"] += settings.instruction_part in rendered[i].text
     encoded = iter(_encode_all(tokenizer, list(rendered.values())))
-    alone = [
-        Rendered(r.prompt, r.is_chat, None, None) for r in rendered.values() if r.prompt is not None
-    ]
+    rows = rendered.values()
+    alone = [row._replace(text=row.prompt, spans=None) for row in rows if row.prompt is not None]
     prompts = iter(_encode_all(tokenizer, alone))
     documents = []
     for i, row in rendered.items():
@@ -206,38 +189,23 @@ def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tup
             )
             _malformed(job, i, why, counts)
             continue
-        documents.append((i, label_row(ids, mask, prompt, row, settings, tokenizer)))
+        documents.append((i, one_row.label_row(ids, mask, prompt, row, settings, tokenizer)))
     return documents
 
 
 def _encode_all(
-    tokenizer: Tokenizer, texts: list[Rendered]
+    tokenizer: Tokenizer, texts: list[one_row.Rendered]
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(ids, mask) of each text; mask (None: all trained) is True on tokens that the spans cover."""
-    batches: dict[tuple[bool, bool], Iterator[Any]] = {}
+    encoded = {}
     for is_chat in (False, True):
-        mine = [t for t in texts if t.is_chat == is_chat]
-        # A chat that marks special-token strings as text is encoded on its own, piece by piece.
-        plain = [t.text for t in mine if t.spans is None and not (is_chat and TEXT_OPEN in t.text)]
-        covered = [(t.text, t.spans) for t in mine if t.spans is not None]
-        ids = encode_batch(tokenizer, plain, add_special_tokens=not is_chat)
-        ids_and_mask = encode_spans(tokenizer, covered, add_special_tokens=not is_chat)
-        batches[is_chat, False], batches[is_chat, True] = iter(ids), iter(ids_and_mask)
+        mine = [(text.text, text.spans) for text in texts if text.is_chat == is_chat]
+        encoded[is_chat] = iter(encode_batch(tokenizer, mine, add_special_tokens=not is_chat))
     out = []
-    for t in texts:
-        mask = None
-        if t.spans is not None:
-            ids, mask = next(batches[t.is_chat, True])
-            mask = np.array(mask, dtype=bool)
-        elif t.is_chat and TEXT_OPEN in t.text:
-            ids = encode_chat(tokenizer, t.text)
-        else:
-            ids = next(batches[t.is_chat, False])
-        out.append((np.array(ids, dtype=np.int32), mask))
+    for text in texts:
+        ids, mask = next(encoded[text.is_chat])
+        out.append((np.array(ids, np.int32), None if mask is None else np.array(mask, bool)))
     return out
-
-
-# ------------------------------------------------------------------------------ worker processes
 
 
 def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:

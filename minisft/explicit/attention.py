@@ -3,8 +3,6 @@
 T tokens of all documents, concatenated  N query heads  K key/value heads  H head_dim
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

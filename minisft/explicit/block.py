@@ -12,8 +12,6 @@ T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank 
 I, O  inputs and outputs of a fused linear
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -21,21 +19,7 @@ from torch import Tensor
 
 from minisft.config.model import ModelConfig
 from minisft.explicit.attention import Attended, attend, attend_backward
-from minisft.kernels.low_rank import (
-    LowRank,
-    empty_rows,
-    narrow_products,
-    outer_sum,
-    place_block_diagonal,
-    reduce_partials,
-    row_stride,
-)
-from minisft.kernels.nf4 import (
-    NF4Weight,
-    dequantize_concat_columns_B,
-    dequantize_concat_rows_A,
-    dequantize_into,
-)
+from minisft.kernels import low_rank, nf4
 from minisft.kernels.rms_norm import add_rms_norm, normalise, rms_norm_backward
 from minisft.kernels.rope import rope_, rope_backward
 from minisft.kernels.swiglu import swiglu, swiglu_backward_
@@ -45,7 +29,7 @@ from minisft.nn import Documents
 class FusedLinear(NamedTuple):
     """Linears that read one input, their rows concatenated into one weight [O, I]."""
 
-    weight: Tensor | NF4Weight
+    weight: Tensor | nf4.NF4Weight
     sizes: tuple[int, ...]  # rows of each linear
     A: Tensor | None  # [R, I]: the A of every adapted linear, rows concatenated
     B: tuple[Tensor | None, ...]  # of each linear [O_j, R_j]
@@ -108,14 +92,14 @@ class Saved(NamedTuple):
     small: AlwaysSaved
 
 
-def write_weight(weight: Tensor | NF4Weight, out_OI: Tensor, pdl: bool = False) -> None:
+def write_weight(weight: Tensor | nf4.NF4Weight, out_OI: Tensor, pdl: bool = False) -> None:
     """Write the weight into `out` in out's dtype, decoding 4 bits. Rows of out may be strided.
 
     pdl: no kernel in flight writes the weight, so that a decode may start before its predecessor
     ends (`dequantize_into`). True of frozen weights during a step.
     """
-    if isinstance(weight, NF4Weight):
-        dequantize_into(weight, out_OI, pdl=pdl)
+    if isinstance(weight, nf4.NF4Weight):
+        nf4.dequantize_into(weight, out_OI, pdl=pdl)
     else:
         out_OI.copy_(weight)
 
@@ -123,19 +107,19 @@ def write_weight(weight: Tensor | NF4Weight, out_OI: Tensor, pdl: bool = False) 
 def scratch_numel(shape: tuple[int, int], rank: int) -> int:
     """Elements of scratch that a fused linear [O, I] of this rank needs, decoded with A or B."""
     O, I = shape
-    return max((O + rank) * I, O * row_stride(I + rank))
+    return max((O + rank) * I, O * low_rank.row_stride(I + rank))
 
 
 def concat_columns_B(linear: FusedLinear, scaling: float, scratch: Tensor) -> Tensor:
     """[W, scaling * B], [O, I + R], in scratch; B of several linears is block diagonal."""
     O, I = linear.weight.shape
-    stride = row_stride(I + linear.rank)
+    stride = low_rank.row_stride(I + linear.rank)
     w = scratch[: O * stride].view(O, stride)[:, : I + linear.rank]
-    if isinstance(linear.weight, NF4Weight) and linear.rank:
-        dequantize_concat_columns_B(linear.weight, linear.B, linear.sizes, scaling, w, pdl=True)
+    if isinstance(linear.weight, nf4.NF4Weight) and linear.rank:
+        nf4.dequantize_concat_columns_B(linear.weight, linear.B, linear.sizes, scaling, w, pdl=True)
         return w
     write_weight(linear.weight, w[:, :I], pdl=True)
-    place_block_diagonal(linear.B, linear.sizes, scaling, w[:, I:])
+    low_rank.place_block_diagonal(linear.B, linear.sizes, scaling, w[:, I:])
     return w
 
 
@@ -143,8 +127,8 @@ def concat_rows_A(linear: FusedLinear, scaling: float, scratch: Tensor) -> Tenso
     """[W; scaling * A], [O + R, I], in scratch."""
     O, I = linear.weight.shape
     w = scratch[: (O + linear.rank) * I].view(O + linear.rank, I)
-    if isinstance(linear.weight, NF4Weight) and linear.A is not None:
-        dequantize_concat_rows_A(linear.weight, linear.A, scaling, w, pdl=True)
+    if isinstance(linear.weight, nf4.NF4Weight) and linear.A is not None:
+        nf4.dequantize_concat_rows_A(linear.weight, linear.A, scaling, w, pdl=True)
         return w
     write_weight(linear.weight, w[:O], pdl=True)
     if linear.A is not None:
@@ -167,14 +151,14 @@ def product(
         torch.mm(x[:, :I], linear.A.T, out=rank_columns)
     elif u is not None:
         rank_columns.copy_(u)
-    y = empty_rows(x.shape[0], O + linear.rank, x)
+    y = low_rank.empty_rows(x.shape[0], O + linear.rank, x)
     torch.mm(x, concat_columns_B(linear, ctx.scaling, ctx.scratch).T, out=y[:, :O])
     return y, rank_columns if u is None else u
 
 
 def split_update(
     y: Tensor, linear: FusedLinear, ctx: LayerContext
-) -> tuple[Tensor, LowRank | None, Tensor | None]:
+) -> tuple[Tensor, low_rank.LowRank | None, Tensor | None]:
     """Split y = x [W; A]^T of one linear: (x W^T [T, O], its LoRA update, u = x A^T [T, R])."""
     # One matmul gives x W^T and u and reads x once, where `product` reads it twice. It pays because
     # a norm follows, which reads y anyway and adds the update u B^T then.
@@ -184,14 +168,14 @@ def split_update(
     O = linear.weight.shape[0]
     # A copy, as a view would keep all of y alive until the backward pass.
     u = y[:, O:].contiguous()
-    return y[:, :O], LowRank(u, B.T, ctx.scaling), u
+    return y[:, :O], low_rank.LowRank(u, B.T, ctx.scaling), u
 
 
 def fill_t(dy: Tensor, linear: FusedLinear) -> None:
     """Write t = dy B of each linear into the rank columns of dy [T, O + R]."""
     if linear.rank:
         O = sum(linear.sizes)
-        narrow_products(dy, linear.B, linear.sizes, dy[:, O : O + linear.rank])
+        low_rank.narrow_products(dy, linear.B, linear.sizes, dy[:, O : O + linear.rank])
 
 
 def by_linear(u: Tensor | None, linear: FusedLinear) -> list[Tensor | None]:
@@ -222,7 +206,7 @@ def make_mid(
     x_TD: Tensor, attended: Attended, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(mid = x + attention's output, its norm with gate_up's rank columns, 1 / rms, u of o)."""
-    y = empty_rows(x_TD.shape[0], x_TD.shape[1] + layer.o.rank, x_TD)
+    y = low_rank.empty_rows(x_TD.shape[0], x_TD.shape[1] + layer.o.rank, x_TD)
     torch.mm(attended.out_TNH.flatten(1), concat_rows_A(layer.o, 1.0, ctx.scratch).T, out=y)
     y, update, u = split_update(y, layer.o, ctx)
     mid, h, rstd = add_rms_norm(
@@ -262,13 +246,13 @@ def forward(
 
 def make_mlp(
     h: Tensor, layer: ExplicitLayer, ctx: LayerContext
-) -> tuple[Tensor, LowRank | None, Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor, low_rank.LowRank | None, Tensor | None, Tensor, Tensor | None]:
     """(y of down, its LoRA update, gate_up or None if in chunks, u of gate_up, u of down).
 
     h: [T, D + R]; its rank columns are overwritten with u of gate_up.
     """
     T, D, F = h.shape[0], ctx.cfg.hidden_size, ctx.cfg.intermediate_size
-    y = empty_rows(T, D + layer.down.rank, h)
+    y = low_rank.empty_rows(T, D + layer.down.rank, h)
     gate_up = None
     for rows in mlp_rows(T, ctx):
         del gate_up  # of the previous chunk
@@ -329,7 +313,7 @@ def backward(
     saved = saved._replace(gate_up=None)
     dx_previous = _attention_backward(dmid, saved, layer, previous_rank, ctx)
     # The splits are added in a fixed order, so that gradients are the same bits in every run.
-    reduce_partials(layer.partials, layer.grads, ctx.scaling)
+    low_rank.reduce_partials(layer.partials, layer.grads, ctx.scaling)
     return dx_previous
 
 
@@ -337,7 +321,7 @@ def _mlp_backward(
     dx: Tensor, saved: Saved, h: Tensor | None, layer: ExplicitLayer, ctx: LayerContext
 ) -> Tensor:
     """Gradient of mid, [T, D + R] with o's rank columns; writes dA and dB of gate_up and down."""
-    D, T = ctx.cfg.hidden_size, dx.shape[0]
+    D, T, rstd2 = ctx.cfg.hidden_size, dx.shape[0], saved.small.rstd2
     mid, small, down, linear = saved.mid_TD, saved.small, layer.down, layer.gate_up
     assert mid is not None
     chunks = mlp_rows(T, ctx)
@@ -349,7 +333,7 @@ def _mlp_backward(
     dy_TD, t = dx[:, :D], dx[:, D:] if down.rank else None
     _add_dB(small.u_down, dy_TD, down)
     if saved.gate_up is None and h is None:
-        h = normalise(mid, layer.norm2, small.rstd2, rank_columns=linear.rank)
+        h = normalise(mid, layer.norm2, rstd2, rank_columns=linear.rank)
     lefts = (*by_linear(small.u_gate_up, linear), t)
     sums = (*linear.dB, down.dA)
     dh_TD, t_TR = dx.new_empty((T, D)), dx.new_empty((T, linear.rank))
@@ -376,9 +360,9 @@ def _mlp_backward(
         del gate_up
     if linear.dA is not None:
         # The input of gate and up is mid / rms(mid) * norm2: two scales spare a recomputed h.
-        outer_sum(t_TR, mid, linear.dA, row_scale_T=small.rstd2, column_scale_N=layer.norm2)
+        low_rank.outer_sum(t_TR, mid, linear.dA, row_scale_T=rstd2, column_scale_N=layer.norm2)
     return rms_norm_backward(
-        dh_TD, mid, layer.norm2, small.rstd2, dresidual_TD=dy_TD, rank_columns=layer.o.rank
+        dh_TD, mid, layer.norm2, rstd2, dresidual_TD=dy_TD, rank_columns=layer.o.rank
     )
 
 
@@ -396,7 +380,7 @@ def _attention_backward(
     dmid_TD = dmid[:, :D]
     do = (dmid @ concat_rows_A(o, ctx.scaling, ctx.scratch)).view_as(attended.out_TNH)
     if o.dA is not None:
-        outer_sum(dmid[:, D:], attended.out_TNH.flatten(1), o.dA)
+        low_rank.outer_sum(dmid[:, D:], attended.out_TNH.flatten(1), o.dA)
     _add_dB(small.u_o, dmid_TD, o)
     grads = attend_backward(do, _heads(qkv, ctx.cfg), attended, ctx.documents)
     del do
@@ -409,7 +393,7 @@ def _attention_backward(
     fill_t(qkv, linear)
     if linear.dA is not None:
         t_TR = qkv[:, width:]
-        outer_sum(t_TR, x, linear.dA, row_scale_T=small.rstd1, column_scale_N=layer.norm1)
+        low_rank.outer_sum(t_TR, x, linear.dA, row_scale_T=small.rstd1, column_scale_N=layer.norm1)
     if previous_rank is None:
         return None
     dh_TD = qkv @ concat_rows_A(linear, ctx.scaling, ctx.scratch)
@@ -421,4 +405,4 @@ def _attention_backward(
 def _add_dB(u: Tensor | None, dy_TO: Tensor, linear: FusedLinear) -> None:
     """Write dB = dy^T u, in splits, for a FusedLinear of a single linear."""
     if u is not None and linear.dB[0] is not None:
-        outer_sum(u, dy_TO, linear.dB[0].transpose(1, 2))
+        low_rank.outer_sum(u, dy_TO, linear.dB[0].transpose(1, 2))

@@ -3,8 +3,6 @@
 T tokens  M targets
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +26,14 @@ class StaticBatch:
     documents: Documents
     dense: bool  # M = T, and target i belongs to token i
 
-    def to(self, device: torch.device) -> StaticBatch:
+    def to(self, device: torch.device) -> "StaticBatch":
         """Copy the tensors to a GPU."""
         ids, positions, rows, targets, cu = (t.to(device, copy=True) for t in self._tensors())
         # A graph replays on documents of other lengths, so it must not depend on them.
         documents = self.documents._replace(cu_seqlens=cu, lengths=())
         return StaticBatch(ids, positions, rows, targets, documents, self.dense)
 
-    def copy_into(self, other: StaticBatch) -> None:
+    def copy_into(self, other: "StaticBatch") -> None:
         """Overwrite the tensors of a batch of the same bucket."""
         for source, target in zip(self._tensors(), other._tensors(), strict=True):
             # a copy from pageable memory would block the host
@@ -56,24 +54,21 @@ def bucketed(micro: MicroBatch) -> StaticBatch:
     lengths = micro.tokens.documents.lengths
     n = sum(lengths)
     tokens = bucket_tokens(n)
+    # Quarters of the tokens, or all of them if more than 80 % have a target.
+    share = _round_up(len(micro.targets_M), max(1, tokens // 4))
+    targets = tokens if share > 0.8 * tokens else share
     # One length and no padding keep the batch dense, for the faster attention of cuDNN.
     if tokens == n and len(set(lengths)) == 1:
-        return pad(micro, n, len(lengths), _bucket_targets(micro, n), lengths[0])
+        return pad(micro, n, len(lengths), targets, lengths[0])
     longest = min(tokens, max(1024, 1 << (max(lengths) - 1).bit_length()))
     documents = len(lengths) + 1 + (tokens - n) // longest
     documents = _round_up(documents, 16 if documents <= 32 else 32)
-    return pad(micro, tokens, documents, _bucket_targets(micro, tokens), longest)
+    return pad(micro, tokens, documents, targets, longest)
 
 
 def bucket_tokens(n: int) -> int:
     """Tokens of the bucket that n tokens are padded to; monotone in n."""
     return _round_up(n, 256 if n <= 4096 else 512)
-
-
-def _bucket_targets(micro: MicroBatch, tokens: int) -> int:
-    """Quarters of the tokens, or all of them if more than 80 % have a target."""
-    share = _round_up(len(micro.targets_M), max(1, tokens // 4))
-    return tokens if share > 0.8 * tokens else share
 
 
 def _round_up(n: int, step: int) -> int:
@@ -87,7 +82,14 @@ def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: i
     """
     ids, positions = micro.tokens.input_ids_T, micro.tokens.position_ids_T
     padding = (0, tokens - len(ids))
-    rows, target_ids = _padded_targets(micro, tokens, targets)
+    rows, target_ids = micro.target_rows_M.cpu(), micro.targets_M.cpu()
+    if targets == tokens:
+        by_token = torch.full((tokens,), _NO_TARGET, dtype=torch.int64)
+        by_token[rows] = target_ids
+        rows, target_ids = torch.zeros(1, dtype=torch.int64), by_token
+    else:
+        missing = (0, targets - len(target_ids))
+        rows, target_ids = F.pad(rows, missing), F.pad(target_ids, missing, value=_NO_TARGET)
     return StaticBatch(
         F.pad(ids, padding),
         F.pad(positions, padding),
@@ -98,21 +100,10 @@ def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: i
     )
 
 
-def _padded_targets(micro: MicroBatch, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
-    rows, target_ids = micro.target_rows_M.cpu(), micro.targets_M.cpu()
-    if targets == tokens:
-        by_token = torch.full((tokens,), _NO_TARGET, dtype=torch.int64)
-        by_token[rows] = target_ids
-        return torch.zeros(1, dtype=torch.int64), by_token
-    padding = (0, targets - len(target_ids))
-    return F.pad(rows, padding), F.pad(target_ids, padding, value=_NO_TARGET)
-
-
 def _padded_documents(real: Documents, tokens: int, documents: int, longest: int) -> Documents:
     """Padding tokens become documents of their own at the end; empty documents follow."""
     uniform = real.uniform if sum(real.lengths) == tokens else 0
-    lengths = list(real.lengths)
-    spare = tokens - sum(lengths)
+    lengths, spare = list(real.lengths), tokens - sum(real.lengths)
     while spare > 0:
         lengths.append(min(spare, longest))
         spare -= lengths[-1]

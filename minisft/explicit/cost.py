@@ -6,16 +6,14 @@ rank the choices. Rates are an H200's. mlp: tokens per chunk of the MLP.
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab  O, I of a linear
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter
 
 from minisft.config.model import ModelConfig
 from minisft.explicit.block import scratch_numel
+from minisft.explicit.buffers import GROUPS, SPLITS, padded_shapes
 from minisft.explicit.policy import Dims, Policy, mlp_chunks, part_bytes, saved_bytes
-from minisft.explicit.prepare import GROUPS, SPLITS, padded_shapes
 from minisft.kernels.low_rank import row_stride
 from minisft.lora import Flat
 
@@ -83,8 +81,7 @@ def peak_bytes(dims: Dims, policies: tuple[Policy, ...], tokens: int, chunk: int
         in_attention = others + layer + host + 2 * D + attention_grads
         most = max(most, in_mlp * tokens, in_attention * tokens)
         others += mine
-    cos_and_sin = 2 * cfg.head_dim * itemsize
-    return int(most + cos_and_sin * tokens)
+    return int(most + 2 * cfg.head_dim * itemsize * tokens)  # and cos and sin
 
 
 def token_seconds(
@@ -92,7 +89,7 @@ def token_seconds(
 ) -> float:
     """Rough seconds per token: matmuls, attention, decoding, and what the host link adds.
 
-    tokens: of a micro-batch; each decodes all weights anew. length: of a document.
+    tokens: of a micro-batch; each decodes all weights again. length: of a document.
     """
     forward = backward = host = last = 0.0
     for policy, layers in Counter(policies).items():

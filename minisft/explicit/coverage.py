@@ -1,7 +1,5 @@
 """Which runs the explicit pass covers."""
 
-from __future__ import annotations
-
 import re
 
 import torch

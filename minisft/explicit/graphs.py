@@ -1,7 +1,5 @@
 """CUDA graphs: one function of a `StaticBatch`, captured once per bucket and replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

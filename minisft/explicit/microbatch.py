@@ -6,8 +6,6 @@ is captured in a CUDA graph (`graphs.py`).
 T tokens  M targets  D hidden  R rank
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 from minisft.batches import StepBatch
 from minisft.explicit.block import LayerContext, Saved, backward, forward
 from minisft.explicit.buckets import StaticBatch, bucketed
+from minisft.explicit.buffers import ExplicitPass
 from minisft.explicit.policy import mlp_chunks
-from minisft.explicit.prepare import ExplicitPass
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
 from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 from minisft.lora import Flat
@@ -65,13 +63,20 @@ def gathered(explicit: ExplicitPass) -> Tensor:
 
 
 def _corner(padded: Tensor, like: Tensor) -> Tensor:
-    """The part of a matrix without the padding of its rank."""
+    # Without the padding of the rank.
     return padded[: like.shape[0], : like.shape[1]]
 
 
 def micro_step_(explicit: ExplicitPass, batch: StaticBatch) -> None:
     """Add the loss to explicit.loss, and the gradient of loss_weight * loss to explicit.sums."""
-    layers, contexts = explicit.layers, _contexts(explicit, batch)
+    layers, compute = explicit.layers, explicit.compute
+    cos, sin = cos_and_sin(batch.position_ids_T, *explicit.rope, compute.dtype)
+    ctx = LayerContext(
+        compute.model, compute.lora_scaling, cos, sin, batch.documents, explicit.scratch
+    )
+    tokens, most = len(batch.input_ids_T), explicit.mlp_tokens
+    chunks = [mlp_chunks(tokens, policy, most) for policy in explicit.policies]
+    contexts = [ctx._replace(mlp_chunks=count) for count in chunks]
     x, h, rstd, saved = _forward(explicit, batch, contexts)
     dh = _head_(explicit, h, batch)
     del h
@@ -85,17 +90,6 @@ def micro_step_(explicit: ExplicitPass, batch: StaticBatch) -> None:
         assert dx is not None
         # `backward` empties the list, so that no reference here keeps the activations alive.
         dx = backward(dx, slot, layers[i], previous_rank, contexts[i])
-
-
-def _contexts(explicit: ExplicitPass, batch: StaticBatch) -> list[LayerContext]:
-    """The context of each layer."""
-    compute = explicit.compute
-    cos, sin = cos_and_sin(batch.position_ids_T, *explicit.rope, compute.dtype)
-    ctx = LayerContext(
-        compute.model, compute.lora_scaling, cos, sin, batch.documents, explicit.scratch
-    )
-    tokens, most = len(batch.input_ids_T), explicit.mlp_tokens
-    return [ctx._replace(mlp_chunks=mlp_chunks(tokens, p, most)) for p in explicit.policies]
 
 
 def _forward(

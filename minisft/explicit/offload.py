@@ -4,8 +4,6 @@ Copies run on a stream of their own: out while the next layer computes forward, 
 above computes backward. On a CPU the host is the same memory, and nothing is copied.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +80,12 @@ class Host:
         with torch.cuda.stream(self.stream):
             for name, tensor in parts.items():
                 rows = _full_rows(tensor)
-                pinned = self._buffer(i, name, rows)
+                # Never reallocated, and sized for the largest micro-batch: graphs hold its address.
+                if (i, name) not in self.buffers:
+                    numel = rows.numel() // rows.shape[0] * self.tokens
+                    buffer = torch.empty(numel, dtype=rows.dtype, pin_memory=True)
+                    self.buffers[i, name] = buffer
+                pinned = self.buffers[i, name][: rows.numel()].view(rows.shape)
                 stored[name] = pinned, tensor.shape[1]
                 pinned.copy_(rows, non_blocking=True)
             event = torch.cuda.Event()
@@ -108,15 +111,6 @@ class Host:
             event = torch.cuda.Event()
             event.record(self.stream)
         self.copies_in[i] = (event, {n: t[:, : stored[n][1]] for n, t in tensors.items()})
-
-    def _buffer(self, i: int, name: str, like: Tensor) -> Tensor:
-        """Pinned memory for one part of layer i in the shape of `like`, allocated once."""
-        key = (i, name)
-        # Never reallocated, and sized for the largest micro-batch: graphs hold its address.
-        if key not in self.buffers:
-            numel = like.numel() // like.shape[0] * self.tokens
-            self.buffers[key] = torch.empty(numel, dtype=like.dtype, pin_memory=True)
-        return self.buffers[key][: like.numel()].view(like.shape)
 
 
 def _full_rows(part: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Choose how a run computes its gradients: pass, memory policies, tokens at a time."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from bisect import bisect
@@ -161,16 +159,13 @@ class _Planner(NamedTuple):
         return found
 
     def choice(self, policies: tuple[Policy, ...], tokens: int, chunk: int, mlp: int) -> Choice:
-        """A choice with its predicted peak, not described yet."""
         peak = peak_bytes(self.dims, policies, tokens, chunk, mlp)
         return Choice(True, policies, tokens, chunk, mlp, int(self.base + peak), "")
 
     def pinned(self, choice: Choice) -> int:
-        """Host memory that the choice pins, in bytes."""
         return pinned_bytes(choice.policies, self.dims, choice.tokens)
 
     def fits(self, choice: Choice) -> bool:
-        """Whether the choice fits into the memory of GPU and host."""
         limit = self.memory.limit / _SLACK
         return choice.peak_bytes <= limit and self.pinned(choice) <= self.memory.host
 
@@ -209,8 +204,7 @@ def choose_on_gpu(
     name: a policy or auto. step_tokens: of the largest step. Raises UserError if a policy requested
     by name needs more host memory than there is.
     """
-    ranks = group_ranks(trainable, compute.model)
-    dims = Dims(compute.model, compute.dtype.itemsize, ranks)
+    dims = Dims(compute.model, compute.dtype.itemsize, group_ranks(trainable, compute.model))
     base = memory.used + buffer_bytes(trainable, dims)
     planner = _Planner(dims, base, memory, longest, step_tokens)
     kinds = list(POLICIES.values()) if name == "auto" else [POLICIES[name]]

@@ -3,8 +3,6 @@
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,12 +86,10 @@ def saved_bytes(policy: Policy, dims: Dims) -> tuple[int, int]:
 
 
 def pinned_bytes(policies: Iterable[Policy], dims: Dims, tokens: int) -> int:
-    """Pinned host memory for micro-batches of `tokens` tokens, all layers together.
-
-    Includes the rounding of torch's allocator of pinned memory, up to powers of two.
-    """
+    """Pinned host memory of all layers for micro-batches of `tokens` tokens."""
     sizes = part_bytes(dims)
     # Only attention's output is copied; the log-sum-exp stays on the GPU.
     sizes["attended"] -= dims.cfg.num_attention_heads * 4
+    # Torch's allocator of pinned memory rounds up to powers of two.
     rounded = {name: 1 << (size * tokens - 1).bit_length() for name, size in sizes.items()}
     return sum(rounded[name] for policy in policies for name in policy.host)

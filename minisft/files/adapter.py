@@ -6,8 +6,6 @@ adapters with a warning or silently (a missing tensor stays zero, one without th
 ignored): the reader here is written by this project because it must refuse them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

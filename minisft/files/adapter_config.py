@@ -4,8 +4,6 @@ Anything but plain LoRA, DoRA and the options of `LoraConfig` is refused by the 
 PEFT would ignore an unknown field with a warning and compute another model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

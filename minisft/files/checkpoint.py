@@ -7,8 +7,6 @@ renamed, so a directory with the final name is complete. safetensors and JSON on
 is stored: every random draw is a function of (seed, step, row).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The device and dtype of a run, and the memory in use."""
 
-from __future__ import annotations
-
 import math
 import re
 import resource

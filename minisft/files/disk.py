@@ -1,7 +1,5 @@
 """Atomic, durable writes, and JSON files that are read with one-line errors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

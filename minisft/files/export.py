@@ -1,7 +1,5 @@
 """The result of a run, in the files that other programs load."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -78,7 +76,7 @@ def write_model_files(
     dtype: torch.dtype,
     files: dict[str, bytes],
 ) -> None:
-    """Write what a transformers directory holds beside its weights: `files`, then config.json.
+    """Write the files of a transformers directory other than weights: `files`, then config.json.
 
     base_directory: of the model whose config.json and generation_config.json these follow.
     """

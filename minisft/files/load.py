@@ -1,7 +1,5 @@
 """The base model of a run: frozen weights on the device, and the state that training changes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,7 +72,7 @@ def load_base(
     A trained copy of a weight that is stored in 4 bits starts from its decoded values.
     initial_lora: Base.initial_lora of the run that is resumed; without it, what PiSSA and OLoRA
     start from is computed. directory: the result of `find_base`, if it was called already.
-    With config.dry_run everything is checked, and tensors lie on torch's meta device.
+    With config.dry_run everything is checked, and tensors are on torch's meta device.
     Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
     `check_patterns` and the readers do.
     """

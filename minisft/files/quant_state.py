@@ -12,8 +12,6 @@ P.weight.quant_state.bitsandbytes__nf4   JSON as uint8 (or __fp4)
 Error messages here name the tensor; the caller adds the file (`disk.naming`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

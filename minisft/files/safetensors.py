@@ -4,8 +4,6 @@ Layout: 8 bytes of header length (little endian), a JSON header, then the tensor
 safetensors library checks a header against its file; duplicate keys are checked here.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

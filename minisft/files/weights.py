@@ -5,8 +5,6 @@ checked against config.json before any weights are read. Linears may be in the 4
 bitsandbytes: the tensors in the files decide, whatever config.json says.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Container, Iterator

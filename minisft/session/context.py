@@ -1,7 +1,5 @@
 """`Run`, the object that every stage of a run shares, and `session`, the context it runs in."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minisft.batches import Batches, RowSchedule
+from minisft.batches import Batches
+from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data.load import Data
 from minisft.files.device import resolve_device
 from minisft.files.load import Base
+from minisft.session.loggers import require_loggers
 from minisft.session.memory import Needs, out_of_memory
 from minisft.session.outputs import output_directory
 from minisft.session.report import Reporter
@@ -24,20 +24,13 @@ from minisft.text.tokenizer import Tokenizer
 
 
 @dataclass
-class Place:
-    """The surroundings of a run: output directory, signal handling, memory estimate."""
-
-    out: Path
-    stop: Stop
-    needs: Needs  # empty until the run is planned; quoted in out-of-memory messages
-
-
-@dataclass
 class Run:
     """One run, ready to train: settings, base model, state, data, plan, output directory."""
 
     config: TrainConfig
-    place: Place
+    out: Path  # the output directory
+    stop: Stop
+    needs: Needs  # the memory estimate; empty until the run is planned
     tokenizer: Tokenizer
     base: Base
     state: State
@@ -50,20 +43,10 @@ class Run:
     report: Reporter = field(init=False, repr=False)
 
     @property
-    def out(self) -> Path:
-        """The output directory."""
-        return self.place.out
-
-    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        epochs = math.ceil(self.config.num_train_epochs * self.schedule.steps_per_epoch)
+        epochs = math.ceil(self.config.num_train_epochs * self.batches.schedule.steps_per_epoch)
         return self.config.max_steps if self.config.max_steps > 0 else epochs
-
-    @property
-    def schedule(self) -> RowSchedule:
-        """The rows of every step."""
-        return self.batches.schedule
 
 
 class Numbers(NamedTuple):
@@ -72,13 +55,24 @@ class Numbers(NamedTuple):
     steps: int
     tokens: int
     seconds: float
-    epoch: float  # epochs completed, including those before resuming
     memory_before_gib: float
 
 
 @contextmanager
-def session(config: TrainConfig) -> Iterator[Place]:
-    """Lock the output directory, handle signals and memory errors, set torch's switches."""
+def session(config: TrainConfig) -> Iterator[tuple[Path, Stop, Needs]]:
+    """Lock the output directory, handle signals and memory errors, set torch's switches.
+
+    Yields the first fields of `Run`. Raises UserError if --model, --dataset or a logger is missing.
+    """
+    if not config.model:
+        raise UserError(
+            "--model is missing: give a directory or a hub id (no flags at all run the demo)"
+        )
+    if not config.dataset:
+        raise UserError(
+            "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub id"
+        )
+    require_loggers(config)
     where = "before its first step: run the same command to start again"
     with (
         stop_signals(where) as stop,
@@ -87,4 +81,4 @@ def session(config: TrainConfig) -> Iterator[Place]:
         deterministic(config.deterministic),
         flash_attention(config.attn_implementation, resolve_device(config.device)),
     ):
-        yield Place(out, stop, needs)
+        yield out, stop, needs

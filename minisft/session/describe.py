@@ -1,42 +1,48 @@
 """What a run prints before its first step and after its last, and its warnings."""
 
-from __future__ import annotations
-
-import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 
 from minisft.config.errors import flag
 from minisft.config.fields import idle_settings
-from minisft.data.load import is_sample
+from minisft.data.load import is_sample, most_tokens, num_shared
 from minisft.data.preview import describe_data, show_preview
-from minisft.data.sources import num_shared
 from minisft.files.adapter_config import adapter_config_dict, read_adapter_config
 from minisft.files.device import memory_gib
 from minisft.files.disk import load_json
 from minisft.kernels.nf4 import NF4Weight
 from minisft.lora import EMBEDDING_WEIGHTS
 from minisft.session.context import Run
-from minisft.session.memory import in_words
+from minisft.session.evaluate import most_eval_tokens
+from minisft.session.memory import estimate, in_words
 from minisft.session.outputs import TrainOutput, as_flags
 from minisft.session.report import say
 from minisft.session.serving import commands, vllm_problems
 from minisft.variants.pissa import exported_lora
 
 
+def note_memory_needs(run: Run) -> None:
+    """Estimate the run's memory, for the dry run and for out-of-memory messages."""
+    tokens = most_tokens(run.data, run.batches, run.total_steps)
+    evaluated = 0 if run.data.eval is None else most_eval_tokens(run.data.eval, run.config)
+    run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
+
+
 def announce(run: Run) -> None:
     """Print model, data, plan and warnings before the first step."""
+    config, cfg = run.config, run.base.cfg
     _announce_model(run)
     _announce_data(run)
-    show_preview(run.data.train, run.tokenizer, run.config.preview, run.config.preview_json, say)
-    _announce_serving(run)
+    show_preview(run.data.train, run.tokenizer, config.preview, config.preview_json, say)
+    if run.base.lora:
+        adapter = adapter_config_dict(exported_lora(run.base.lora), cfg, config.base_name)
+        for problem in vllm_problems(adapter):
+            say(f"warning: vLLM cannot load this adapter as it is ({problem}); merge it first")
     _announce_steps(run)
     assert run.plan.choice is not None
     say(f"pass    {run.plan.choice.description}")
-    for name, why in without_effect(run):
-        say(f"warning: {flag(name)} {getattr(run.config, name)} has no effect: {why}")
+    _warn_of_idle_settings(run)
 
 
 def _announce_model(run: Run) -> None:
@@ -90,23 +96,14 @@ def _announce_data(run: Run) -> None:
         )
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
-    sources, shares = data.train.stats["sources"], run.schedule.shares
+    sources, shares = data.train.stats["sources"], run.batches.schedule.shares
     # `shares` is empty unless --dataset gives weights.
     for source, (size, drawn) in zip(sources, shares, strict=False):
         say(f"        {source['source']}: {drawn:,} rows an epoch, of {size:,}")
 
 
-def _announce_serving(run: Run) -> None:
-    base, config = run.base, run.config
-    if base.lora is None:
-        return
-    described = adapter_config_dict(exported_lora(base.lora), base.cfg, config.base_name)
-    for problem in vllm_problems(described):
-        say(f"warning: vLLM cannot load this adapter as it is ({problem}); merge it first")
-
-
 def _announce_steps(run: Run) -> None:
-    config, schedule = run.config, run.schedule
+    config, schedule = run.config, run.batches.schedule
     about = "about " if config.dry_run and is_sample(run.data.train) else ""
     say(
         f"steps   {about}{run.total_steps} ({about}{schedule.steps_per_epoch} an epoch), "
@@ -119,11 +116,8 @@ def _announce_steps(run: Run) -> None:
         say(f"warning: the {schedule.num_rows} rows do not fill one step; every step is shorter")
 
 
-def without_effect(run: Run) -> Iterator[tuple[str, str]]:
-    """(name, why) of each setting that was given but that this run does not use.
-
-    What the settings alone tell is refused by `TrainConfig`, unless Trainer accepts the pair.
-    """
+def _warn_of_idle_settings(run: Run) -> None:
+    # What the settings alone tell is refused by TrainConfig, unless Trainer accepts the pair.
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
@@ -134,43 +128,36 @@ def without_effect(run: Run) -> Iterator[tuple[str, str]]:
     sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
     if all(source["format"] != "text" for source in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    yield from ((name, why) for name, why in idle if getattr(config, name) != defaults[name])
-    yield from ((name, why) for name, why, _ in idle_settings(config))
+    # A dataclass keeps the default of a field as an attribute of the class.
+    given = [(n, why) for n, why in idle if getattr(config, n) != getattr(type(config), n)]
+    for name, why in given + [(name, why) for name, why, _ in idle_settings(config)]:
+        say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
 
 
 def summarise(run: Run, result: TrainOutput) -> None:
     """Print the final lines: answers, losses, memory, time, and how to use the result."""
-    metrics, config, device = result.metrics, run.config, run.base.device
-    for sample in metrics.get("samples", [])[:5]:
-        prompt, before, after = (_shorten(sample[k]) for k in ("prompt", "before", "after"))
+    m, config, device = result.metrics, run.config, run.base.device
+    for sample in m.get("samples", [])[:5]:
+        texts = (sample[key] for key in ("prompt", "before", "after"))
+        prompt, before, after = (repr(t if len(t) <= 90 else t[:89] + "…") for t in texts)
         say(f"  {prompt}\n    before: {before}\n    after:  {after}")
-    if "right_after" in metrics:
-        say(
-            f"correct answers: {metrics['right_before']} of {metrics['answers']} before, "
-            f"{metrics['right_after']} after"
-        )
-    if metrics.get("eval_loss_before") is not None:
-        say(
-            f"eval loss: {metrics['eval_loss_before']:.4f} before, {metrics['eval_loss']:.4f} after"
-        )
+    if "right_after" in m:
+        right = f"{m['right_before']} of {m['answers']} before, {m['right_after']} after"
+        say(f"correct answers: {right}")
+    if m.get("eval_loss_before") is not None:
+        say(f"eval loss: {m['eval_loss_before']:.4f} before, {m['eval_loss']:.4f} after")
     total = ""
     if device.type == "cuda":
         gib = torch.cuda.get_device_properties(device).total_memory / 2**30
         total = f" of {gib:.2f} GiB"
     say(
-        f"memory  {metrics['memory_before_gib']:.2f} GiB allocated before training, "
-        f"{metrics['memory_after_gib']:.2f} after, peak {metrics['peak_memory_gib']:.2f}{total}"
+        f"memory  {m['memory_before_gib']:.2f} GiB allocated before training, "
+        f"{m['memory_after_gib']:.2f} after, peak {m['peak_memory_gib']:.2f}{total}"
     )
-    say(
-        f"time    {metrics['train_runtime']:.1f} s, "
-        f"{metrics['train_steps_per_second']:.2f} steps/s, "
-        f"{metrics['train_tokens_per_second']:,.0f} tokens/s"
-    )
-    say(
-        f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}; "
-        f"saved to {run.out}"
-    )
+    rates = f"{m['train_steps_per_second']:.2f} steps/s, {m['train_tokens_per_second']:,.0f}"
+    say(f"time    {m['train_runtime']:.1f} s, {rates} tokens/s")
+    steps, loss = result.global_step, result.training_loss
+    say(f"done: {steps} steps, mean loss {loss:.4f}; saved to {run.out}")
     if config.lora and config.lora.splits_weights:
         # The file's B A is relative to the whole base weight, training's to the weight minus the
         # initial B A, which alone was quantised: no base in 4 bits equals that.
@@ -183,7 +170,6 @@ def summarise(run: Run, result: TrainOutput) -> None:
 
 
 def _print_commands(run: Run) -> None:
-    """Print how to use the result: in minisft, in transformers, in vLLM."""
     adapter = None if run.config.full_finetuning else read_adapter_config(run.out)
     dtype = str(run.base.compute.dtype).removeprefix("torch.")
     stored_in_4bit = "quantization_config" in load_json(run.base.directory / "config.json")
@@ -194,7 +180,7 @@ def _print_commands(run: Run) -> None:
 
 def end_of_dry_run(run: Run) -> TrainOutput:
     """Print the memory estimate; return estimates as metrics: total_steps, num_rows, memory_gib."""
-    base, needs = run.base, run.place.needs
+    base, needs = run.base, run.needs
     # On a CPU, the interpreter and torch take part of the same memory.
     if base.device.type == "cpu":
         needs = {"this process so far": memory_gib(base.device), **needs}
@@ -202,16 +188,6 @@ def end_of_dry_run(run: Run) -> TrainOutput:
     if base.device.type == "cpu":
         say("        (the allocator keeps freed blocks: the process may grow to nearly twice that)")
     say("dry run: nothing was trained, and nothing was written to the output directory")
-    metrics = {
-        "total_steps": run.total_steps,
-        "num_rows": run.schedule.num_rows,
-        "memory_gib": needs,
-        "data": run.data.train.stats,
-        "model_directory": str(base.directory),
-    }
-    return TrainOutput(0, math.nan, metrics)
-
-
-def _shorten(text: str, width: int = 90) -> str:
-    """The quoted text, cut to `width` characters."""
-    return repr(text if len(text) <= width else text[: width - 1] + "…")
+    metrics = {"total_steps": run.total_steps, "num_rows": run.batches.schedule.num_rows}
+    metrics |= {"memory_gib": needs, "data": run.data.train.stats}
+    return TrainOutput(0, math.nan, metrics | {"model_directory": str(base.directory)})

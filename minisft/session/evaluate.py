@@ -1,12 +1,9 @@
 """Evaluation before, during and after training: metrics, greedy answers, the best step."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +20,10 @@ from minisft.config.errors import UserError
 from minisft.config.train import EVAL_METRICS, TrainConfig
 from minisft.data.token_files import data_hash
 from minisft.files.disk import load_json, write_json
-from minisft.files.load import Base
 from minisft.loss import evaluation
 from minisft.session.context import Run
 from minisft.session.generate import InferenceModel, generate, stop_ids
+from minisft.session.report import say
 from minisft.step import State
 from minisft.text.encoding import decode
 from minisft.text.tokenizer import Tokenizer
@@ -34,17 +31,15 @@ from minisft.text.tokenizer import Tokenizer
 STEP0 = "step0.json"  # metrics and answers before training, for a resumed run to compare with
 
 
-def evaluate(
-    base: Base, state: State, dataset: TokenizedDataset, config: TrainConfig
-) -> dict[str, float]:
+def evaluate(run: Run, dataset: TokenizedDataset) -> dict[str, float]:
     """Returns loss, token accuracy and entropy as means over the trained tokens of a dataset.
 
     Every token has the same weight, so the batch size does not change the numbers (Trainer's
     eval_loss averages batch means). Also returns counts and times.
     """
-    started = time.perf_counter()
-    batches = eval_batches(dataset, eval_tokens(config), base.device)
-    found = evaluation(state.trainable.views, base.frozen, batches, base.compute)
+    base, started = run.base, time.perf_counter()
+    batches = eval_batches(dataset, eval_tokens(run.config), base.device)
+    found = evaluation(run.state.trainable.views, base.frozen, batches, base.compute)
     seconds = time.perf_counter() - started
     return {
         "eval_loss": found.loss,
@@ -60,35 +55,30 @@ def eval_batches(
     dataset: TokenizedDataset, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Yield all rows in order, packed into batches of at most max_tokens tokens."""
-    for rows in _cuts(dataset, max_tokens):
+    lengths = dataset.row_lengths.tolist()
+    for rows in cut_by_tokens(list(range(len(dataset))), lengths, max_tokens):
         yield make_micro_batch(dataset, rows, device)
 
 
 def eval_tokens(config: TrainConfig) -> int:
     """Tokens per evaluation batch."""
+    rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
     # Beyond some thousand tokens, larger batches are not faster.
-    return min(config.eval_batch_size * config.max_length, 8192)
+    return min(rows * config.max_length, 8192)
 
 
-def most_eval_tokens(dataset: TokenizedDataset | None, config: TrainConfig) -> int:
-    """Tokens of the largest evaluation batch; 0 without eval rows."""
-    if dataset is None:
-        return 0
-    lengths = dataset.row_lengths
-    return max(int(lengths[rows].sum()) for rows in _cuts(dataset, eval_tokens(config)))
+def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:
+    """Tokens of the largest evaluation batch."""
+    # The lengths stand for the rows: only their sums are wanted.
+    lengths = dataset.row_lengths.tolist()
+    return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
-def _cuts(dataset: TokenizedDataset, max_tokens: int) -> list[list[int]]:
-    return cut_by_tokens(list(range(len(dataset))), dataset.row_lengths.tolist(), max_tokens)
-
-
-def evaluate_now(run: Run, step: int, epoch: float) -> dict[str, Any]:
-    """Evaluate the current weights, which belong to `step`; report and return the metrics.
-
-    With --eval-generate the result has `answers`, the greedy answers to the eval prompts.
-    """
+def evaluate_now(run: Run, step: int) -> dict[str, Any]:
+    """Evaluate the current weights, of `step`; report and return metrics and greedy `answers`."""
     assert run.data.eval is not None
-    metrics: dict[str, Any] = dict(evaluate(run.base, run.state, run.data.eval, run.config))
+    epoch = run.batches.schedule.epoch_after(step - 1)
+    metrics: dict[str, Any] = dict(evaluate(run, run.data.eval))
     answers = answer(run, run.config.eval_generate) if run.config.eval_generate else []
     run.report.evaluation({"step": step, "epoch": epoch, **metrics}, answers)
     return metrics | ({"answers": answers} if answers else {})
@@ -98,65 +88,38 @@ def evaluate_before(run: Run) -> dict[str, Any]:
     """Metrics and answers of the untrained model; a resumed run reads them from step0.json."""
     if run.data.eval is None:
         return {}
-    rows = data_hash(run.data.eval)
-    if run.state.step > 0:
-        before = _read_before(run.out / STEP0)
-        if before.get("rows", rows) == rows:
-            return before
-        run.report.say(
-            f"warning: {STEP0} was computed on other eval rows: no comparison with the untrained "
-            "model"
-        )
+    before, rows = read_before(run), data_hash(run.data.eval)
+    if run.state.step == 0:
+        before = evaluate_now(run, 0)
+        write_json(run.out / STEP0, before | {"rows": rows})
+    elif before.get("rows", rows) != rows:
+        other = f"warning: {STEP0} was computed on other eval rows"
+        say(f"{other}: no comparison with the untrained model")
         return {}
-    before = evaluate_now(run, 0, 0.0)
-    write_json(run.out / STEP0, before | {"rows": rows})
     return before
 
 
-def _read_before(file: Path) -> dict[str, Any]:
-    before = load_json(file) if file.exists() else {}
+def read_before(run: Run) -> dict[str, Any]:
+    """The content of step0.json if a run is resumed. Raises UserError if that is damaged."""
+    file = run.out / STEP0
+    before = load_json(file) if run.state.step and file.exists() else {}
     if not isinstance(before, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(before).__name__}; remove it")
     return before
 
 
-def check_evaluation(run: Run) -> None:
-    """Raises UserError if the first evaluation would fail: no prompts, or a bad step0.json."""
-    dataset = run.data.eval
-    if dataset is not None and run.config.eval_generate:
-        eval_prompts(dataset, run.config.eval_generate)
-    if dataset is not None and run.state.step > 0:
-        _read_before(run.out / STEP0)
-
-
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best.
-
-    The last step is evaluated after the loop, so here only if it can become the best. Called again
-    after resuming, for an evaluation that a signal or a kill interrupted.
-    """
-    config, state, schedule = run.config, run.state, run.schedule
-    done = state.step in run.report.evaluations
-    if run.data.eval is None or config.eval_strategy == "no" or done:
-        return False
+    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best."""
+    config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
-        every = schedule.steps_per_epoch
-    if (state.step == run.total_steps and not config.keeps_best) or state.step % every:
+        every = run.batches.schedule.steps_per_epoch
+    # The last step is evaluated after the loop, so here only if it can become the best.
+    due = step % every == 0 and (config.keeps_best or step < run.total_steps)
+    done = step in run.report.evaluations
+    if run.data.eval is None or config.eval_strategy == "no" or done or not due:
         return False
-    metrics = evaluate_now(run, state.step, schedule.epoch_after(state.step - 1))
-    return note_evaluation_(state, metrics, config)
-
-
-def evaluate_missed(run: Run) -> bool:
-    """After resuming, run the evaluation that was interrupted, if there is one.
-
-    Returns True if it is the best so far and its checkpoint still has to be saved.
-    """
-    if not run.state.step or not evaluate_if_due(run):
-        return False
-    # The checkpoint is missing if the run was resumed from another directory.
-    return not (run.out / f"checkpoint-{run.state.step}").exists()
+    return note_evaluation_(run.state, evaluate_now(run, step), config)
 
 
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
@@ -195,7 +158,7 @@ def evaluate_after(run: Run, step: int) -> dict[str, Any]:
     same_rows = known.get("eval_num_loss_tokens") == int(trained_per_row(dataset).sum())
     if same_rows and answered and all(isinstance(number, float) for number in numbers):
         return known
-    return evaluate_now(run, step, run.schedule.epoch_after(step - 1))
+    return evaluate_now(run, step)
 
 
 def answer(run: Run, count: int) -> list[dict[str, Any]]:

@@ -1,13 +1,9 @@
-"""The end of a run: best weights, export, merge, train_output.json, summary."""
-
-from __future__ import annotations
+"""The end of a run: the best weights, the exported files, train_output.json, the summary."""
 
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
-from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import load_trained_
 from minisft.files.device import memory_gib, peak_memory_gib
 from minisft.files.disk import write_json, write_text
@@ -23,40 +19,31 @@ from minisft.files.load import base_4bit
 from minisft.session.context import Numbers, Run
 from minisft.session.describe import summarise
 from minisft.session.merge import merge
-from minisft.session.outputs import OUTPUT, TrainOutput, plain_config
+from minisft.session.outputs import OUTPUT, Metrics, TrainOutput, plain_config
 from minisft.session.report import say
 from minisft.session.serving import serving_files
 
 
 def take_best_(run: Run) -> int:
-    """With --load-best-model-at-end load the weights of the best evaluation.
-
-    Returns the step that the current weights belong to.
-    """
+    """With --load-best-model-at-end load the best weights; returns the step of those in place."""
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
-        run.report.say(
+        least = config.early_stopping_threshold
+        say(
             f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations in "
             f"a row were no better than step {state.best_step}'s {name} {value:.4f}"
-            f"{_by_threshold(config)}"
+            + (f", or by no more than {least:g}" if least else "")
         )
     if config.load_best_model_at_end and state.best_step not in (0, state.step):
         best = run.out / f"checkpoint-{state.best_step}"
         load_trained_(best, state, *trained_file(run.base.lora), run.base.initial_lora)
-        run.report.say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
+        say(f"best: step {state.best_step}, {name} {value:.4f}; exporting its weights")
         return state.best_step
     return state.step
 
 
-def _by_threshold(config: TrainConfig) -> str:
-    least = config.early_stopping_threshold
-    return f", or by no more than {least:g}" if least else ""
-
-
-def finish(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> TrainOutput:
+def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> TrainOutput:
     """Export, merge with --save-merged, write train_output.json, print the summary.
 
     before, after: evaluations of the untrained and of the exported weights, {} if there is none.
@@ -72,24 +59,22 @@ def finish(
     elif merged.exists():
         say(f"warning: {merged} is from an earlier state of the run; --save-merged rewrites it")
     result = TrainOutput(run.state.step, metrics["train_loss"], metrics)
-    with run.place.stop.held():
+    with run.stop.held():
         # Written last: this file marks the run as complete.
         write_json(run.out / OUTPUT, result._asdict())
         summarise(run, result)
     return result
 
 
-def closing_metrics(
-    run: Run, numbers: Numbers, before: dict[str, Any], after: dict[str, Any]
-) -> dict[str, Any]:
+def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Metrics:
     """The metrics of train_output.json. Times and rates cover the steps of this process only."""
     state, device, seconds = run.state, run.base.device, numbers.seconds
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         "train_runtime": seconds,
         "train_steps_per_second": numbers.steps / seconds if seconds else 0.0,
         "train_loss": state.total_loss / max(1, state.step),
         "num_tokens": state.num_tokens,
-        "epoch": numbers.epoch,
+        "epoch": run.batches.schedule.epoch_after(state.step - 1),
     }
     if "eval_loss" in after:
         metrics |= {"eval_loss_before": before.get("eval_loss"), "eval_loss": after["eval_loss"]}
@@ -106,7 +91,7 @@ def closing_metrics(
     }
 
 
-def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
     """Counts and samples of --eval-generate; {} if the two evaluations had different prompts."""
     if not before or [a["prompt"] for a in before] != [a["prompt"] for a in after]:
         return {}
@@ -122,7 +107,7 @@ def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
     }
 
 
-def export(run: Run, metrics: dict[str, Any]) -> None:
+def export(run: Run, metrics: Metrics) -> None:
     """Write the final adapter (or model) with tokenizer files and model card to the output."""
     base, config, trainable = run.base, run.config, run.state.trainable
     if base.lora is None:
@@ -136,7 +121,7 @@ def export(run: Run, metrics: dict[str, Any]) -> None:
         "data_hash": run.data.hash,
         "steps": run.state.step,
         "losses": {k: v for k, v in metrics.items() if "loss" in k},
-        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, (), [])},
+        "config": {k: v for k, v in plain_config(config).items() if v not in ("", None, [])},
     }
     write_text(run.out / "README.md", model_card(config.base_name, facts, base_4bit(config, base)))
     write_trained(run.out, trainable, base, config)

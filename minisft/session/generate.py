@@ -4,33 +4,21 @@ All prompts run as one packed batch without padding, the same layout that traini
 first pass every active prompt contributes one token per round.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Set
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisft import llama
 from minisft.config.errors import UserError
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, scaling_ratios
 from minisft.files.weights import Checkpoint, stream_weights, to_device
-from minisft.llama import (
-    TOKEN_IDS,
-    Attend,
-    Compute,
-    Weights,
-    block,
-    embed,
-    head_weight,
-    layer_view,
-    leaf,
-    make_tokens,
-)
 from minisft.nn import Documents, LoraContext, packed_attention, rms_norm
 from minisft.rope import rope_table
 from minisft.text.chat import render
@@ -43,14 +31,14 @@ Adapter = tuple[LoraConfig, dict[str, Tensor]]  # the result of `load_adapter`
 class InferenceModel(NamedTuple):
     """The weights of a model and how to compute with them; everything is on `device`."""
 
-    trainable: Weights  # the adapter's tensors, or all weights after full fine-tuning
-    frozen: Weights
-    compute: Compute
+    trainable: llama.Weights  # the adapter's tensors, or all weights after full fine-tuning
+    frozen: llama.Weights
+    compute: llama.Compute
     device: torch.device
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest share."""
+    """How the next token is chosen: temperature 0 is greedy; top_p is nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -67,41 +55,22 @@ def load_for_inference(
     four_bit: Set[str] = frozenset(),
     adapter: Adapter | None = None,
 ) -> InferenceModel:
-    """Load a checkpoint to the device one tensor at a time, with or without an adapter.
-
-    four_bit: names of the weights to keep in 4 bits.
-    """
+    """Load a checkpoint to the device one tensor at a time. four_bit: weights kept in 4 bits."""
     lora, tensors = adapter or (None, {})
     frozen = {
         name: to_device(name, weight, device, dtype, name in four_bit)
         for name, weight in stream_weights(checkpoint)
         if name not in tensors
     }
-    compute = Compute(checkpoint.cfg, dtype)
+    cfg = checkpoint.cfg
+    compute = llama.Compute(cfg, dtype)
     if lora is not None:
-        ratios = scaling_ratios(lora, checkpoint.cfg)
-        compute = Compute(checkpoint.cfg, dtype, lora_scaling=lora.scaling, lora_ratios=ratios)
+        compute = llama.Compute(cfg, dtype, lora.scaling, lora_ratios=scaling_ratios(lora, cfg))
         if TOKEN_ROWS in tensors:
-            frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
+            ids = torch.tensor(lora.trainable_token_indices, device=device)
+            frozen[llama.TOKEN_IDS] = ids
     trainable = {name: tensor.to(device) for name, tensor in tensors.items()}
     return InferenceModel(trainable, frozen, compute, device)
-
-
-class _Cache:
-    """Keys and values of every document: layers[i][document] is (keys, values) [capacity, K, H]."""
-
-    def __init__(self, capacity: list[int], model: InferenceModel) -> None:
-        cfg, dtype = model.compute.model, model.compute.dtype
-        shape = (cfg.num_key_value_heads, cfg.head_dim)
-
-        def empty(tokens: int) -> Tensor:
-            return torch.empty(tokens, *shape, dtype=dtype, device=model.device)
-
-        self.layers = [
-            [(empty(tokens), empty(tokens)) for tokens in capacity]
-            for _ in range(cfg.num_hidden_layers)
-        ]
-        self.lengths = [0] * len(capacity)  # tokens stored, by document
 
 
 @torch.no_grad()
@@ -118,14 +87,20 @@ def generate(
     Returns the new ids of each prompt, in order, including the stop id if one was reached.
     Raises UserError if the logits are not finite.
     """
-    compute = dataclasses.replace(model.compute, lora_dropout=0.0, checkpoint_blocks=False)
-    model = model._replace(compute=compute)
-    cache = _Cache([len(p) + max_new_tokens for p in prompts], model)
+    cfg, compute = model.compute.model, model.compute
+
+    def empty(capacity: int) -> Tensor:
+        shape = (2, capacity, cfg.num_key_value_heads, cfg.head_dim)
+        return torch.empty(shape, dtype=compute.dtype, device=model.device)
+
+    # cache[layer][i]: keys and values of document i
+    capacity = [len(prompt) + max_new_tokens for prompt in prompts]
+    cache = [[empty(tokens) for tokens in capacity] for _ in range(cfg.num_hidden_layers)]
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     new: list[list[int]] = [[] for _ in prompts]
-    active, inputs = list(range(len(prompts))), prompts
+    active, inputs, starts = list(range(len(prompts))), prompts, [0] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = _extend_(cache, model, inputs, active)
+        logits = _extend_([[layer[i] for i in active] for layer in cache], starts, inputs, model)
         if not logits.isfinite().all():
             raise UserError(
                 "the model's logits are not finite, so no next token can be chosen: the weights of "
@@ -138,69 +113,59 @@ def generate(
         if not active:
             break
         inputs = [[new[i][-1]] for i in active]
+        starts = [len(prompts[i]) + len(new[i]) - 1 for i in active]
     return new
 
 
 def _extend_(
-    cache: _Cache, model: InferenceModel, inputs: list[list[int]], active: list[int]
+    cache: list[list[Tensor]], starts: list[int], inputs: list[list[int]], model: InferenceModel
 ) -> Tensor:
-    """Run the next tokens of the active documents through the model and add them to the cache.
+    """Run the next tokens of documents through the model and add them to the cache.
 
-    inputs[j] are the next ids of document active[j]: the whole prompt at first, then one token.
-    Returns the logits after each document's last token, [documents, V] float32.
+    cache[layer][j]: keys and values of document j, [2, capacity, K, H], with starts[j] tokens
+    stored. inputs[j]: its next ids, the whole prompt at first, then one token. Returns the logits
+    after each document's last token, [documents, V] float32.
     """
     trainable, frozen, compute, device = model
-    cfg = compute.model
-    tokens = make_tokens(inputs, device)
-    starts = [cache.lengths[i] for i in active]
-    contexts = tuple(start + len(ids) for start, ids in zip(starts, inputs, strict=True))
-    offsets = torch.tensor(starts, device=device).repeat_interleave(
-        torch.tensor([len(ids) for ids in inputs], device=device)
-    )
+    cfg, tokens = compute.model, llama.make_tokens(inputs, device)
+    lengths = tokens.documents.lengths
+    contexts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
+    starts_B, lengths_B = torch.tensor([starts, lengths], device=device)
+    positions_T = tokens.position_ids_T + starts_B.repeat_interleave(lengths_B)
     # Dynamic RoPE depends on the length of the whole context, not on that of this pass's tokens.
     rope = rope_table(
-        tokens.position_ids_T + offsets, tokens.documents.lengths, cfg.rope,
-        head_dim=cfg.head_dim, max_positions=cfg.max_position_embeddings,
-        dtype=compute.dtype, contexts=contexts,
+        positions_T, lengths, cfg.rope, head_dim=cfg.head_dim, dtype=compute.dtype,
+        max_positions=cfg.max_position_embeddings, contexts=contexts,
     )  # fmt: skip
-    x_TD = embed(trainable, frozen, tokens.input_ids_T, compute)
+    x_TD = llama.embed(trainable, frozen, tokens.input_ids_T, compute)
     adapter, ratios = LoraContext(compute.lora_scaling, 0.0, None), dict(compute.lora_ratios)
-    for i, layer in enumerate(cache.layers):
-        attend = _cached_attention(
-            [layer[document] for document in active], starts, tokens.documents
-        )
-        x_TD = block(x_TD, layer_view(trainable, frozen, i, ratios), rope, attend, adapter, cfg)
-    for i, context in zip(active, contexts, strict=True):
-        cache.lengths[i] = context
+    for i, stored in enumerate(cache):
+        attend = partial(_cached_attention, stored, starts, tokens.documents)
+        layer = llama.layer_view(trainable, frozen, i, ratios)
+        x_TD = llama.block(x_TD, layer, rope, attend, adapter, cfg)
     # The head is the largest matmul: run it on the last token of each document only.
     last = tokens.documents.cu_seqlens[1:].long() - 1
-    h_BD = rms_norm(x_TD[last], leaf(trainable, frozen, "model.norm.weight"), cfg.rms_norm_eps)
-    return F.linear(h_BD, head_weight(trainable, frozen, cfg, compute.dtype)).float()
+    norm_D = llama.leaf(trainable, frozen, "model.norm.weight")
+    h_BD = rms_norm(x_TD[last], norm_D, cfg.rms_norm_eps)
+    return F.linear(h_BD, llama.head_weight(trainable, frozen, cfg, compute.dtype)).float()
 
 
 def _cached_attention(
-    cache: list[tuple[Tensor, Tensor]], starts: list[int], documents: Documents
-) -> Attend:
+    cache: list[Tensor], starts: list[int], documents: Documents, *qkv: Tensor
+) -> Tensor:
     """Attention of a layer that stores new keys and values, then attends to all stored ones."""
-
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        lengths = documents.lengths
-        for (keys, values), start, k, v in zip(
-            cache, starts, k_TKH.split(lengths), v_TKH.split(lengths), strict=True
-        ):
-            keys[start : start + len(k)], values[start : start + len(v)] = k, v
-        if not any(starts):  # the prompts themselves: ordinary causal attention
-            return packed_attention(q_TNH, k_TKH, v_TKH, documents)
-        out = []
-        # From the second round on each document has one query. It sees every stored key: no mask.
-        for (keys, values), start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
-            q, k, v = (
-                x.transpose(0, 1).unsqueeze(0) for x in (q, keys[: start + 1], values[: start + 1])
-            )
-            out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
-        return torch.cat(out).squeeze(2)
-
-    return attend
+    (q_TNH, k_TKH, v_TKH), lengths = qkv, documents.lengths
+    new = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
+    for stored, start, (k, v) in zip(cache, starts, new, strict=True):
+        stored[0, start : start + len(k)], stored[1, start : start + len(v)] = k, v
+    if not any(starts):  # the prompts themselves: ordinary causal attention
+        return packed_attention(q_TNH, k_TKH, v_TKH, documents)
+    out = []
+    # From the second round on each document has one query. It sees every stored key: no mask.
+    for stored, start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, *stored[:, : start + 1]))
+        out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(out).squeeze(2)
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
@@ -210,7 +175,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
-        # Without the token's own probability: the likeliest token is never removed.
+        # Without the token's own probability: the most probable token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()
@@ -219,16 +184,12 @@ def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -
 def stop_ids(tokenizer: Tokenizer, cfg: ModelConfig) -> set[int]:
     """Ids that end a turn: the EOS tokens of config.json and of the tokenizer, and the special
     token that the chat template writes after an assistant message, if there is one."""
-    stops = set(cfg.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            text = render(tokenizer.chat_template, turn, special_tokens=tokenizer.special_tokens)
-        # Some templates require other roles; nothing can be inferred from them.
-        except UserError:
-            return stops
+    ends = (*cfg.eos_token_ids, tokenizer.eos_token_id)
+    stops = {end for end in ends if end is not None}
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    # Some templates require other roles; nothing can be inferred from them.
+    with suppress(UserError):
+        text = render(tokenizer.chat_template or "", turn, special_tokens=tokenizer.special_tokens)
         after = encode(tokenizer, text[text.rfind("b") + 1 :].strip(), add_special_tokens=False)
         special = {t for t, a in tokenizer.backend.get_added_tokens_decoder().items() if a.special}
         stops |= set(after[:1]) & special

@@ -1,55 +1,71 @@
-"""Guards that stop training: non-finite numbers, a lasting loss spike, unchanged weights."""
-
-from __future__ import annotations
+"""What refuses a run before it writes anything, and the guards that stop training."""
 
 import math
+import shutil
 
 import torch
 
-from minisft.config.train import TrainConfig
+from minisft.config.errors import UserError
 from minisft.files.checkpoint import list_checkpoints
+from minisft.files.disk import existing
 from minisft.schedules import lr_factor
 from minisft.session.context import Run
+from minisft.session.evaluate import eval_prompts, read_before
+from minisft.session.report import say
 from minisft.step import State, StepResult
+from minisft.variants.pissa import is_pair
 
 
 class TrainingStopped(RuntimeError):
     """A guard stopped training: non-finite loss, loss spike, or no weight changed. Exit code 3."""
 
 
+def check_run(run: Run) -> None:
+    """Raises UserError if evaluating would fail, or the disk is too small for the results."""
+    if run.data.eval is not None:
+        eval_prompts(run.data.eval, run.config.eval_generate)
+        read_before(run)
+    trained, lora = run.state.trainable, run.base.lora
+    # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
+    need = 4 * 4 * trained.buffer.numel()
+    # PiSSA and OLoRA also store the initial A and B, in the checkpoint and in the result.
+    if lora and lora.splits_weights:
+        need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
+    free = shutil.disk_usage(existing(run.out)).free
+    if free < need:
+        raise UserError(
+            f"--output-dir {run.out} has {free / 2**30:.2f} GiB free; one checkpoint and the "
+            f"result need {need / 2**30:.2f} GiB: free some space or choose another directory"
+        )
+
+
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Returns why training must stop after this step, or "". Warns at the start of a loss spike.
-
-    rows: the training rows of the step, for the message.
-    """
-    return _not_applied(run, result, rows) or _spike_(run, result, rows)
-
-
-def training_stopped(run: Run, reason: str) -> TrainingStopped:
-    """Returns the exception to raise; its message names the newest checkpoint."""
+    """Returns why training must stop after a step of these rows, or "". Warns of a loss spike."""
+    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+    reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
+    if not reason:
+        return ""
     found = list_checkpoints(run.out)
     last = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return TrainingStopped(f"{reason}; {last}")
+    return f"{reason}; {last}"
 
 
-def _not_applied(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Returns why an update that was not applied must stop training, or ""."""
+def _not_applied(run: Run, result: StepResult, rows: str) -> str:
     if result.applied:
         return ""
-    dtype, state = run.base.compute.dtype, run.state
+    dtype, state, finite = run.base.compute.dtype, run.state, math.isfinite(result.loss)
     # In float16 gradient overflow is expected: the step is skipped and the loss scale halved. Below
     # 1e-4 the scale is no longer the cause.
-    if dtype == torch.float16 and math.isfinite(result.loss) and state.loss_scale >= 1e-4:
+    if finite and dtype == torch.float16 and state.loss_scale >= 1e-4:
         return ""
-    what = "loss" if not math.isfinite(result.loss) else "gradient norm"
-    value = result.loss if what == "loss" else result.grad_norm
+    what = f"gradient norm is {result.grad_norm}" if finite else f"loss is {result.loss}"
     return (
-        f"step {state.step}: the {what} is {value}; the step changed no weight. Rows of the step: "
-        f"{_shown(rows)}. Inspect them, or lower --learning-rate and resume"
+        f"step {state.step}: the {what}; the step changed no weight. Rows of the step: {rows}. "
+        "Inspect them, or lower --learning-rate and resume"
     )
 
 
-def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
+def _spike_(run: Run, result: StepResult, rows: str) -> str:
     """Record the loss for spike detection; returns why a lasting spike must stop training, or "".
 
     A spike is a loss above twice the mean of the last 100 losses (spikes excluded) and more than 1
@@ -65,17 +81,13 @@ def _spike_(run: Run, result: StepResult, rows: list[int]) -> str:
     state.spikes += 1
     spike = (
         f"step {state.step}: the loss is {result.loss:.4g}; the mean of the previous "
-        f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {_shown(rows)}"
+        f"{len(state.losses)} steps is {mean:.4g}. Rows of the step: {rows}"
     )
     if state.spikes == 1:
-        run.report.say(f"warning: {spike}")
+        say(f"warning: {spike}")
     if state.spikes < 5 or not run.config.stop_on_loss_spike:
         return ""
     return f"{spike}. This is the fifth such step in a row: lower --learning-rate and resume"
-
-
-def _shown(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
 
 
 def trace(state: State) -> tuple[int, int]:
@@ -85,16 +97,13 @@ def trace(state: State) -> tuple[int, int]:
     return state.updates, int(bits.sum(dtype=torch.int64))
 
 
-def check_changed(
-    before: tuple[int, int], state: State, first: int, config: TrainConfig, total: int
-) -> None:
+def check_changed(run: Run, first: int, before: tuple[int, int]) -> None:
     """Raises TrainingStopped if steps with a learning rate above 0 changed no trained weight.
 
-    before: `trace` of the state before step `first`. total: steps done by now.
+    before: `trace` of the state before step `first`.
     """
-    if config.learning_rate == 0 or not any(
-        lr_factor(i, total, config) for i in range(first, total)
-    ):
+    state, config, total = run.state, run.config, run.state.step
+    if not any(config.learning_rate * lr_factor(i, total, config) for i in range(first, total)):
         return
     # float16 may have skipped every step of this process; that is an error only if the whole run,
     # earlier processes included, never applied one.

@@ -4,13 +4,12 @@ Each receives every line of metrics.jsonl under Trainer's names (train/loss, eva
 fails, a single warning is printed and training continues without it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,23 +74,18 @@ def _only_warning(warn: Callable[[str], None], name: str, what: str) -> Iterator
 
 
 def named(line: dict[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a metrics line under Trainer's names: train/loss, eval/loss."""
-    numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+    """Returns the finite numbers of a metrics line under Trainer's names."""
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
-        for k, v in numbers.items()
-        if math.isfinite(v)
+        for k, v in line.items()
+        if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)
     }
-
-
-def _run_name(config: TrainConfig, out: Path) -> str:
-    return config.run_name or out.resolve().name
 
 
 def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
-    directory = Path(config.logging_dir or out / "runs") / _run_name(config, out)
+    directory = Path(config.logging_dir or out / "runs") / (config.run_name or out.resolve().name)
     # Hides the steps after the resumed checkpoint that the earlier process logged.
     writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
     writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in vars(config).items()))
@@ -103,30 +97,24 @@ def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger
     return Logger("tensorboard", write, writer.close)
 
 
-def _open_wandb(config: TrainConfig, out: Path, first_step: int) -> Logger:
-    import wandb
-
-    directory = Path(config.logging_dir or out)
-    directory.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "minisft"),
-        name=_run_name(config, out),
-        dir=str(directory),
+def _open_tracker(name: str, config: TrainConfig, out: Path, first_step: int) -> Logger:
+    # Trackio has the interface of W&B.
+    package, more = importlib.import_module(name), {}
+    if name == "wandb":
+        directory = Path(config.logging_dir or out)
+        directory.mkdir(parents=True, exist_ok=True)
+        more = {"dir": str(directory), "settings": package.Settings(silent=True)}
+    run = package.init(
+        project=os.environ.get(f"{name.upper()}_PROJECT", "minisft"),
+        name=config.run_name or out.resolve().name,
         config=plain_config(config),
-        settings=wandb.Settings(silent=True),
+        **more,
     )
-    return Logger("wandb", lambda metrics, step: run.log(metrics, step=step), run.finish)
+    return Logger(name, lambda metrics, step: run.log(metrics, step=step), run.finish)
 
 
-def _open_trackio(config: TrainConfig, out: Path, first_step: int) -> Logger:
-    import trackio  # pyright: ignore[reportMissingImports]  # optional package
-
-    run = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", "minisft"),
-        name=_run_name(config, out),
-        config=plain_config(config),
-    )
-    return Logger("trackio", lambda metrics, step: run.log(metrics, step=step), run.finish)
-
-
-_OPEN = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}
+_OPEN = {
+    "tensorboard": _open_tensorboard,
+    "wandb": partial(_open_tracker, "wandb"),
+    "trackio": partial(_open_tracker, "trackio"),
+}

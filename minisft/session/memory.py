@@ -1,7 +1,5 @@
 """Memory estimates, and one-line out-of-memory errors that suggest cheaper settings."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +27,7 @@ _PLANNED = "gradient, buffers and activations"  # of the explicit pass on a GPU
 def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
     """Turns an out-of-memory error into a UserError with the estimate and cheaper settings.
 
-    Yields an empty dict to be filled with the estimate; while it is empty, the message has that of
-    the weights and the optimizer state only.
+    Yields a dict to be filled with the estimate; the default is weights and optimizer state only.
     """
     needs: Needs = {}
     try:
@@ -40,16 +37,12 @@ def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
         known = isinstance(e, torch.OutOfMemoryError | MemoryError)
         if not known and not any(text in str(e) for text in _CPU_ALLOCATOR):
             raise
-        raise UserError(_message(config, e, needs)) from e
-
-
-def _message(config: TrainConfig, error: BaseException, needs: Needs) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
-    return (
-        f"out of memory ({reason}). Estimated need: {in_words(needs)}. "
-        f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
-    )
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
+        needs = needs or resident_gib(*load_base(dataclasses.replace(config, dry_run=True)))
+        raise UserError(
+            f"out of memory ({reason}). Estimated need: {in_words(needs)}. "
+            f"{'; '.join(levers(config, needs))}. {what_is_kept(Path(config.output_dir))}"
+        ) from e
 
 
 def in_words(needs: Needs) -> str:
@@ -59,8 +52,7 @@ def in_words(needs: Needs) -> str:
 
 def levers(config: TrainConfig, needs: Needs) -> list[str]:
     """Suggested settings that need less memory, those that do not change training first."""
-    found = []
-    rows = config.per_device_train_batch_size
+    found, rows = [], config.per_device_train_batch_size
     # The explicit pass plans its own micro-batches, whatever the batch size is.
     if _PLANNED in needs:
         gib = sum(needs.values())
@@ -70,9 +62,7 @@ def levers(config: TrainConfig, needs: Needs) -> list[str]:
             f"halve --per-device-train-batch-size {rows} and double "
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps} (same training)"
         )
-    if config.gradient_checkpointing == "none" or (
-        config.gradient_checkpointing == "auto" and _PLANNED not in needs
-    ):
+    if config.gradient_checkpointing in (("none",) if _PLANNED in needs else ("none", "auto")):
         found.append("--gradient-checkpointing full (same training, slower)")
     found.append(f"lower --max-length {config.max_length}")
     if config.full_finetuning:
@@ -92,10 +82,9 @@ def resident_gib(base: Base, state: State) -> Needs:
 def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluated: int) -> Needs:
     """Estimated memory of a run in GiB, by purpose.
 
-    tokens: of the largest training micro-batch. evaluated: of the largest evaluation batch (0
-    without evaluation). Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as
-    the trained tensors, the activations it saves, and two float32 blocks of logits. If evaluation
-    needs more than a training step, its need is counted instead.
+    tokens, evaluated: of the largest training micro-batch and evaluation batch (0: no evaluation).
+    Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as the trained tensors,
+    saved activations, two float32 blocks of logits. Evaluation counts instead if it needs more.
     """
     needs = resident_gib(base, state)
     V, cfg, size = base.cfg.vocab_size, base.cfg, base.compute.dtype.itemsize

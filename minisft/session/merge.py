@@ -5,11 +5,9 @@ and rounded once. W is either the base as it is stored (`16bit`) or the base dec
 that the adapter was trained on (`dequant`); the latter reproduces the trained model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,26 +15,15 @@ import torch
 from torch import Tensor
 
 from minisft.config.errors import UserError
-from minisft.config.lora import LoraConfig
 from minisft.config.targets import EMBEDDING_A, EMBEDDING_B, TOKEN_ROWS
+from minisft.files import weights
 from minisft.files.adapter import base_in_4bit, load_adapter, other_4bit
 from minisft.files.adapter_config import read_adapter_config
 from minisft.files.device import resolve_device, resolve_dtype
 from minisft.files.disk import atomic_directory, refuse_existing
 from minisft.files.export import save_shards, write_model_files
-from minisft.files.weights import (
-    Checkpoint,
-    dequantized,
-    four_bit_names,
-    kinds_of,
-    load_model_config,
-    open_checkpoint,
-    resolve_model,
-    stream_weights,
-    to_device,
-)
 from minisft.llama import EMBEDDING, logits, make_tokens
-from minisft.session.generate import Adapter, load_for_inference
+from minisft.session.generate import Adapter, InferenceModel, load_for_inference
 from minisft.session.serving import serving_files
 from minisft.text.tokenizer import load_tokenizer, tokenizer_of
 
@@ -62,13 +49,13 @@ class Merged(NamedTuple):
             f"on that base by {self.relative_difference:.1e} (relative), "
             f"{self.largest_difference:.1e} (largest)"
         )
-        if self.from_trained is not None:
-            trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
-            line += (
-                f"; the adapter was trained on the base {trained}, and logits differ from those of "
-                f"that model by {self.from_trained:.1e} (relative)"
-            )
-        return line
+        if self.from_trained is None:
+            return line
+        trained = "as it is stored" if self.base == "dequant" else "in 4 bits"
+        return (
+            f"{line}; the adapter was trained on the base {trained}, and logits differ from those "
+            f"of that model by {self.from_trained:.1e} (relative)"
+        )
 
 
 def merge(
@@ -83,41 +70,42 @@ def merge(
 ) -> Merged:
     """Merge an adapter directory into its base and write output_dir, a transformers directory.
 
-    model, revision: default to the adapter's own. base: see BASES; `auto` is dequant if the adapter
-    was trained on a base in 4 bits, else 16bit. dtype: of the files; `auto` is the dtype in the
-    base's config.json, bfloat16 if it names none. output_dir appears once it is complete and its
-    logits are verified. Raises UserError for invalid input, and if the logits differ.
+    model, revision: default to the adapter's own. base: one of BASES; `auto`: what the adapter was
+    trained on. dtype: of the files; `auto`: that of the base's config.json, else bfloat16. Nothing
+    is written if the logits differ. Raises UserError then, and for invalid input.
     """
     out = Path(output_dir)
     if base not in BASES:
         raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
-    # `whole_directory` checks it again, but only after the base has been resolved and read.
+    # `atomic_directory` checks it again, but only after the base has been resolved and read.
     refuse_existing(out)
     directory = _base_directory(adapter, model, revision)
-    checkpoint = open_checkpoint(directory, load_model_config(directory))
+    checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
     loaded = load_adapter(adapter, checkpoint.cfg)
-    trained_in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # None: unknown
+    in_4bit = bool(checkpoint.four_bit) or base_in_4bit(adapter)  # in training; None: unknown
     if base == "auto":
-        base = "dequant" if trained_in_4bit else "16bit"
-    _check_base(base, directory, checkpoint)
+        base = "dequant" if in_4bit else "16bit"
+    if base == "16bit" and checkpoint.four_bit:
+        raise UserError(
+            f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
+            "use --base dequant"
+        )
     place = resolve_device(device)
-    stored = checkpoint.cfg.dtype or "bfloat16"
-    kind = resolve_dtype(stored if dtype == "auto" else dtype, place)
-    four_bit = four_bit_names(checkpoint, base == "dequant")
-    trained = four_bit if trained_in_4bit is None else four_bit_names(checkpoint, trained_in_4bit)
-    if other := other_4bit(adapter, kinds_of(checkpoint, trained)):
+    kind = resolve_dtype((checkpoint.cfg.dtype or "bfloat16") if dtype == "auto" else dtype, place)
+    four_bit = weights.four_bit_names(checkpoint, base == "dequant")
+    trained = four_bit if in_4bit is None else weights.four_bit_names(checkpoint, in_4bit)
+    if other := other_4bit(adapter, weights.kinds_of(checkpoint, trained)):
         warnings.warn(other, stacklevel=2)
     with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
-        save_shards(temporary, merged_weights(checkpoint, four_bit, *loaded, place), kind)
+        save_shards(temporary, merged_weights(checkpoint, four_bit, loaded, place), kind)
         # An adapted embedding no longer equals the head.
         tied = checkpoint.cfg.tie_word_embeddings and not loaded[0].lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
-        files = serving_files("FROM .", tokenizer, cfg)
-        write_model_files(temporary, directory, cfg, kind, files)
-        written = open_checkpoint(temporary, load_model_config(temporary))
-        ours = logits_of(written, kind, place)
-        live = logits_of(checkpoint, kind, place, four_bit, loaded)
+        write_model_files(temporary, directory, cfg, kind, serving_files("FROM .", tokenizer, cfg))
+        written = weights.open_checkpoint(temporary, weights.load_model_config(temporary))
+        ours = logits_of(load_for_inference(written, kind, place))
+        live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
         relative, largest = difference(ours, live), (ours - live).abs().max().item()
         # `not <=` also refuses NaN.
         if not relative <= TOLERANCE[kind]:
@@ -127,7 +115,8 @@ def merge(
             )
         away = None
         if trained != four_bit:
-            away = difference(ours, logits_of(checkpoint, kind, place, trained, loaded))
+            live = logits_of(load_for_inference(checkpoint, kind, place, trained, loaded))
+            away = difference(ours, live)
     return Merged(base, directory, relative, largest, away)
 
 
@@ -138,76 +127,49 @@ def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Pa
     if not name:
         raise UserError(f"{adapter}: adapter_config.json names no base model; give --model")
     # The adapter's revision belongs to the base that the adapter names.
-    return resolve_model(name, revision or (None if model else raw.get("revision")))
-
-
-def _check_base(base: str, directory: Path, checkpoint: Checkpoint) -> None:
-    if base == "16bit" and checkpoint.four_bit:
-        raise UserError(
-            f"--base 16bit, but {directory} is stored in 4 bits; give --model the 16-bit base, or "
-            "use --base dequant"
-        )
+    return weights.resolve_model(name, revision or (None if model else raw.get("revision")))
 
 
 def merged_weights(
-    checkpoint: Checkpoint,
-    four_bit: set[str],
-    lora: LoraConfig,
-    tensors: dict[str, Tensor],
-    device: torch.device,
+    checkpoint: weights.Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (key, float32 weight) of the merged model, one weight in memory at a time.
 
     four_bit: names of the weights that are quantised to 4 bits and decoded first.
     """
-    for name, weight in stream_weights(checkpoint):
+    lora, tensors = adapter
+    for name, weight in weights.stream_weights(checkpoint):
         if name in tensors:  # a trained copy
             yield name, tensors[name]
             continue
-        if name == EMBEDDING and TOKEN_ROWS in tensors:
-            assert isinstance(weight, Tensor)
-            ids = torch.tensor(lora.trainable_token_indices)
-            yield name, weight.float().index_copy(0, ids, tensors[TOKEN_ROWS])
-            continue
-        if name == EMBEDDING and EMBEDDING_A in tensors:
-            assert isinstance(weight, Tensor)
-            update = (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
-            yield name, weight.float() + lora.scaling_of("model.embed_tokens") * update
-            if checkpoint.cfg.tie_word_embeddings:  # the head is not adapted: no longer tied
-                yield "lm_head.weight", weight.float()
-            continue
         if name in four_bit:
-            weight = to_device(name, weight, device, torch.float32, True)
-        weight = dequantized(weight)
-        path = name.removesuffix(".weight")
-        if f"{path}.lora_A.weight" not in tensors:
-            yield name, weight
-            continue
-        A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
-        merged = weight.to(device, torch.float32) + lora.scaling_of(path) * (B @ A)
-        if lora.use_dora:
-            magnitude = tensors[f"{path}.lora_magnitude_vector"].to(device)
-            merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+            weight = weights.to_device(name, weight, device, torch.float32, True)
+        path, merged = name.removesuffix(".weight"), weights.dequantized(weight)
+        if name == EMBEDDING and TOKEN_ROWS in tensors:
+            ids = torch.tensor(lora.trainable_token_indices)
+            merged = merged.float().index_copy(0, ids, tensors[TOKEN_ROWS])
+        elif name == EMBEDDING and EMBEDDING_A in tensors:
+            base, update = merged.float(), (tensors[EMBEDDING_B] @ tensors[EMBEDDING_A]).T
+            merged = base + lora.scaling_of(path) * update
+            if checkpoint.cfg.tie_word_embeddings:  # the head is not adapted: no longer tied
+                yield name, merged
+                name, merged = "lm_head.weight", base
+        elif f"{path}.lora_A.weight" in tensors:
+            A, B = (tensors[f"{path}.lora_{x}.weight"].to(device) for x in "AB")
+            merged = merged.to(device, torch.float32) + lora.scaling_of(path) * (B @ A)
+            if lora.use_dora:
+                magnitude = tensors[f"{path}.lora_magnitude_vector"].to(device)
+                merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
         yield name, merged
 
 
-def logits_of(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    four_bit: Set[str] = frozenset(),
-    adapter: Adapter | None = None,
-) -> Tensor:
-    """float64 [48, V]: logits of a checkpoint, with or without an adapter, on 48 fixed tokens.
-
-    Computed in `dtype`. four_bit: names of the weights kept in 4 bits.
-    """
-    ids = [(7919 * i + 1) % checkpoint.cfg.vocab_size for i in range(48)]
-    model = load_for_inference(checkpoint, dtype, device, four_bit, adapter)
-    with torch.no_grad():
-        # Two documents of different lengths, so that packing is verified too.
-        tokens = make_tokens([ids[:16], ids[16:]], device)
-        return logits(model.trainable, model.frozen, tokens, model.compute).double().cpu()
+@torch.no_grad()
+def logits_of(model: InferenceModel) -> Tensor:
+    """float64 [48, V]: logits of a model on 48 fixed tokens, computed in its dtype."""
+    ids = [(7919 * i + 1) % model.compute.model.vocab_size for i in range(48)]
+    # Two documents of different lengths, so that packing is verified too.
+    tokens = make_tokens([ids[:16], ids[16:]], model.device)
+    return logits(model.trainable, model.frozen, tokens, model.compute).double().cpu()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -1,15 +1,12 @@
 """The output directory of a run: which one is accepted, its lock, its result, its settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fcntl
 import hashlib
-import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ from minisft.config.train import TrainConfig
 from minisft.files.checkpoint import clean_temporaries, list_checkpoints
 from minisft.files.disk import check_writable, file_digest
 
+Metrics = dict[str, Any]
 RUN, OUTPUT = "run.json", "train_output.json"
 # Files that a run writes but other programs may have written too: a directory that holds one of
 # them without run.json is refused, so that nothing of theirs is overwritten.
@@ -33,7 +31,7 @@ class TrainOutput(NamedTuple):
 
     global_step: int
     training_loss: float
-    metrics: dict[str, Any]
+    metrics: Metrics
 
 
 @contextmanager
@@ -46,53 +44,44 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
     but nothing is created, locked or removed.
     """
     out = Path(config.output_dir)
-    if config.dry_run:
-        with _refusals(out):
-            _check_place(out, config)
-            check_writable(out)
-            if (out / ".lock").exists():
-                with open(out / ".lock") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        _check_free(out, config)
-        yield out
-        return
-    with _refusals(out):
-        _check_place(out, config)
-        out.mkdir(parents=True, exist_ok=True)
-        # The kernel drops the lock when the process dies, so a kill leaves no stale lock. The file
-        # stays: deleting it would let two later runs lock two different files.
-        lock = open(out / ".lock", "a")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with lock:
-        clean_temporaries(out)
-        _check_free(out, config)
-        yield out
-
-
-@contextmanager
-def _refusals(out: Path) -> Iterator[None]:
-    """Turns a held lock and other OSErrors into a UserError that names the directory."""
     try:
-        yield
+        lock = _locked(out, config)
     except BlockingIOError:
         raise UserError(
-            f"--output-dir {out}: another run is writing there; wait for it or choose another "
-            "directory"
+            f"--output-dir {out}: another run is writing there; "
+            "wait for it or choose another directory"
         ) from None
     except OSError as e:
         raise UserError(
             f"--output-dir {out}: not writable ({e.strerror}); choose another directory"
         ) from e
+    with lock:
+        if not config.dry_run:
+            clean_temporaries(out)
+        _check_free(out, config)
+        yield out
 
 
-def _check_place(out: Path, config: TrainConfig) -> None:
-    """Raises UserError if `out` is the base model's directory, OSError if it is a file."""
+def _locked(out: Path, config: TrainConfig) -> AbstractContextManager:
+    """Lock `out`; returns the context to release it. A dry run only looks whether that works."""
     if out.is_dir() and Path(config.model).is_dir() and out.samefile(config.model):
         raise UserError(
             f"--output-dir {out} is the base model's own directory; choose another directory"
         )
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+    if config.dry_run:
+        check_writable(out)
+        if (out / ".lock").exists():
+            with open(out / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    # The kernel drops the lock when the process dies, so a kill leaves no stale lock. The file
+    # stays: deleting it would let two later runs lock two different files.
+    lock = open(out / ".lock", "a")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:
@@ -123,10 +112,9 @@ def products(out: Path) -> list[Path]:
 
 
 def base_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the base model's config.json, and SHA-256 of samples of its weights.
+    """SHA-256 of the base model's config.json, and of names, sizes and samples of its weight files.
 
-    The latter covers the name and size of each weight file and 64 evenly spaced pieces of at most
-    64 KiB, the first of which holds the header.
+    Samples are 64 evenly spaced pieces of at most 64 KiB; the first holds the header.
     """
     # Sampling takes a fraction of a second for any model. It suffices: two trainings of the same
     # architecture differ in every piece.
@@ -142,14 +130,10 @@ def base_digests(directory: Path) -> dict[str, str]:
     return {"base_digest": config, "weights_digest": weights.hexdigest()}
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples become lists."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON gives them back."""
-    return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
+    """The settings as JSON gives them back: tuples become lists."""
+    settings = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def as_flags(config: TrainConfig) -> str:
@@ -159,9 +143,8 @@ def as_flags(config: TrainConfig) -> str:
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        name = flag(field.name)
         if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
+            words.append(flag(field.name if value else f"no_{field.name}"))
         else:
-            words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [flag(field.name), *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)

@@ -1,12 +1,10 @@
 """What a run writes as it goes: run.json before the first step, metrics lines, checkpoints."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +22,13 @@ _LEFT = (
     "README.md", "config.json", "generation_config.json", "samples.jsonl", "Modelfile",
     "runs", "wandb", "merged",
 )  # fmt: skip
+
+
 _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "datasets")
 
 
 def start_over(run: Run) -> None:
-    """Write run.json and delete the previous run's completion marker: this run has not finished.
-
-    With --overwrite-output-dir every file of the previous run is deleted too.
-    """
+    """Write run.json, delete a previous run's completion marker; all of it if it is overwritten."""
     out = run.out
     # Written before anything is deleted: a full disk stops here, with the previous run intact.
     # Renamed last: until then the old run.json marks the directory as a run's.
@@ -46,7 +43,6 @@ def start_over(run: Run) -> None:
 
 
 def _run_record(run: Run) -> dict[str, Any]:
-    """The content of run.json: command, resolved settings, versions, and the hash of the data."""
     base = run.base
     versions = {}
     for name in _PACKAGES:
@@ -54,7 +50,6 @@ def _run_record(run: Run) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    gpu = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None
     return {
         "command": sys.argv,
         "config": plain_config(run.config),
@@ -68,19 +63,18 @@ def _run_record(run: Run) -> dict[str, Any]:
             "world_size": 1,
         },
         "versions": {"python": platform.python_version(), **versions},
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else None,
         **run.facts,
-        **run.data.record(),
+        "data": run.data.train.stats,
+        "eval_data": run.data.eval.stats if run.data.eval else None,
     }
 
 
-def report_step_(
-    run: Run, grad_norm: float, epoch: float, groups: list[ParamGroup], factor: float
-) -> None:
-    """Log one metrics line: means over the steps since the last line, and this step's grad_norm.
+def log_step_(run: Run, norm: float, epoch: float, groups: list[ParamGroup], factor: float) -> None:
+    """Log one metrics line: means over the steps since the last line, and this step's grad norm.
 
-    groups, factor: the peak learning rates, and the schedule's factor on them. Groups with a rate
-    of their own get a field each, such as learning_rate_embeddings.
+    groups: with their peak learning rates; those with one of their own get a field each, such as
+    learning_rate_embeddings. factor: the schedule's, on all of them.
     """
     state = run.state
     losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
@@ -88,7 +82,7 @@ def report_step_(
         "step": state.step,
         "epoch": epoch,
         "loss": sum(losses) / len(losses),
-        "grad_norm": grad_norm,
+        "grad_norm": norm,
         "learning_rate": run.config.learning_rate * factor,
         **{f"learning_rate_{g.name}": g.learning_rate * factor for g in groups if g.name},
         "num_tokens": state.num_tokens,
@@ -105,30 +99,21 @@ def save(run: Run) -> None:
     """Write one complete checkpoint, then remove those beyond --save-total-limit."""
     # metrics.jsonl must not lack a step that a checkpoint holds.
     run.report.sync()
-
-    def write_model(directory: Path) -> None:
-        write_trained(directory, run.state.trainable, run.base, run.config)
-
-    settings = {
-        "config": plain_config(run.config),
-        "evaluated": run.state.step in run.report.evaluations,
-    }
-    save_checkpoint(run.out, run.state, write_model, settings | run.facts)
-    rotate(run.out, run.config.save_total_limit, run.state.best_step)
+    config, state = run.config, run.state
+    evaluated = state.step in run.report.evaluations
+    facts = {"config": plain_config(config), "evaluated": evaluated, **run.facts}
+    write = partial(write_trained, trainable=state.trainable, base=run.base, config=config)
+    save_checkpoint(run.out, state, write, facts)
+    rotate(run.out, config.save_total_limit, state.best_step)
 
 
 def save_due(run: Run, best: bool, end: bool) -> bool:
-    """Whether --save-strategy asks for a checkpoint after this step.
-
-    best: this step's evaluation is the best so far. end: this step is the last one.
-    """
-    config = run.config
-    if config.save_strategy == "no":
-        return False
-    by_epoch = config.save_strategy == "epoch"
-    every = run.schedule.steps_per_epoch if by_epoch else config.save_steps
-    periodic = config.save_strategy != "best" and run.state.step % every == 0
-    return end or periodic or (best and config.keeps_best)
+    """Whether --save-strategy asks for a checkpoint now, at a new `best` or at the `end`."""
+    config, step = run.config, run.state.step
+    every = {"epoch": run.batches.schedule.steps_per_epoch, "steps": config.save_steps}
+    # With "no" and "best" no step is due by its number.
+    periodic = config.save_strategy in every and step % every[config.save_strategy] == 0
+    return config.save_strategy != "no" and (end or periodic or (best and config.keeps_best))
 
 
 def go_on(step: int) -> str:

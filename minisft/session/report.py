@@ -1,7 +1,5 @@
 """What a run reports: printed lines, metrics.jsonl, and a progress bar on a terminal."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -28,15 +26,7 @@ class Reporter:
     total_steps: int
     evaluations: dict[int, dict[str, Any]]  # step -> its eval line, and `answers` if there are any
     log: Callable[[dict[str, Any]], None]  # writes a line to the loggers of --report-to
-    progress: Any = None  # rich.progress.Progress; None without a terminal
-
-    def __post_init__(self) -> None:
-        self._directory = Path(self.metrics.name).parent
-        self._task = self.progress.add_task("", total=self.total_steps) if self.progress else None
-
-    def say(self, line: str) -> None:
-        """Print one line, above the progress bar if there is one."""
-        say(line) if self.progress is None else self.progress.console.print(line, highlight=False)
+    progress: Any = None  # rich.progress.Progress with one task; None without a terminal
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Append a line of step metrics to metrics.jsonl, and print it."""
@@ -49,37 +39,34 @@ class Reporter:
         if self.progress is None:
             say(f"step {metrics['step']}/{self.total_steps}  {text}")
         else:
-            self.progress.update(self._task, completed=metrics["step"], description=text)
+            (task,) = self.progress.task_ids
+            self.progress.update(task, completed=metrics["step"], description=text)
 
     def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
         """Append an eval line to metrics.jsonl and `answers` to samples.jsonl, and print both."""
+        step, path = metrics["step"], Path(self.metrics.name).with_name(SAMPLES)
         # Answers first: resuming drops answers without an eval line, which a kill may leave.
         if answers:
-            self._answers(metrics["step"], answers)
+            with writing(path), open(path, "ab") as file:
+                for answer in answers:
+                    file.write(to_json_line({"step": step, **answer}).encode())
+            right, ended = (sum(a[key] for a in answers) for key in ("right", "stopped"))
+            say(f"answers at step {step}: {right} of {len(answers)} right, end of turn in {ended}")
         self._write(metrics)
-        self.evaluations[metrics["step"]] = metrics | {"answers": answers}
-        self.say(
-            f"eval at step {metrics['step']}: eval_loss {metrics['eval_loss']:.4f}  "
+        self.evaluations[step] = metrics | {"answers": answers}
+        say(
+            f"eval at step {step}: eval_loss {metrics['eval_loss']:.4f}  "
             f"accuracy {metrics['eval_mean_token_accuracy']:.4f}  "
             f"entropy {metrics['eval_entropy']:.4f}"
         )
 
-    def _answers(self, step: int, answers: list[dict[str, Any]]) -> None:
-        with writing(self._directory / SAMPLES), open(self._directory / SAMPLES, "ab") as file:
-            for answer in answers:
-                file.write(to_json_line({"step": step, **answer}).encode())
-        right, stopped = (sum(a[k] for a in answers) for k in ("right", "stopped"))
-        self.say(
-            f"answers at step {step}: {right} of {len(answers)} right, end of turn in {stopped}"
-        )
-
     def sync(self) -> None:
         """Sync metrics.jsonl to disk, before a checkpoint: the file must not lag behind it."""
-        with writing(self._directory / METRICS):
+        with writing(Path(self.metrics.name)):
             os.fsync(self.metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        with writing(self._directory / METRICS):
+        with writing(Path(self.metrics.name)):
             line = to_json_line(metrics).encode()
             # An unbuffered write may write only a part.
             while line:
@@ -89,38 +76,34 @@ class Reporter:
 
 @contextmanager
 def reporting(
-    config: TrainConfig, directory: Path, total_steps: int, first_step: int, evaluated: bool = True
+    config: TrainConfig, out: Path, total_steps: int, first_step: int, evaluated: bool = True
 ) -> Iterator[Reporter]:
-    """Yield a Reporter that continues directory/metrics.jsonl after first_step.
+    """Yield a Reporter that continues out/metrics.jsonl after first_step.
 
     Lines of later steps, left by a run that was killed, are deleted. evaluated: False if the
     evaluation due at first_step still has to be run; its line is then deleted too.
     """
-    path = directory / METRICS
+    path = out / METRICS
 
     def keep(line: dict[str, Any]) -> bool:
-        step = line["step"]
-        if step == first_step and not evaluated:
-            return "loss" in line
-        return first_step > 0 and step <= first_step
+        complete = evaluated or line["step"] < first_step or "loss" in line
+        return complete and first_step > 0 and line["step"] <= first_step
 
     kept = {line["step"]: line for line in _keep_lines(path, keep) if "eval_loss" in line}
-    for answer in _keep_lines(directory / SAMPLES, keep):
+    for answer in _keep_lines(out / SAMPLES, keep):
         if answer["step"] in kept:
             kept[answer["step"]].setdefault("answers", []).append(answer)
     # Unbuffered: closing has nothing left to write, so it cannot fail on a full disk.
-    with (
-        open(path, "ab", buffering=0) as metrics,
-        loggers(config, directory, first_step, say) as log,
-    ):
+    with open(path, "ab", buffering=0) as metrics, loggers(config, out, first_step, say) as log:
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps, kept, log)
             return
         from rich import progress as rich
 
-        description = rich.TextColumn("{task.description}")
-        columns = rich.BarColumn(), rich.MofNCompleteColumn(), description
+        # Inside, rich prints what goes to stdout above the bar.
+        columns = rich.BarColumn(), rich.MofNCompleteColumn(), "{task.description}"
         with rich.Progress(*columns, rich.TimeRemainingColumn()) as progress:
+            progress.add_task("", total=total_steps)
             yield Reporter(metrics, total_steps, kept, log, progress)
 
 

@@ -1,9 +1,8 @@
 """How other programs use a result: the Ollama Modelfile, vLLM's rules, commands to copy."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from minisft.text.chat import render
 from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
 
 # Placeholders for message contents, unlikely in any template. A template may strip them.
-_SYSTEM, _USER, _ANSWER = "\u27e8system\u27e9", "\u27e8user\u27e9", "\u27e8answer\u27e9"
+_CONTENTS = {role: f"\u27e8{role}\u27e9" for role in ("system", "user", "assistant")}
 # vLLM 0.11: vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KNOWN_ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
@@ -23,100 +22,77 @@ _KNOWN_ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embed
 def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[str, bytes]:
     """Returns name -> content of the files to serve a result: tokenizer, template, Modelfile.
 
-    source: see `modelfile`.
+    source: the FROM line of Ollama's Modelfile (and its ADAPTER line); paths are relative to the
+    file. Without a chat template that can be converted, the Modelfile passes prompts through.
     """
-    return export_tokenizer_files(tokenizer) | {
-        "Modelfile": modelfile(source, tokenizer, cfg).encode()
-    }
-
-
-def modelfile(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> str:
-    """Returns the text of an Ollama Modelfile: weights, chat template in Go's syntax, stop tokens.
-
-    source: its FROM line (and ADAPTER line); paths are relative to the file. If there is no chat
-    template, or it cannot be converted, prompts are passed through and a comment says so.
-    """
-    lines = [source]
-    template = go_template(tokenizer)
+    lines, template = [source], go_template(tokenizer)
     if template is None:
         lines.append("# The chat template could not be converted: pass the whole text as prompt.")
         template = "{{ .Prompt }}"
     lines.append(f'TEMPLATE """{template}"""')
     names = sorted(tokenizer.backend.id_to_token(i) or "" for i in stop_ids(tokenizer, cfg))
     lines += [f'PARAMETER stop "{name}"' for name in names if name and '"' not in name]
-    return "\n".join(lines) + "\n"
+    return export_tokenizer_files(tokenizer) | {"Modelfile": "\n".join([*lines, ""]).encode()}
 
 
 def go_template(tokenizer: Tokenizer) -> str | None:
-    """Returns the chat template with .System, .Prompt and .Response for one turn, or None.
+    """Returns the chat template in Go's syntax with .System, .Prompt and .Response for one turn.
 
     None: no template, or one that does more than put text before and after each message. Ollama
     repeats the result for every turn and adds the beginning-of-text token itself.
     """
-
-    def text(*messages: tuple[str, str], prompt: bool) -> str:
-        assert tokenizer.chat_template is not None
-        return render(
-            tokenizer.chat_template,
-            [{"role": role, "content": content} for role, content in messages],
-            special_tokens=tokenizer.special_tokens,
-            add_generation_prompt=prompt,
-        ).removeprefix(tokenizer.special_tokens.get("bos_token", ""))
-
-    if not tokenizer.chat_template:
+    template, special = tokenizer.chat_template, tokenizer.special_tokens
+    if not template:
         return None
-    user, answer = ("user", _USER), ("assistant", _ANSWER)
+
+    def text(*roles: str, prompt: bool) -> str:
+        messages = [{"role": role, "content": _CONTENTS[role]} for role in roles]
+        chat = render(template, messages, special_tokens=special, add_generation_prompt=prompt)
+        return chat.removeprefix(special.get("bos_token", ""))
+
     try:
-        before, after = text(user, prompt=True).split(_USER)
-        open_turn, end = text(user, answer, prompt=False).split(_ANSWER)
+        before, after = text("user", prompt=True).split(_CONTENTS["user"])
+        turn = text("user", "assistant", prompt=False)
+        open_turn, end = turn.split(_CONTENTS["assistant"])
     except (UserError, ValueError):
         return None
     # In generation the model itself produces the space before an answer.
-    if open_turn.rstrip() != (before + _USER + after).rstrip():
+    if open_turn.rstrip() != (before + _CONTENTS["user"] + after).rstrip():
         return None
-    head = before
-    try:
-        with_system = text(("system", _SYSTEM), user, prompt=True)
-        opening, rest = with_system.split(_SYSTEM)
-        middle, rest = rest.split(_USER)
+    head, literal = before, before + after + end
+    with suppress(UserError, ValueError):  # a template without a system role
+        opening, rest = text("system", "user", prompt=True).split(_CONTENTS["system"])
+        middle, rest = rest.split(_CONTENTS["user"])
+        literal += opening + middle
         if rest == after:
-            head = (
-                f"{{{{ if .System }}}}{opening}{{{{ .System }}}}{middle}"
-                f"{{{{ else }}}}{before}{{{{ end }}}}"
-            )
-    except (UserError, ValueError):  # a template without a system role
-        opening = middle = ""
+            system = "{{ if .System }}" + opening + "{{ .System }}" + middle
+            head = system + "{{ else }}" + before + "{{ end }}"
     # Go would read braces in the text as template actions; `"""` would end the TEMPLATE value.
-    literal = before + after + end + opening + middle
     if "{{" in literal or '"""' in literal:
         return None
-    return f"{head}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
+    return head + "{{ .Prompt }}" + after + "{{ .Response }}" + end
 
 
 def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]:
     """Returns why vLLM would reject or miscompute an adapter, one clause each; [] if it would not.
 
-    config: content of adapter_config.json. keys: tensor names in adapter_model.safetensors, if
-    known.
+    config: of adapter_config.json. keys: tensor names in adapter_model.safetensors, if known.
     """
-    found = [f"{name} is missing" for name in ("r", "lora_alpha", "target_modules")
-             if config.get(name) is None]  # fmt: skip
-    if found:
-        return found
-    if config["r"] > VLLM_RANKS[-1]:
-        found.append(f"r={config['r']} is above vLLM's largest rank, {VLLM_RANKS[-1]}")
-    if config.get("modules_to_save"):
-        names = ", ".join(config["modules_to_save"])
-        found.append(f"trained copies ({names}) are not loaded from an adapter")
-    if config.get("use_dora"):
-        found.append("DoRA is not supported")
-    if config.get("bias", "none") != "none":
-        found.append(f"bias={config['bias']!r} is not supported")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            found.append(f"{name} is ignored: all modules would get the same scaling")
-    if config.get("trainable_token_indices"):
-        found.append("trained token rows are not supported")
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]
+    if missing:
+        return [f"{name} is missing" for name in missing]
+    r, bias, copies = config["r"], config.get("bias", "none"), config.get("modules_to_save")
+    same_scaling = "is ignored: all modules would get the same scaling"
+    rules = (
+        (r > VLLM_RANKS[-1], f"r={r} is above vLLM's largest rank, {VLLM_RANKS[-1]}"),
+        (copies, f"trained copies ({', '.join(copies or ())}) are not loaded from an adapter"),
+        (config.get("use_dora"), "DoRA is not supported"),
+        (bias != "none", f"bias={bias!r} is not supported"),
+        (config.get("rank_pattern"), f"rank_pattern {same_scaling}"),
+        (config.get("alpha_pattern"), f"alpha_pattern {same_scaling}"),
+        (config.get("trainable_token_indices"), "trained token rows are not supported"),
+    )
+    found = [problem for broken, problem in rules if broken]
     targets = config["target_modules"]
     if isinstance(targets, list):
         known = {*LINEAR_NAMES, *EMBEDDING_NAMES}
@@ -130,11 +106,6 @@ def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]
     return found
 
 
-def vllm_rank(r: int) -> int:
-    """Returns the smallest --max-lora-rank that accepts an adapter of rank r."""
-    return min((rank for rank in VLLM_RANKS if rank >= r), default=VLLM_RANKS[-1])
-
-
 def commands(
     out: Path, base: str, adapter: dict[str, Any] | None, four_bit: str | None = None
 ) -> list[str]:
@@ -143,45 +114,41 @@ def commands(
     adapter: content of its adapter_config.json; None if `out` is a whole model. four_bit: the
     compute dtype of a run that quantised its base itself, so that other programs must do so too.
     """
-    here = shlex.quote(str(out))
+    here, merged = shlex.quote(str(out)), shlex.quote(f"{out}-merged")
+    package, kind = "peft", "AutoPeftModelForCausalLM"
     if adapter is None:
-        load = _python("transformers", "AutoModelForCausalLM", repr(str(out)))
-        return [
-            f"try it:       python scripts/generate.py --model {here} --prompt '...'",
-            f"transformers: {load}",
-            f"vLLM:         vllm serve {here}",
-        ]
-    arguments, quantized = repr(str(out)), ""
+        package, kind = "transformers", "AutoModelForCausalLM"
+    imports, arguments, quantized = f"from {package} import {kind}", repr(str(out)), ""
     if four_bit:
+        imports += "; from transformers import BitsAndBytesConfig"
         arguments += (
             ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
             "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, "
             f"bnb_4bit_compute_dtype={four_bit!r})"
         )
         quantized = "--quantization bitsandbytes "  # quantises on loading: NF4, double quantisation
-    load = _python("peft", "AutoPeftModelForCausalLM", arguments)
-    problems = vllm_problems(adapter)
-    serve = (
-        f"vllm serve {shlex.quote(base)} {quantized}--enable-lora "
-        f"--max-lora-rank {vllm_rank(adapter['r'])} "
-        f"--lora-modules {shlex.quote(f'{out.name}={out}')}"
-    )
-    merged = shlex.quote(f"{out}-merged")
-    if problems:
+    code = f"{imports}; model = {kind}.from_pretrained({arguments})"
+    # Double quotes keep the single-quoted Python strings readable; these characters rule them out.
+    code = shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
+    if adapter is None:
+        return [
+            f"try it:       python scripts/generate.py --model {here} --prompt '...'",
+            f"transformers: python -c {code}",
+            f"vLLM:         vllm serve {here}",
+        ]
+    if problems := vllm_problems(adapter):
         serve = f"merge first, then vllm serve {merged} ({'; '.join(problems)})"
+    else:
+        rank = next(rank for rank in VLLM_RANKS if rank >= adapter["r"])
+        modules = shlex.quote(f"{out.name}={out}")
+        serve = (
+            f"vllm serve {shlex.quote(base)} {quantized}--enable-lora "
+            f"--max-lora-rank {rank} --lora-modules {modules}"
+        )
     return [
         f"try it:       python scripts/generate.py --adapter {here} --prompt '...'",
         f"chat:         python scripts/generate.py --adapter {here} --interactive",
-        f"transformers: {load}",
+        f"transformers: python -c {code}",
         f"vLLM:         {serve}",
         f"merge:        python scripts/merge.py --adapter {here} --output-dir {merged}",
     ]
-
-
-def _python(package: str, kind: str, arguments: str) -> str:
-    """Returns a shell command that loads a model; `arguments` in Python syntax."""
-    also = "from transformers import BitsAndBytesConfig; " if "BitsAndBytes" in arguments else ""
-    load = f"from {package} import {kind}; {also}model = {kind}.from_pretrained({arguments})"
-    # Double quotes keep the single-quoted Python strings readable; these characters rule them out.
-    code = shlex.quote(load) if set(load) & set('"$`\\!') else f'"{load}"'
-    return f"python -c {code}"

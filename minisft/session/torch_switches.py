@@ -1,7 +1,5 @@
 """Switches inside torch that hold for one run: deterministic algorithms, flash attention."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The text equals that of transformers 5.23 `apply_chat_template(tokenize=False)`.
 plain JSON values only, and is rendered under the limits of `sandbox.py`.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

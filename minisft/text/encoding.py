@@ -6,10 +6,10 @@ one, up to the next real special token, is encoded with special tokens switched 
 such strings is encoded in one call, with the same ids.
 """
 
-from __future__ import annotations
-
+import itertools
 import re
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
@@ -24,23 +24,8 @@ PART_CHARS = 2_000_000  # encoded in one call, which takes about 100 bytes per c
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Return the token ids of one string.
-
-    add_special_tokens: add what the post-processor of tokenizer.json adds, such as a BOS.
-    """
+    """Return the token ids of one string, with what tokenizer.json adds (a BOS) if asked for."""
     return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
-
-
-def encode_batch(
-    tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool
-) -> list[list[int]]:
-    """Return the token ids of many strings, in order, using all cores; no padding, no cutting."""
-    ids: list[list[int]] = []
-    for part in _parts(texts):
-        # The fast variant does not track character offsets, which only spans need.
-        batch = tokenizer.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
-        ids += [encoding.ids for encoding in batch]
-    return ids
 
 
 def decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
@@ -86,23 +71,26 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
     Text between TEXT_OPEN and TEXT_CLOSE never becomes a special token.
     """
-    return [i for piece in _encode_pieces(tokenizer, rendered) for i in piece.ids]
+    return encode_batch(tokenizer, [(rendered, None)], add_special_tokens=False)[0][0]
 
 
-def encode_spans(
-    tokenizer: Tokenizer, texts: list[tuple[str, list[Span]]], *, add_special_tokens: bool
-) -> list[tuple[list[int], list[int]]]:
-    """Return (ids, mask) of each (text, spans), in order; mask is 1 on tokens inside the spans.
+def encode_batch(
+    tokenizer: Tokenizer, texts: list[tuple[str, list[Span] | None]], *, add_special_tokens: bool
+) -> list[tuple[list[int], list[int] | None]]:
+    """Return (ids, mask) of each (text, spans), in order, using all cores; no padding, no cutting.
 
-    As in transformers, the first span that starts at no token ends the marking, and a span that
-    ends at none reaches to the end of the text.
-    add_special_tokens: the texts are not rendered chats; add what the post-processor adds.
+    mask is 1 on tokens inside the spans, None if the spans are. As in transformers, the first span
+    that starts at no token ends the marking, and a span that ends at none reaches to the end of the
+    text. add_special_tokens: add what the post-processor adds; else texts are rendered chats.
     """
+    # The fast variant does not track character offsets, which only spans need.
+    fast = all(spans is None for _, spans in texts)
+    encode = tokenizer.backend.encode_batch_fast if fast else tokenizer.backend.encode_batch
     plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
     batch = (
         encoding
         for part in _parts(plain)
-        for encoding in tokenizer.backend.encode_batch(part, add_special_tokens=add_special_tokens)
+        for encoding in encode(part, add_special_tokens=add_special_tokens)
     )
     out = []
     for text, spans in texts:
@@ -110,7 +98,8 @@ def encode_spans(
             pieces = _encode_pieces(tokenizer, text)
         else:
             pieces = [_Piece(0, len(text), next(batch), 0)]
-        out.append(_with_mask(pieces, text, spans))
+        ids = [i for piece in pieces for i in piece.encoding.ids[piece.skip :]]
+        out.append((ids, None if spans is None else _mask(pieces, text, spans, len(ids))))
     return out
 
 
@@ -121,11 +110,6 @@ class _Piece(NamedTuple):
     stop: int
     encoding: Encoding
     skip: int  # tokens at the start of `encoding` that are not part of the chat
-
-    @property
-    def ids(self) -> list[int]:
-        """The piece's token ids."""
-        return self.encoding.ids[self.skip :]
 
 
 def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:
@@ -168,28 +152,22 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
         if match is not None:
             pieces.append((match["special"], False))
             begin = match.end()
-    joined: list[tuple[str, bool]] = []
-    for text, as_text in pieces:
-        if joined and not as_text and not joined[-1][1]:
-            joined[-1] = (joined[-1][0] + text, False)
-        elif text:
-            joined.append((text, as_text))
-    return joined
+    groups = itertools.groupby(filter(itemgetter(0), pieces), key=itemgetter(1))
+    return [("".join(text for text, _ in group), as_text) for as_text, group in groups]
 
 
-def _with_mask(pieces: list[_Piece], text: str, spans: list[Span]) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of an encoded text; see `encode_spans`."""
-    ids = [i for piece in pieces for i in piece.ids]
-    mask = [0] * len(ids)
+def _mask(pieces: list[_Piece], text: str, spans: list[Span], length: int) -> list[int]:
+    """Return the mask of an encoded text of `length` tokens; see `encode_batch`."""
+    mask = [0] * length
     for start, end in spans:
         first = _token_at(pieces, _unmarked(text, start))
         last = _token_at(pieces, _unmarked(text, end) - 1)
         if first is None:
             break
         # transformers treats an end at token 0 like an end at no token.
-        stop = last + 1 if last else len(ids)
+        stop = last + 1 if last else length
         mask[first:stop] = [1] * (stop - first)
-    return ids, mask
+    return mask
 
 
 def _unmarked(text: str, position: int) -> int:

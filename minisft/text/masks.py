@@ -5,8 +5,6 @@ template without them, renderings of the chat's prefixes (`prefix_spans`); or th
 marker strings (`marker_spans`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -212,11 +210,7 @@ def check_spans(find: Callable[[Chat], tuple[str, list[Span]]]) -> str:
 
 
 def _find(text: str, part: str, start: int) -> int:
-    """Return where the template itself writes `part` at or after `start`, or -1.
-
-    Occurrences inside a message's special-token strings do not count: they are ordinary text.
-    `start` must be outside such a string.
-    """
+    """Return where the template itself, not a message, writes `part` at or after `start`, or -1."""
     found = text.find(part, start)
     while found >= 0 and _in_message(text, start, found):
         found = text.find(part, found + 1)

@@ -6,8 +6,6 @@ joined to one string. Which kind a template is, is found by rendering the chat w
 place of each part's text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any
@@ -52,10 +50,7 @@ def _marker(message: int, part: int) -> str:
 
 
 def _marked(message: dict, i: int) -> dict:
-    """Return message i with a marker in place of each part's text.
-
-    In a part of another type, the string under the type's own name is replaced.
-    """
+    """Return message i, a marker in place of each part's text or string under its type's name."""
     parts = []
     for j, part in enumerate(message["content"]):
         if isinstance(part, str):

@@ -5,8 +5,6 @@ Python's internals and refuses to change its inputs. It does not limit work: nes
 their end, and `'a' * 10**8` is built. The environment here refuses both.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -61,13 +59,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if time.monotonic() > self.deadline:
             raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
 
-    def join_values(self, *values: Any) -> str:
-        """Return the values as one string: the `~` operator, with its length checked."""
-        return self.concat([str(value) for value in values])
-
-    def concat(self, pieces: Iterable[str]) -> str:
-        """Join strings; jinja2 calls this for the output of macros and `{% set %}` blocks."""
-        pieces = list(pieces)
+    def concat(self, pieces: Iterable[Any]) -> str:
+        """Join values: the `~` operator, and the output of macros and `{% set %}` blocks."""
+        pieces = [str(piece) for piece in pieces]
         _check_length(sum(map(len, pieces)))
         return "".join(pieces)
 
@@ -118,12 +112,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _BoundConcat(NodeTransformer):
-    """Replaces `a ~ b`, which jinja2 joins without asking the environment, by `join_values`."""
+    """Replaces `a ~ b`, which jinja2 joins without asking the environment, by `concat`."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
         """Return the call that replaces one `~` expression."""
         self.generic_visit(node)
-        return _environment_call("join_values", node.nodes, node.lineno)
+        values = jinja2.nodes.List(node.nodes, lineno=node.lineno)
+        return _environment_call("concat", [values], node.lineno)
 
 
 def _environment_call(name: str, arguments: list, line: int) -> jinja2.nodes.Call:
@@ -217,11 +212,8 @@ def _check_growth(name: str, values: tuple[Any, ...]) -> None:
         raise SecurityError("it calls translate() with its own table")
     if name in ("indent", "wordwrap") and len(texts) > 1:
         _check_length(len(texts[0]) * max(len(text) for text in texts[1:]))
-    if (
-        name in ("format", "format_map")
-        and isinstance(value, str)
-        and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value))
-    ):
+    formats = name in ("format", "format_map") and isinstance(value, str)
+    if formats and (_WIDE_FORMAT.search(value) or _WIDE_FIELD.search(value)):
         raise SecurityError("it calls format() with an excessive or variable width")
 
 
@@ -254,16 +246,11 @@ class _Namespace(jinja2.utils.Namespace):
 
     # Positional-only, because a template may store a name called "self".
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        values = dict(*args, **kwargs)
-        for name in values:
-            _check_name(name)
-        super().__init__(values)
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"it stores the underscore name {name!r} on a namespace")
         super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"it stores the underscore name {name!r} on a namespace")

@@ -4,8 +4,6 @@
 in tokenizer.json, chat templates and, for tokenizers of the Llama-2 style, another pre-tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass
@@ -18,11 +16,19 @@ from tokenizers import AddedToken, pre_tokenizers
 
 from minisft.config.errors import UserError
 from minisft.files.disk import load_json_object
-from minisft.text.built_in import BUILT_IN, built_in_template
 
 SPECIAL_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
+# Built-in chat templates, for bases that ship none: the name of a file in templates/ -> the special
+# tokens that it writes as strings, which the tokenizer must have. `alpaca` and `plain` write only
+# the tokenizer's own BOS and EOS, so they fit every base.
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "alpaca": (),
+    "plain": (),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,12 +49,6 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         """The id of the end-of-text token, or None."""
         return self._id("eos_token")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The pad token's id, else the EOS id: padding is masked by length, not by id."""
-        pad = self._id("pad_token")
-        return self.eos_token_id if pad is None else pad
 
     @property
     def chat_template(self) -> str | None:
@@ -151,9 +151,17 @@ def _load_backend(files: dict[str, bytes], directory: Path) -> tokenizers.Tokeni
 
 def _chosen_template(name: str, special: set[str]) -> str:
     """Return the template that --chat-template names. special: the tokenizer's special tokens."""
-    if name in BUILT_IN:
-        return built_in_template(name, special)
     path = Path(name)
+    if name in BUILT_IN:
+        # Else it would become tokens of text, and the end of a turn would not stop generation.
+        if missing := [token for token in BUILT_IN[name] if token not in special]:
+            raise UserError(
+                f"--chat-template {name} writes {', '.join(missing)}, which this tokenizer does "
+                "not have as special tokens; use alpaca or plain, which end a turn with its own EOS"
+            )
+        # The files have no line break but those that a template writes, at their end too: runs save
+        # the text, and its bytes are part of the key under which tokenised rows are cached.
+        return (Path(__file__).parent / "templates" / f"{name}.jinja").read_bytes().decode()
     if not path.is_file():
         raise UserError(
             f"--chat-template {name}: no such file; expected a Jinja file, or one of "

@@ -4,8 +4,6 @@ No first moment, and the run's own learning rate instead of the paper's relative
 Face Trainer makes of --optim adafactor (scale_parameter and relative_step off).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

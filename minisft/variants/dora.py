@@ -6,8 +6,6 @@ each row of V. V itself is formed for its row norms only.
 T tokens  I/O linear in/out  R LoRA rank
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

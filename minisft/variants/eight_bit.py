@@ -4,8 +4,6 @@ A moment is one uint8 code per entry, an index into a table of 256 values, and o
 block of 256 entries. bitsandbytes is imported when such an optimizer is first used.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ file contains: lora_A = [A; A0], lora_B = [B, -B0].
 O/I linear out/in  R LoRA rank  s LoRA scale
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

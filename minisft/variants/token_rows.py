@@ -5,8 +5,6 @@ PEFT calls this trainable_token_indices. The rows are full replacements, not dif
 T tokens  D hidden  V vocabulary  N trained rows
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,9 @@ import pytest
 from runs import pairs, train, write_model, write_rows
 
 from minisft.config.errors import UserError
-from minisft.config.fields import Fixed, Free, fixed_on_resume, respelled, settings
+from minisft.config.fields import Fixed, Free, fixed_on_resume, settings
 from minisft.config.flags import parse_flags
+from minisft.config.names import respelled
 from minisft.config.train import TrainConfig
 from minisft.files.disk import file_digest
 
@@ -33,7 +34,7 @@ def test_every_field_says_whether_a_resume_may_change_it():
 
 
 def test_every_field_has_a_type_that_is_checked():
-    """Mutant: `_setting` without its branch for tuple[str, ...]."""
+    """Mutant: `settings` without its branch for tuple[str, ...]."""
     assert all(setting.kind is not object for setting in settings(TrainConfig).values())
 
 
@@ -73,7 +74,7 @@ def my_config(request, tmp_path):
 
 
 def test_a_subclass_in_a_file_of_the_user_works(my_config):
-    """Mutant: `_setting` raises for a type that it does not know, as the old table did."""
+    """Mutant: `settings` raises for a type that it does not know, as the old table did."""
     config = my_config(lora_r=8, margin=1, names="x,y", table={"a": 1.0}, optim="adamw_torch")
     assert (config.lora.r, config.margin, config.names) == (8, 1, ("x", "y"))
     assert config.table == {"a": 1.0} and config.optim == "adamw"
@@ -121,11 +122,11 @@ OLD = ("gate_up", "gate_up+qkv", "gate_up+offload", "gate_up+qkv+offload")
 
 @pytest.mark.parametrize("old", OLD)
 def test_the_old_names_of_the_policies_are_accepted(old):
-    """Mutant: `_OLD_POLICIES` without its last entry."""
+    """Mutant: [spellings] without the last entry of a policy."""
     new = f"recompute_{old}"
     assert TrainConfig(gradient_checkpointing=old).gradient_checkpointing == new
     recorded = {"gradient_checkpointing": old, "optim": "adamw_torch", "unknown": [1], "seed": 1}
-    assert respelled(TrainConfig, recorded) == {
+    assert {name: respelled(name, value) for name, value in recorded.items()} == {
         "gradient_checkpointing": new, "optim": "adamw", "unknown": [1], "seed": 1
     }  # fmt: skip
 

@@ -317,7 +317,7 @@ def test_the_collator_of_the_documents(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", pairs(8))
     exec(code, {})
-    trained = [m["num_loss_tokens"] for m in metrics(tmp_path / "outputs")]
+    trained = [m["num_loss_tokens"] for m in metrics(tmp_path / "collated-run")]
     settings = {"eval_dataset": "", "dataset": "rows.jsonl"}
     plain = run({**inputs, **settings}, tmp_path / "plain", max_steps=1)
     assert trained == [line[3] for line in plain] and len(trained) == 1
@@ -352,8 +352,8 @@ def test_a_collator_that_fails_is_told(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"input_ids": [[1, 2]]}, "no batch of input_ids and labels"),
-        (None, "no batch of input_ids and labels"),
+        ({"input_ids": [[1, 2]]}, "must return a batch of input_ids and labels"),
+        (None, "must return a batch of input_ids and labels"),
         ({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}, "of one shape"),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "of one shape"),
         ({"input_ids": [[1, 999]], "labels": [[1, 2]]}, "the id or label 999; expected 0 to 383"),

@@ -6,7 +6,6 @@ import pytest
 from transformers import LlamaConfig
 
 from minisft.config.errors import UserError
-from minisft.config.fields import split_list
 from minisft.config.hf import parse_model_config
 from minisft.config.train import TrainConfig
 
@@ -124,9 +123,12 @@ def test_a_rename_to_itself_is_none():
 
 
 def test_lists_take_commas_and_blanks():
-    assert split_list("q_proj,v_proj") == ("q_proj", "v_proj")
-    assert split_list(["q_proj", "k_proj,v_proj"]) == ("q_proj", "k_proj", "v_proj")
-    assert split_list(["re:.*layers.[0-3],x"]) == ("re:.*layers.[0-3],x",)
+    def split(value):
+        return TrainConfig(target_modules=value).target_modules
+
+    assert split("q_proj,v_proj") == ("q_proj", "v_proj")
+    assert split(["q_proj", "k_proj,v_proj"]) == ("q_proj", "k_proj", "v_proj")
+    assert split(["re:.*layers.[0-3],x"]) == ("re:.*layers.[0-3],x",)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minisft.config.errors import UserError
+from minisft.config.train import TrainConfig
 from minisft.data import formats
 from minisft.data.formats import Example, detect_format
 
@@ -63,7 +64,7 @@ def test_unknown_columns_are_listed_with_a_remedy(columns: list[str], remedy: st
 
 def test_unknown_format_is_named() -> None:
     with pytest.raises(UserError, match="'parquet'"):
-        formats.missing_columns("parquet", ["text"])
+        TrainConfig(model="m", dataset="rows.jsonl", dataset_format="parquet")  # pyright: ignore
 
 
 # ----------------------------------------------------------------------------------------- rows

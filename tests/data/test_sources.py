@@ -21,9 +21,9 @@ from minisft.config.errors import UserError
 from minisft.config.train import TrainConfig
 from minisft.data import preview
 from minisft.data import token_files as tokens
+from minisft.data.load import cache_key, data_settings, load_rows, num_shared
 from minisft.data.readers import read_rows
 from minisft.data.settings import Settings
-from minisft.data.sources import cache_key, data_settings, load_eval, load_train, num_shared
 from minisft.data.token_files import TokenWriter, data_hash
 from minisft.data.tokenize import tokenize
 from minisft.text.tokenizer import Tokenizer, load_tokenizer
@@ -52,7 +52,7 @@ def _arrays(dataset: TokenizedDataset) -> list[list[int]]:
 def _load(tokenizer: Tokenizer, scratch: Path, **settings: Any) -> TokenizedDataset:
     said: list[str] = []
     config = TrainConfig(model="m", **settings)
-    dataset = load_train(config, tokenizer, 400, scratch=scratch, say=said.append)
+    dataset = load_rows(config, tokenizer, 400, scratch=scratch, say=said.append)
     assert all("from" in line for line in said)
     return dataset
 
@@ -183,16 +183,16 @@ def test_columns_apply_to_the_eval_rows_where_they_are_there(
         eval_dataset=str(plain),
     )  # fmt: skip
     load = {"scratch": tmp_path, "say": print}
-    trained = load_train(config, tokenizer, 400, **load)
-    evaluated = load_eval(config, tokenizer, 400, **load)
-    assert evaluated is not None and _arrays(evaluated) == _arrays(trained)
+    trained = load_rows(config, tokenizer, 400, **load)
+    evaluated = load_rows(config, tokenizer, 400, **load, for_eval=True)
+    assert _arrays(evaluated) == _arrays(trained)
     assert evaluated.stats["sources"][0]["columns"] == {}
     assert num_shared(trained, evaluated) == 4
     config = dataclasses.replace(config, eval_dataset=str(odd))
     with pytest.raises(
         UserError, match=r"odd\.jsonl: no known format; found columns q, completion"
     ):
-        load_eval(config, tokenizer, 400, **load)
+        load_rows(config, tokenizer, 400, **load, for_eval=True)
 
 
 def test_rows_that_are_trained_and_evaluated_are_a_warning(model: Path, tmp_path: Path) -> None:
@@ -215,11 +215,11 @@ def test_kept_tokens_are_taken_again_until_anything_changes(
     config = TrainConfig(model="m", **given)
     said: list[str] = []
     load = {"scratch": tmp_path, "say": said.append}
-    first = load_train(config, tokenizer, 400, **load)
+    first = load_rows(config, tokenizer, 400, **load)
     assert not said and first.entry is not None and first.entry.parent == tmp_path / "cache"
-    again = load_train(config, tokenizer, 400, **load)
+    again = load_rows(config, tokenizer, 400, **load)
     assert len(said) == 1 and _arrays(again) == _arrays(first) and again.stats == first.stats
-    memory = load_train(dataclasses.replace(config, dataset_cache_dir=""), tokenizer, 400, **load)
+    memory = load_rows(dataclasses.replace(config, dataset_cache_dir=""), tokenizer, 400, **load)
     assert _arrays(memory) == _arrays(first)
     assert data_hash(memory) == data_hash(first) == data_hash(again)
     # One flipped byte: made again.
@@ -228,13 +228,13 @@ def test_kept_tokens_are_taken_again_until_anything_changes(
     damaged[40] ^= 1
     file.write_bytes(damaged)
     assert tokens.load_tokens(first.entry) is None
-    assert _arrays(load_train(config, tokenizer, 400, **load)) == _arrays(memory)
+    assert _arrays(load_rows(config, tokenizer, 400, **load)) == _arrays(memory)
     (first.entry / "meta.json").unlink()
     assert tokens.load_tokens(first.entry) is None
     empty = dataclasses.replace(config, response_part="no such", instruction_part="text")
     for _ in range(2):  # rows without anything to train are not kept
         with pytest.raises(UserError, match="nothing is left to train"):
-            load_train(empty, tokenizer, 400, **load)
+            load_rows(empty, tokenizer, 400, **load)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.entry.name]
 
 
@@ -368,7 +368,7 @@ def test_overlong_rows_may_stop_the_run(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"mem \(row 0\): 3\d tokens; --max-length is 6"):
         tokenize([named_rows(LONG, "mem")], tokenizer, Settings(max_length=6, overlong="error"))
     with pytest.raises(UserError, match="expected one of truncate, drop, split, error"):
-        Settings(overlong="cut")
+        TrainConfig(model="m", dataset="rows.jsonl", overlong="cut")  # pyright: ignore
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
@@ -398,7 +398,7 @@ def test_preview_json_holds_every_row_in_dataset_order(model: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
     tokenizer = load_tokenizer(model)
     config = TrainConfig(model="m", dataset=str(rows), max_length=64, packing=True)
-    dataset = load_train(config, tokenizer, 400, scratch=tmp_path, say=print)
+    dataset = load_rows(config, tokenizer, 400, scratch=tmp_path, say=print)
     shown = read(file)["rows"]
     assert len(shown) == len(dataset) > 100
     for i, row in enumerate(shown):
@@ -433,7 +433,7 @@ def test_preview_marks_the_trained_tokens(model: Path, tmp_path: Path) -> None:
     assert lines[at + 2].startswith("ids: 0 ") and lines[at + 2].endswith(" 1]]")
     text = write_rows(tmp_path / "text.jsonl", [{"text": "the fox"}])
     lines = train(**given | {"dataset": text}, preview=1).out.splitlines()
-    assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing comes before BOS: it is no target
+    assert "<|bos|>[[the fox<|eot|>]]" in lines  # nothing precedes BOS, so it is not a target
     short = train(**given).out.splitlines()
     assert "row 0   <|bos|>\\x1b[31mred What[[ fox\\n<|eot|>]]" in short
 

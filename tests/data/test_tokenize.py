@@ -1,4 +1,4 @@
-"""Reading files, tokenising rows and packing: what is kept, what is counted, what errors say."""
+"""Reading files, tokenising rows and packing: rows kept, counts, error messages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_tokenizer import TEMPLATE, write_byte_level
-from tokenised import tokenize_rows
+from tokenised import encode_texts, tokenize_rows
 
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
-from minisft.data.packing import pack
+from minisft.config.train import TrainConfig
 from minisft.data.readers import Rows, read_rows
 from minisft.data.token_files import data_hash
-from minisft.text.encoding import decode, encode_batch, encode_spans
+from minisft.text.encoding import decode, encode_batch
 from minisft.text.tokenizer import Tokenizer, load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -260,7 +259,7 @@ def test_text_gets_bos_and_one_eos(tokenizer: Tokenizer) -> None:
         ("<|bos|>the fox<|eot|>",) * 2,
         ("<|bos|>the dog<|eot|>",) * 2,
     ]
-    assert dataset.stats["num_trained_tokens"] == len(dataset.input_ids) - 2  # BOS is no target
+    assert dataset.stats["num_trained_tokens"] == len(dataset.input_ids) - 2  # BOS is not a target
     assert dataset.input_ids.dtype == dataset.labels.dtype == torch.int32
     assert dataset.row_offsets.dtype == dataset.document_offsets.dtype == torch.int64
     assert dataset.stats["max_token_id"] == int(dataset.input_ids.max())
@@ -467,11 +466,11 @@ def test_rows_beyond_all_measure_are_refused(
 def test_texts_are_encoded_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"row {i} " * (i % 7) for i in range(40)]
     spans = [(t, [(0, len(t) // 2)]) for t in texts]
-    at_once = encode_batch(tokenizer, texts, add_special_tokens=True)
-    covered = encode_spans(tokenizer, spans, add_special_tokens=True)
+    at_once = encode_texts(tokenizer, texts, add_special_tokens=True)
+    covered = encode_batch(tokenizer, spans, add_special_tokens=True)
     monkeypatch.setattr("minisft.text.encoding.PART_CHARS", 30)
-    assert encode_batch(tokenizer, texts, add_special_tokens=True) == at_once
-    assert encode_spans(tokenizer, spans, add_special_tokens=True) == covered
+    assert encode_texts(tokenizer, texts, add_special_tokens=True) == at_once
+    assert encode_batch(tokenizer, spans, add_special_tokens=True) == covered
 
 
 def test_special_strings_in_messages_stay_text(tokenizer: Tokenizer) -> None:
@@ -607,18 +606,12 @@ def test_warnings_are_counted(tokenizer: Tokenizer) -> None:
 # --------------------------------------------------------------------------------------- packing
 
 
-def _random_dataset(rng: random.Random, num_rows: int, longest: int) -> TokenizedDataset:
-    lengths = [rng.randrange(0, longest) for _ in range(num_rows)]
-    offsets = np.cumsum([0, *lengths])
-    ids = np.array([rng.randrange(1000) for _ in range(offsets[-1])], dtype=np.int32)
-    labels = np.where(ids % 3 == 0, IGNORED, ids).astype(np.int32)
-    return TokenizedDataset(
-        torch.from_numpy(ids),
-        torch.from_numpy(labels),
-        torch.from_numpy(offsets),
-        torch.arange(num_rows + 1),
-        {"truncated": 0},
-    )
+def _random_rows(rng: random.Random, num_rows: int, longest: int) -> list[dict]:
+    rows = []
+    for _ in range(num_rows):
+        ids = [rng.randrange(1000) for _ in range(rng.randrange(0, longest))]
+        rows.append({"input_ids": ids, "labels": [IGNORED if i % 3 == 0 else i for i in ids]})
+    return rows
 
 
 def _documents(dataset: TokenizedDataset) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -632,42 +625,37 @@ def _documents(dataset: TokenizedDataset) -> list[tuple[tuple[int, ...], tuple[i
 
 def test_best_fit_takes_the_tightest_bin(tokenizer: Tokenizer) -> None:
     rows = [{"input_ids": [n] * n} for n in (6, 3, 5, 4, 2)]
-    dataset = _tokenize(rows, tokenizer)
-    packed = pack(dataset, max_length=10, strategy="bfd")
+    packed = _tokenize(rows, tokenizer, packing="bfd", max_length=10)
     rows_of = [[b - a for a, b in packed.row_documents(i)] for i in range(len(packed))]
     assert rows_of == [[6, 4], [5, 3, 2]]
     assert packed.stats["packing_efficiency"] == 1.0 and packed.stats["rows_packed"] == 2
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_packing_keeps_every_token_it_should(strategy: str) -> None:
-    dataset = _random_dataset(random.Random(3), num_rows=1300, longest=25)
-    packed = pack(dataset, max_length=16, strategy=strategy)
+def test_packing_keeps_every_token_it_should(strategy: str, tokenizer: Tokenizer) -> None:
+    rows = _random_rows(random.Random(3), num_rows=1300, longest=25)
+    packed = _tokenize(rows, tokenizer, packing=strategy, max_length=16)
     for i in range(len(packed)):
         assert 0 < sum(b - a for a, b in packed.row_documents(i)) <= 16
-    documents = _documents(dataset)
+    documents = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     if strategy == "bfd":
         expected = [(ids[:16], labels[:16]) for ids, labels in documents if ids]
         assert sorted(_documents(packed)) == sorted(expected)
         assert packed.stats["truncated"] == sum(len(ids) > 16 for ids, _ in documents) > 0
     else:
-        assert packed.stats["num_tokens"] == len(dataset.input_ids)
-        pairs = [list(zip(*d, strict=True)) for d in (_flat(dataset), _flat(packed))]
-        assert sorted(pairs[0]) == sorted(pairs[1])
+        expected = [pair for d in documents for pair in zip(*d, strict=True)]
+        found = list(zip(packed.input_ids.tolist(), packed.labels.tolist(), strict=True))
+        assert packed.stats["num_tokens"] == len(expected) and sorted(found) == sorted(expected)
     trained = sum(label != IGNORED for _, labels in _documents(packed) for label in labels[1:])
     assert packed.stats["num_trained_tokens"] == trained
 
 
-def _flat(dataset: TokenizedDataset) -> tuple[list[int], list[int]]:
-    return dataset.input_ids.tolist(), dataset.labels.tolist()
-
-
 def test_packing_arguments_are_checked() -> None:
-    dataset = _random_dataset(random.Random(0), num_rows=3, longest=5)
+    given: dict[str, Any] = {"model": "m", "dataset": "rows.jsonl", "packing": True}
     with pytest.raises(UserError, match="'ffd'; expected one of bfd, bfd_split, wrapped"):
-        pack(dataset, max_length=4, strategy="ffd")
-    with pytest.raises(UserError, match="max_length is 0"):
-        pack(dataset, max_length=0, strategy="bfd")
+        TrainConfig(**given, packing_strategy="ffd")
+    with pytest.raises(UserError, match="--max-length is 0"):
+        TrainConfig(**given, max_length=0)
 
 
 # ---------------------------------------------------------------------------------------- hashes
@@ -680,8 +668,8 @@ def test_data_hash_sees_every_array(tokenizer: Tokenizer) -> None:
     others = [
         _tokenize(rows, tokenizer, completion_only_loss=False),  # labels
         _tokenize(rows, tokenizer, max_length=3),  # ids
-        pack(first, max_length=32, strategy="bfd"),  # rows
-        pack(first, max_length=64, strategy="wrapped"),  # documents
+        _tokenize(rows, tokenizer, packing="bfd", max_length=32),  # rows
+        _tokenize(rows, tokenizer, packing="wrapped", max_length=64),  # documents
     ]
     assert len({data_hash(d) for d in [first, *others]}) == 5
 

@@ -12,12 +12,12 @@ from minisft.config.model import RopeConfig
 from minisft.explicit import block as block_module
 from minisft.explicit import microbatch as microbatch_module
 from minisft.explicit.buckets import pad
+from minisft.explicit.buffers import padded_shapes, prepare
 from minisft.explicit.cost import buffer_bytes, group_ranks
 from minisft.explicit.coverage import unsupported_reason
 from minisft.explicit.microbatch import gathered, load_, micro_step_
 from minisft.explicit.offload import Host
 from minisft.explicit.policy import POLICIES, Dims, Policy, part_bytes
-from minisft.explicit.prepare import padded_shapes, prepare
 from minisft.llama import Compute
 from minisft.step import ExecutionPlan, loss_and_grads
 

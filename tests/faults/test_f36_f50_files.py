@@ -280,7 +280,7 @@ class Canary:
 
 
 def test_f43_pickles_are_never_read(place):
-    """Planted under every name that other programs unpickle, beside what is read."""
+    """Pickles under every name that other programs unpickle, next to the files that are read."""
     train(**SMALL | {"max_steps": 2, "save_steps": 1}, **base(place), output_dir=place / "out")
     canary = place / "canary"
     names = (

@@ -8,7 +8,7 @@ from runs import call, flags, pairs, read, train, write_model, write_rows
 
 from minisft import run as loop
 from minisft.config.train import TrainConfig
-from minisft.data.sources import load_train
+from minisft.data.load import load_rows
 from minisft.session.signals import Preempted
 from minisft.text.tokenizer import load_tokenizer
 
@@ -69,7 +69,7 @@ def test_every_row_is_seen_once_an_epoch_over_resumes(model, tmp_path, monkeypat
 
     config = TrainConfig(**{k: str(v) if k in ("model", "dataset") else v for k, v in (
         ("model", model), ("dataset", path), ("max_length", 64), *packing.items())})  # fmt: skip
-    dataset = load_train(config, load_tokenizer(model), 384, scratch=tmp_path, say=print)
+    dataset = load_rows(config, load_tokenizer(model), 384, scratch=tmp_path, say=print)
     whole = Counter(
         tuple(dataset.input_ids[a:b].tolist())
         for row in range(len(dataset))

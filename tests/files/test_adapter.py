@@ -222,7 +222,7 @@ def test_a_failed_config_write_is_refused_and_leaves_the_old_one(
         write(tmp_path, dataclasses.replace(PLAIN, lora_alpha=32))
     assert (tmp_path / "adapter_config.json").read_bytes() == before
     assert len(os.listdir(tmp_path)) == 2
-    # New weights beside the old config: the digest tells.
+    # New weights with the old config: the digest detects it.
     assert "was changed after training" in refusal(tmp_path)
 
 
@@ -559,7 +559,7 @@ def test_a_malformed_field_is_refused_by_name(tmp_path: Path, key: str, value: o
         ({"target_modules": ""}, "target_modules pattern '' matches no module"),
         ({"target_modules": "(q_proj"}, "target_modules pattern '(q_proj' is not a regular"),
         ({"target_modules": "q_proj"}, "target_modules pattern 'q_proj' matches no module"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
+        ({"modules_to_save": ["norm"]}, "an item of modules_to_save is 'norm'"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:

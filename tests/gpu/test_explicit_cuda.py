@@ -12,10 +12,10 @@ from minisft.batches import MicroBatch
 from minisft.config.lora import LoraConfig
 from minisft.config.model import ModelConfig
 from minisft.explicit.buckets import bucketed
+from minisft.explicit.buffers import prepare
 from minisft.explicit.cost import buffer_bytes, group_ranks, peak_bytes
 from minisft.explicit.microbatch import gathered, load_, micro_step_
 from minisft.explicit.policy import POLICIES, Dims
-from minisft.explicit.prepare import prepare
 from minisft.llama import Compute, make_tokens
 from minisft.lora import allocate, init_lora_, trainable_shapes
 from minisft.loss import loss_sum

@@ -218,8 +218,8 @@ def moved(x, offset=1):
     "place, change",
     [
         (1, moved),
-        (1, wide),  # rows of an odd length, and NaN beside them
-        (1, functools.partial(wide, extra=8)),  # rows on 16 bytes, and NaN beside them
+        (1, wide),  # rows of odd length, with NaN between them
+        (1, functools.partial(wide, extra=8)),  # rows aligned to 16 bytes, with NaN between them
         (0, functools.partial(wide, extra=8)),
         (2, wide),
         (3, lambda weight: weight._replace(packed=moved(weight.packed))),

@@ -1,4 +1,4 @@
-"""The launches of the 4-bit linear's backward pass that run beside each other, under load."""
+"""The concurrent launches of the 4-bit linear's backward pass, under load."""
 
 import pytest
 import torch

@@ -147,7 +147,7 @@ def assert_equal_runs(a: Run, b: Run) -> None:
         assert mine["num_tokens"] == other["num_tokens"], step
         for name in NUMBERS:
             assert abs(mine[name] - other[name]) < 1e-5, (step, name)
-        # 1e-5 is nothing beside a rate of 2e-4.
+        # 1e-5 is negligible compared with a rate of 2e-4.
         assert mine["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-12)
     assert set(a.tensors) == set(b.tensors)
     for name, tensor in a.tensors.items():

@@ -1,4 +1,4 @@
-"""scripts/generate.py: answers of a run's adapter, PEFT's adapters, and what it refuses."""
+"""scripts/generate.py: answers with minisft's and PEFT's adapters, and errors."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Chats to be learnt by heart."""
+    """Chats to memorise."""
     return [
         {
             "messages": [
@@ -39,7 +39,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def trained(base, rows, tmp_path_factory):
-    """The output directory of a run that learnt four answers by heart."""
+    """The output directory of a run that memorised four answers."""
     place = tmp_path_factory.mktemp("trained")
     train(
         model=base,
@@ -188,7 +188,7 @@ def test_a_system_message_and_no_chat_change_the_prompt(base, trained, rows):
 
 
 def test_a_checkpoint_s_prompt_is_its_run_s(base, trained, rows, tmp_path):
-    """The template of the run, not of the base: it lies beside the checkpoints."""
+    """Use the template of the run, next to the checkpoints, not that of the base."""
     run = shutil.copytree(trained, tmp_path / "run")
     (checkpoint,) = list(run.glob("checkpoint-*"))[-1:]
     assert tokenizer_of(checkpoint, base) == run and tokenizer_of(run, base) == run
@@ -280,8 +280,8 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
         ({"prompt": "a", "max_new_tokens": 0}, "--max-new-tokens is 0; expected 1 or more"),
         ({"prompt": "a", "seed": 2**63}, "expected 0 to 2**63 - 1"),
         ({"prompt": "a", "seed": -1}, "--seed is -1; expected 0 to 2**63 - 1"),
-        ({"prompt": "a\udcff"}, "--prompt: character 1 is no Unicode character"),
-        ({"prompt": "a", "system": "\ud800"}, "--system: character 0 is no Unicode character"),
+        ({"prompt": "a\udcff"}, "--prompt: character 1 is not valid Unicode"),
+        ({"prompt": "a", "system": "\ud800"}, "--system: character 0 is not valid Unicode"),
         ({"prompt": "a", "device": "cuda:9"}, "use --device cpu"),
         ({"prompt": "a", "dtype": "int8"}, "--dtype is 'int8'; expected one of"),
         ({"prompt": "a", "adaptor": "x"}, "did you mean --adapter?"),
@@ -289,7 +289,7 @@ def test_damaged_and_incomplete_adapters_are_refused(base, peft_adapter, tmp_pat
         ({"prompt": "a", "adapter": "/nowhere"}, "/nowhere/adapter_config.json: no such file"),
     ],
 )
-def test_bad_flags_are_told_in_one_line(base, tmp_path, settings, message):
+def test_bad_flags_are_reported_in_one_line(base, tmp_path, settings, message):
     if settings.get("model") == "no_bos":
         from tiny_tokenizer import write_byte_level
 
@@ -318,20 +318,20 @@ def test_interactive_keeps_the_conversation(base, trained, rows, monkeypatch, tm
     assert [messages[-1] for messages in seen] == ["first", "second", "third"]
     assert [len(messages) for messages in seen] == [1, 3, 1]
     assert len(replies) == 3
-    monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))  # it ends with its input
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))  # the chat ends with its input
     again = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
     assert again.out.splitlines() == replies[:1]
 
 
-def test_interactive_goes_on_after_what_is_no_message(base, monkeypatch):
-    """A command that does not exist, and bytes that are no UTF-8; a path is a message."""
+def test_interactive_continues_after_an_invalid_message(base, monkeypatch):
+    """An unknown command and invalid UTF-8 do not end the chat; a path is a message."""
     lines = io.TextIOWrapper(io.BytesIO(b"/foo\nf\xffirst\n/usr/bin\n/exit\nnever\n"), "utf-8")
     monkeypatch.setattr("sys.stdin", lines)
     outcome = call("generate", flags(model=base, interactive=True, max_new_tokens=3))
     assert outcome.code == 0 and len(outcome.out.splitlines()) == 1
     no_command, no_text = outcome.err.splitlines()
-    assert no_command.startswith("/foo is no command; /reset forgets")
-    assert "the message: character 1 is no Unicode character" in no_text
+    assert no_command.startswith("unknown command /foo; /reset clears")
+    assert "the message: character 1 is not valid Unicode" in no_text
 
 
 def test_a_warning_is_one_line_without_our_source(base, peft_adapter, tmp_path):
@@ -354,7 +354,7 @@ def test_a_signal_is_one_line_and_ends_a_chat_without_one(base, monkeypatch):
 
     monkeypatch.setattr(script("generate"), "answers", interrupted)
     outcome = call("generate", flags(model=base, prompt="x"))
-    assert outcome.code == 75 and "SIGINT: stopped before the answers were whole" in outcome.err
+    assert outcome.code == 75 and "SIGINT: stopped before all answers were generated" in outcome.err
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     outcome = call("generate", flags(model=base, interactive=True))
     assert outcome.code == 0 and "Traceback" not in outcome.err

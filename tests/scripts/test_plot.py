@@ -1,4 +1,4 @@
-"""scripts/plot.py: every panel holds the logged numbers; what cannot be drawn is told."""
+"""scripts/plot.py: every panel shows the logged numbers; errors are one line."""
 
 import json
 import struct
@@ -52,14 +52,14 @@ def test_runs_are_drawn_into_one_png(tmp_path, monkeypatch):
     [
         ([], "give one or more output directories"),
         (["nowhere"], "nowhere: cannot be read"),
-        (["empty"], "holds no step yet"),
+        (["empty"], "contains no training step yet"),
         (["a", "--smooth", "0"], "--smooth is 0; expected 1 or more"),
         (["a", "--output", "no/where.png"], "--output no/where.png: cannot be written (No su"),
         (["a", "--output", "a.jpgg"], "a.jpgg: cannot be written (Format 'jpgg' is not supported"),
         (["a", "--outptu", "x"], "did you mean --output?"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch, argv, message):
+def test_what_cannot_be_drawn_is_an_error(tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
@@ -73,13 +73,13 @@ def test_the_loss_is_smoothed_over_the_last_lines():
 
 
 def test_a_run_that_begins_with_an_underscore_has_a_name_too():
-    """matplotlib leaves labels out that begin with one."""
+    """matplotlib omits labels that begin with an underscore."""
     shown = script("plot").shown
     assert shown("_a").strip() == "_a" and not shown("_a").startswith("_") and shown("a_") == "a_"
 
 
 def test_single_panels_are_drawn_as_svg(tmp_path):
-    """One panel asked for is one title in the picture; an unknown one is named."""
+    """Only the requested panels are drawn; an unknown one is an error that names it."""
     run = write_run(tmp_path / "a")
     out = tmp_path / "loss.svg"
     assert call("plot", [run, "--panels", "loss", "grad_norm", "--output", str(out)]).code == 0

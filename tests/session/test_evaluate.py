@@ -18,7 +18,6 @@ from minisft.files.checkpoint import list_checkpoints
 from minisft.llama import Compute, logits, make_tokens
 from minisft.loss import evaluation
 from minisft.session import evaluate as evaluate_module
-from minisft.session import finish
 from minisft.session.evaluate import eval_batches, eval_prompts, note_evaluation_, stops_early
 
 LENGTHS = [[5, 1, 9], [12], [2, 2], [1], [7, 3, 3, 4], [20], [6], [11, 8], *[[30]] * 20]
@@ -124,8 +123,8 @@ def inputs(tmp_path_factory):
 def scripted(monkeypatch):
     """Evaluation after step n gives SCRIPT[n - 1]."""
 
-    def evaluate(model, state, dataset, config):
-        loss = SCRIPT[state.step - 1] if state.step else 9.0
+    def evaluate(run, dataset):
+        loss = SCRIPT[run.state.step - 1] if run.state.step else 9.0
         return {"eval_loss": loss, "eval_mean_token_accuracy": 0.5, "eval_entropy": 1.0}
 
     monkeypatch.setattr(evaluate_module, "evaluate", evaluate)
@@ -296,7 +295,7 @@ def test_before_and_after_are_of_the_same_rows(inputs, tmp_path, change):
 
 
 def test_the_expected_answer_ends_where_its_turn_ends():
-    """Of two trained turns the first; the user's next one is no part of it."""
+    """Take the first of two trained turns, without the user's next message."""
     ids, trained = [1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 0, 1]
     data = random_dataset([[len(ids)]])
     data.input_ids[:] = torch.tensor(ids)
@@ -306,11 +305,15 @@ def test_the_expected_answer_ends_where_its_turn_ends():
     assert eval_prompts(data, 1) == ([[1, 2]], [[3, 4, 5, 6, 7]])
 
 
-def test_a_threshold_is_named_where_it_stopped_the_run():
-    plain = {"eval_strategy": "steps", "eval_dataset": "e", "early_stopping_patience": 2}
-    assert finish._by_threshold(TrainConfig(**plain)) == ""
-    config = TrainConfig(**plain, early_stopping_threshold=0.5)
-    assert finish._by_threshold(config) == ", or by no more than 0.5"
+@pytest.mark.parametrize(("threshold", "named"), [(0, ""), (0.5, ", or by no more than 0.5")])
+def test_a_threshold_is_named_where_it_stopped_the_run(
+    inputs, scripted, tmp_path, threshold, named
+):
+    outcome = train(
+        **inputs, **SMALL, output_dir=tmp_path, max_steps=8, eval_strategy="steps", eval_steps=1,
+        early_stopping_patience=2, early_stopping_threshold=threshold,
+    )  # fmt: skip
+    assert f"no better than step 2's eval_loss 2.0000{named}\n" in outcome.out
 
 
 def test_an_early_stop_is_an_end(inputs, scripted, tmp_path):

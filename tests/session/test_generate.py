@@ -1,4 +1,4 @@
-"""Greedy generation with a cache against running everything anew; stops; sampling."""
+"""Greedy generation with a cache compared with recomputing everything; stops; sampling."""
 
 import dataclasses
 

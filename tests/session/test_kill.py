@@ -53,7 +53,7 @@ class Yard:
         self.count = 0
 
     def place(self) -> Path:
-        """A new output directory; its log is beside it."""
+        """A new output directory, with its log next to it."""
         self.count += 1
         return self.directory / f"out-{self.count}"
 

@@ -83,7 +83,7 @@ def test_merged_logits_are_the_live_ones_in_transformers(places, tmp_path, tied,
     found = in_transformers(tmp_path / "merged")
     assert (found - live(model, adapter, four_bit)).abs().max() < 1e-4
     other = live(model, adapter, not four_bit)
-    assert (found - other).abs().max() > 1e-2  # the other base is told apart
+    assert (found - other).abs().max() > 1e-2  # the other base differs
     assert ("lm_head.weight" in load_file(tmp_path / "merged/model.safetensors")) == (not tied)
     config = read(tmp_path / "merged" / "config.json")
     assert config["dtype"] == "float32" and "quantization_config" not in config
@@ -166,7 +166,7 @@ def test_a_signal_leaves_nothing(places, tmp_path, monkeypatch):
 
     monkeypatch.setattr(merge_module, "save_shards", interrupted)
     outcome = call("merge", flags(adapter=adapter, output_dir=tmp_path / "merged"))
-    assert outcome.code == 75 and "SIGTERM: stopped before the model was whole" in outcome.err
+    assert outcome.code == 75 and "SIGTERM: stopped before the model was complete" in outcome.err
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ import pytest
 from runs import write_model
 
 from minisft.files.weights import load_model_config
-from minisft.session.serving import go_template, modelfile
+from minisft.session.serving import go_template, serving_files
 from minisft.text.chat import render
 from minisft.text.tokenizer import load_tokenizer
 
@@ -66,14 +66,14 @@ def test_it_renders_what_the_chat_template_does(tmp_path, template, system):
 def test_a_template_that_cannot_be_carried_over_is_said(tmp_path, template):
     tokenizer, cfg = tokenizer_with(tmp_path, template)
     assert go_template(tokenizer) is None
-    text = modelfile("FROM .", tokenizer, cfg)
+    text = serving_files("FROM .", tokenizer, cfg)["Modelfile"].decode()
     assert "# The chat template could not be converted" in text
     assert 'TEMPLATE """{{ .Prompt }}"""' in text
 
 
 def test_stops_are_the_tokens_that_end_a_turn(tmp_path):
     tokenizer, cfg = tokenizer_with(tmp_path, LLAMA2)
-    lines = modelfile("FROM .", tokenizer, cfg).splitlines()
+    lines = serving_files("FROM .", tokenizer, cfg)["Modelfile"].decode().splitlines()
     assert lines[0] == "FROM ."
     eos = tokenizer.special_tokens["eos_token"]
     assert f'PARAMETER stop "{eos}"' in lines

@@ -1,10 +1,12 @@
-"""vLLM's rules for adapters: what is exported by default obeys them, what does not is told."""
+"""vLLM's rules for adapters: default exports obey them, others give a warning."""
+
+from pathlib import Path
 
 import pytest
 from runs import call, flags, pairs, read, train, write_model, write_rows
 
 from minisft.files.safetensors import read_header
-from minisft.session.serving import VLLM_RANKS, vllm_problems, vllm_rank
+from minisft.session.serving import VLLM_RANKS, commands, vllm_problems
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
 
@@ -77,9 +79,10 @@ def test_tensor_names(key, fine):
 
 
 def test_the_rank_to_ask_for_is_the_next_that_vllm_has():
-    assert [vllm_rank(r) for r in (1, 2, 8, 9, 16, 100, 257, 512)] == (
-        [1, 8, 8, 16, 16, 128, 320, 512]
-    )
+    ranks = {1: 1, 2: 8, 8: 8, 9: 16, 16: 16, 100: 128, 257: 320, 512: 512}
+    for r, rank in ranks.items():
+        lines = commands(Path("out"), "base", PLAIN | {"r": r})
+        assert f" --max-lora-rank {rank} " in "".join(lines)
     assert tuple(sorted(VLLM_RANKS)) == VLLM_RANKS
 
 

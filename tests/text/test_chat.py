@@ -14,7 +14,7 @@ from tiny_tokenizer import TEMPLATE, write_byte_level
 
 from minisft.config.errors import UserError
 from minisft.text.chat import assistant_spans, has_generation_block, render
-from minisft.text.encoding import encode_spans
+from minisft.text.encoding import encode_batch
 from minisft.text.sandbox import MAX_CHARS
 from minisft.text.tokenizer import load_tokenizer
 
@@ -164,7 +164,7 @@ def test_masks_equal_transformers(name: str, reference: Any, directory: Path) ->
             given = {"special_tokens": SPECIAL, "tools": tools}
             text, spans = assistant_spans(template, CHATS[name], **given)
             assert text == render(template, CHATS[name], **given)
-            ((ids, mask),) = encode_spans(tokenizer, [(text, spans)], add_special_tokens=False)
+            ((ids, mask),) = encode_batch(tokenizer, [(text, spans)], add_special_tokens=False)
             assert ids == expected["input_ids"], path.name
             assert mask == expected["assistant_masks"], path.name
             compared += 0 < sum(mask) < len(mask)

@@ -17,9 +17,8 @@ from minisft.config.errors import UserError
 from minisft.data.settings import Settings
 from minisft.data.tokenize import tokenize
 from minisft.text import chat, masks
-from minisft.text.built_in import BUILT_IN
 from minisft.text.encoding import decode, encode
-from minisft.text.tokenizer import Tokenizer, load_tokenizer
+from minisft.text.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
 
 # Special tokens of the shipped templates, by their looks.
 LOOKS_SPECIAL = re.compile(r"<\|?[a-z_\|｜▁/]+\|?>|<｜[^｜]*｜>|</s>|\[/?INST\]")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tiny_tokenizer import CORPUS, SPECIALS, TEMPLATE, write_byte_level, write_llama2
+from tokenised import encode_texts
 
 from minisft.config.errors import UserError
 from minisft.text import chat
@@ -20,7 +21,6 @@ from minisft.text.encoding import (
     encode,
     encode_batch,
     encode_chat,
-    encode_spans,
     mark_special_text,
 )
 from minisft.text.tokenizer import export_tokenizer_files, load_tokenizer
@@ -88,7 +88,7 @@ def test_ids_and_names_equal_auto_tokenizer(case: str, tmp_path: Path) -> None:
     strings = _strings(specials)
     for add in (False, True):
         theirs = expected(strings, add_special_tokens=add)["input_ids"]
-        assert encode_batch(tokenizer, strings, add_special_tokens=add) == theirs
+        assert encode_texts(tokenizer, strings, add_special_tokens=add) == theirs
     assert encode(tokenizer, strings[7], add_special_tokens=True) == expected(strings[7]).input_ids
     assert tokenizer.special_tokens == expected.special_tokens_map
     assert tokenizer.backend.get_vocab_size(with_added_tokens=True) == len(expected)
@@ -115,8 +115,8 @@ def test_real_tokenizer_equals_auto_tokenizer() -> None:
     tokenizer = load_tokenizer(LLAMA_16M)
     strings = _strings(list(tokenizer.special_tokens.values()))
     theirs = expected(strings)["input_ids"]
-    assert encode_batch(tokenizer, strings, add_special_tokens=True) == theirs
-    assert tokenizer.pad_token_id == expected.pad_token_id
+    assert encode_texts(tokenizer, strings, add_special_tokens=True) == theirs
+    assert tokenizer.eos_token_id == expected.eos_token_id
     assert decode(tokenizer, theirs[5], skip_special_tokens=True) == expected.decode(
         theirs[5], skip_special_tokens=True
     )
@@ -129,14 +129,14 @@ def test_special_tokens_map_fills_in(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(directory)
     assert tokenizer.special_tokens["eos_token"] == "<|end|>"
-    assert tokenizer.pad_token_id == SPECIALS.index("<|pad|>")
+    assert tokenizer.special_tokens["pad_token"] == "<|pad|>"
 
 
-def test_pad_falls_back_to_eos_and_absent_is_none(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a", pad_token=None))
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
-    tokenizer = load_tokenizer(write_byte_level(tmp_path / "b", pad_token=None, eos_token=None))
-    assert tokenizer.pad_token_id is None and tokenizer.eos_token_id is None
+def test_an_absent_eos_is_none(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    assert tokenizer.eos_token_id == 1
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "b", eos_token=None))
+    assert tokenizer.eos_token_id is None and "eos_token" not in tokenizer.special_tokens
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
         "pad_token": "<|pad|>",
     }
     (directory / "tokenizer.json").write_text(json.dumps(stored))
-    rows = encode_batch(load_tokenizer(directory), ["a", "0123456789"], add_special_tokens=False)
+    rows = encode_texts(load_tokenizer(directory), ["a", "0123456789"], add_special_tokens=False)
     assert len(rows[0]) == 1 and len(rows[1]) > 4
 
 
@@ -223,11 +223,11 @@ def test_export_loads_in_transformers(case: str, tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_tokenizer(tmp_path / "out")
     strings = _strings(list(source.special_tokens.values()))
-    ids = encode_batch(source, strings, add_special_tokens=True)
+    ids = encode_texts(source, strings, add_special_tokens=True)
     stored = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert stored["tokenizer_class"]  # older transformers cannot do without
     assert theirs(strings)["input_ids"] == ids
-    assert encode_batch(ours, strings, add_special_tokens=True) == ids
+    assert encode_texts(ours, strings, add_special_tokens=True) == ids
     assert theirs.chat_template == ours.chat_template == source.chat_template
     assert theirs.eos_token == source.special_tokens["eos_token"]
 
@@ -344,7 +344,7 @@ def test_spans_cover_the_same_tokens_with_and_without_special_text(tmp_path: Pat
             mark_special_text(tokenizer, messages),
             special_tokens=tokenizer.special_tokens,
         )
-        ((ids, mask),) = encode_spans(tokenizer, [(text, spans)], add_special_tokens=False)
+        ((ids, mask),) = encode_batch(tokenizer, [(text, spans)], add_special_tokens=False)
         assert ids == encode_chat(tokenizer, text)
         trained = [i for i, m in zip(ids, mask, strict=True) if m]
         assert decode(tokenizer, trained, skip_special_tokens=False) == (

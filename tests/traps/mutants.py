@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(4, "minisft/batches.py", "    labels[cu[:-1]] = IGNORED\n", "    labels[0] = IGNORED\n"),
     Mutant(
-        5, "minisft/data/render.py",
+        5, "minisft/data/one_row.py",
         'completion += "" if completion.endswith(eos) else eos',
         'completion += ""',
     ),
@@ -123,8 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         20, "minisft/session/merge.py",
-        '    four_bit = four_bit_names(checkpoint, base == "dequant")',
-        '    four_bit = four_bit_names(checkpoint, False)',
+        '    four_bit = weights.four_bit_names(checkpoint, base == "dequant")',
+        '    four_bit = weights.four_bit_names(checkpoint, False)',
     ),
     Mutant(
         21, "minisft/session/merge.py",
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         22,
-        "minisft/data/sources.py",
+        "minisft/data/load.py",
         '    highest = dataset.stats["max_token_id"]\n    if highest >= vocab_size:',
         '    highest = dataset.stats["max_token_id"]\n    if highest < 0:',
     ),
@@ -153,7 +153,7 @@ MUTANTS = [
         "return value",
     ),
     Mutant(
-        26, "minisft/data/sources.py",
+        26, "minisft/data/load.py",
         '        "settings": dataclasses.asdict(settings),\n',
         "",
     ),
@@ -166,7 +166,7 @@ MUTANTS = [
 
 
 def occurrences(mutant: Mutant) -> int:
-    """How often the mutant's text stands in its file: a mutant that no longer fits is no mutant."""
+    """How often the mutant's text occurs in its file; it must be 1, or the mutant is outdated."""
     return (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
 
 

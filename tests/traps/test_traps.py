@@ -136,7 +136,7 @@ def test_t01_the_loss_is_the_mean_over_tokens_however_a_step_is_cut(model, weigh
     for loss, grads in found[1:]:
         torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
         assert (grads - found[0][1]).norm() / found[0][1].norm() < 1e-5
-    # and through the command line, where the step is by hand
+    # the same through the command line
     path = write_rows(tmp_path / "rows.jsonl", [{"input_ids": d} for d in documents])
     runs = []
     for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
@@ -335,7 +335,7 @@ def test_t13_every_row_is_seen_once_an_epoch_over_all_ranks(rows, world):
 
 
 @pytest.mark.parametrize("how", ["none", "block"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])  # the pass by hand, and autograd
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # the explicit pass, and autograd
 def test_t14_every_adapted_module_learns(given, tmp_path, how, dropout):
     more = {"gradient_checkpointing": how, "lora_dropout": dropout}
     train(**given, **more, output_dir=tmp_path / "out", max_steps=2)

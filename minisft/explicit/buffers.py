@@ -1,7 +1,5 @@
 """Build the explicit pass from a model: fused weights, adapters in the compute dtype, buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -91,9 +89,7 @@ def prepare(
     linears = [x for y in layers for x in (y.qkv, y.o, y.gate_up, y.down)]
     # Layers run one after another, so the largest weight's scratch serves all of them.
     scratch = max(scratch_numel((x.weight.shape[0], x.weight.shape[1]), x.rank) for x in linears)
-    frequencies, factor = rope_inverse_frequencies(
-        cfg.rope, cfg.head_dim, cfg.max_position_embeddings
-    )
+    inverse, factor = rope_inverse_frequencies(cfg.rope, cfg.head_dim, cfg.max_position_embeddings)
     return ExplicitPass(
         layers=layers,
         embedding=_dense(frozen, "model.embed_tokens.weight"),
@@ -105,7 +101,7 @@ def prepare(
         loss=torch.zeros((), dtype=torch.float32, device=device),
         loss_weight=torch.ones(1, dtype=torch.float32, device=device),
         scratch=torch.empty(scratch, dtype=compute.dtype, device=device),
-        rope=(frequencies.to(device).unsqueeze(0), factor),
+        rope=(inverse.to(device).unsqueeze(0), factor),
         compute=compute,
         policies=policies,
         chunk=chunk,
