@@ -183,9 +183,10 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
     for path in match_targets(lora, cfg):
         out_features, in_features = linears[path]
         r = lora.rank_of(path)
-        if lora.splits_weights and r > min(out_features, in_features):
-            most = f"at most {min(out_features, in_features)} for {lora.init_lora_weights}"
-            raise wrong(f"the rank of {path}", r, most)
+        if lora.splits_weights and r > (most := min(out_features, in_features)):
+            side = f"the shorter side of [{out_features}, {in_features}]"
+            why = f"at most {most}, {side}, for init_lora_weights {lora.init_lora_weights}"
+            raise wrong(f"the rank of {path}", r, why)
         shapes[f"{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{path}.lora_B.weight"] = (out_features, r)
         if lora.use_dora:

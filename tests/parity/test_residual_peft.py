@@ -222,8 +222,8 @@ def test_a_base_in_4_bits_is_refused_or_decoded(place, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 33}, r"has rank 33, but init_lora_weights pissa .* of \[32, 32\]; lower the rank"),
-        ({"rank_pattern": (("v_proj", 17),)}, r"has rank 17, but .* of \[16, 32\]"),
+        ({"r": 33}, r"rank of .* is 33; expected at most 32, .* of \[32, 32\], for .* pissa"),
+        ({"rank_pattern": (("v_proj", 17),)}, r"is 17; expected at most 16, .* of \[16, 32\]"),
         ({"lora_embeddings": True}, "does not go with init_lora_weights pissa; drop one"),
     ],
 )

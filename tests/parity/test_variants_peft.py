@@ -394,7 +394,7 @@ def test_vllm_is_warned_of(place, tmp_path):
     settings |= {"use_dora": True, "rank_pattern": {"q_proj": 2}, "output_dir": tmp_path}
     out = train(**{k: [f"{a}={b}" for a, b in v.items()] if isinstance(v, dict) else v
                    for k, v in settings.items()}).out  # fmt: skip
-    assert "vLLM will not take this adapter as it is (DoRA is not supported)" in out
+    assert "vLLM cannot load this adapter as it is (DoRA is not supported)" in out
     assert "(rank_pattern is ignored" in out
     assert len(vllm_problems(read(tmp_path / "adapter_config.json"))) == 2
     answer = call("generate", flags(adapter=tmp_path, prompt="a", max_new_tokens=2))
