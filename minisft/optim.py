@@ -52,8 +52,8 @@ def check_optimizer(optim: str, device: torch.device) -> None:
 def init_moments(trainable: Flat, groups: list[ParamGroup], optim: str) -> Moments:
     """Return the state of an optimizer before its first step, on the buffer's device.
 
-    adamw: exp_avg, exp_avg_sq, float32 [n]. 8-bit rules: exp_avg.i of group i and, without Lion,
-    exp_avg_sq.i (if eight_bit, codes, with scales in ….absmax). adafactor: per tensor. sgd: none.
+    adamw: exp_avg, exp_avg_sq, float32 [n]. 8-bit rules: exp_avg.i and (not lion) exp_avg_sq.i for
+    group i; if it is eight_bit, codes, and scales in ….absmax. adafactor: per tensor. sgd: none.
     """
     buffer = trainable.buffer
     if optim == "adamw":
