@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used: `import minisft.step` needs no room above it."""
+    """Import a public name on first access, so that `import minisft.step` does not load `run`."""
     if name not in _HOMES:
         raise AttributeError(f"module 'minisft' has no attribute {name!r}")
     from importlib import import_module

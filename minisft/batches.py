@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and how they become tensors: pure functions of (seed, step)."""
+"""Choose the rows of each training step and build their tensors, both from (seed, step) alone."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from minisft.config.errors import UserError
 from minisft.llama import Tokens
 from minisft.nn import documents_of, mix64
 
-# Label of a token that is not trained: Hugging Face's value, so that labels pass between the two.
+# Label of a token that is not a training target; the same value as in Hugging Face libraries.
 IGNORED = -100
 
 
@@ -44,21 +44,21 @@ class TokenizedDataset:
         return len(self.row_offsets) - 1
 
     def row_documents(self, i: int) -> list[tuple[int, int]]:
-        """[(start, stop)] into the token arrays of each document of row i."""
+        """Return (start, stop) in the token arrays for each document of row i."""
         first, last = self.row_offsets[i : i + 2].tolist()
         offsets = self.document_offsets[first : last + 1].tolist()
         return list(itertools.pairwise(offsets))
 
     @cached_property
     def row_lengths(self) -> Tensor:
-        """Number of tokens of each row, int64 [num_rows]."""
+        """Return the number of tokens of each row, int64 [num_rows]."""
         return self.document_offsets[self.row_offsets].diff()
 
 
 class MicroBatch(NamedTuple):
     """The tokens of some rows, concatenated, and which hidden state predicts which token.
 
-    A token without a trained label, and the first token of every document, is nobody's target.
+    The first token of every document and tokens labelled IGNORED are not prediction targets.
     """
 
     tokens: Tokens
@@ -67,11 +67,11 @@ class MicroBatch(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """One rank's share of one optimizer step."""
+    """The micro-batches that one rank processes in one optimizer step, and the step's counts."""
 
     micro_batches: list[MicroBatch]
-    # Targets of all ranks and micro-batches. The loss is the mean over these, so that it does not
-    # depend on how a step is cut into ranks and micro-batches.
+    # Targets of all ranks and micro-batches. The loss is the mean over all targets of the step, so
+    # that it does not depend on how the step is cut into ranks and micro-batches.
     num_loss_tokens: int
     num_tokens: int  # all tokens of all ranks
     rows: list[int]  # this rank's dataset rows, in order
@@ -80,12 +80,12 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSchedule:
-    """The rows of every step, as a pure function of the step number (from 0).
+    """Computes the dataset rows of any step from its number, counted from 0.
 
     The order is Hugging Face Trainer's: epoch e visits a permutation seeded with seed + e, in
-    batches of batch_size; rank r of W takes batches r, r + W, ...; `accumulation` of them are one
-    optimizer step, and an epoch's last step may be shorter. Not a DataLoader: a resumed run finds
-    its rows without replaying earlier steps.
+    batches of batch_size. Rank r of W takes batches r, r + W, ... `accumulation` batches make one
+    optimizer step; the last step of an epoch may have fewer. A resumed run computes its rows
+    directly, whereas a DataLoader would have to replay the earlier steps.
     """
 
     num_rows: int
@@ -93,21 +93,21 @@ class RowSchedule:
     accumulation: int
     seed: int
     world: int = 1
-    # With weights: (rows, rows drawn from it each epoch) of every source, in the dataset's order.
+    # If sources have weights: (rows, rows drawn each epoch) of every source, in dataset order.
     shares: tuple[tuple[int, int], ...] = ()
 
     @property
     def micro_steps_per_epoch(self) -> int:
-        """Batches that each rank takes per epoch, the last one possibly missing on some ranks."""
+        """Return the batches per rank and epoch; some ranks may have one fewer."""
         return math.ceil(math.ceil(self.num_rows / self.batch_size) / self.world)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Return the number of optimizer steps per epoch."""
         return math.ceil(self.micro_steps_per_epoch / self.accumulation)
 
     def rows(self, step: int, rank: int = 0) -> list[list[int]]:
-        """The dataset rows of each micro-batch of `step` on `rank`, in visiting order."""
+        """Return the dataset rows of each batch of `step` on `rank`, in visiting order."""
         epoch, first = divmod(step, self.steps_per_epoch)
         seed = self.seed + epoch
         order = mixed_order(self.shares, seed) if self.shares else epoch_order(self.num_rows, seed)
@@ -118,25 +118,25 @@ class RowSchedule:
         return [order[b : b + self.batch_size] for b in batches if b < self.num_rows]
 
     def epoch_after(self, step: int) -> float:
-        """Epochs completed once `step` is done, as Trainer logs it."""
+        """Return the epochs completed after `step`, a fraction as in Trainer's log."""
         epoch, first = divmod(step, self.steps_per_epoch)
         done = min((first + 1) * self.accumulation, self.micro_steps_per_epoch)
         return epoch + done / self.micro_steps_per_epoch
 
 
-# Two entries: the batch prepared ahead may belong to the next epoch already.
+# Cache two epochs: the batch that is prepared in advance may already belong to the next epoch.
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, seed: int) -> list[int]:
-    """torch's random permutation of the rows under that seed (Trainer's order)."""
+    """Return torch's random permutation of the rows for a seed, the order that Trainer uses."""
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @lru_cache(maxsize=2)
 def mixed_order(shares: tuple[tuple[int, int], ...], seed: int) -> list[int]:
-    """The rows of one epoch of a weighted mixture under that seed, shuffled together.
+    """Return the shuffled rows of one epoch of a weighted mixture, for a seed.
 
-    shares: (rows, drawn) of each source. A source contributes whole passes over its rows, then a
-    random part without repetition, drawn again for every seed.
+    shares: (rows, rows drawn) of each source. A source contributes all its rows drawn // rows
+    times, then a random sample of drawn % rows of them, without repetition.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, start = [], 0
@@ -150,17 +150,17 @@ def mixed_order(shares: tuple[tuple[int, int], ...], seed: int) -> list[int]:
 
 
 def source_shares(rows: list[int], weights: Sequence[float | None]) -> tuple[tuple[int, int], ...]:
-    """(rows, rows drawn each epoch) of every source; () without weights.
+    """Return (rows, rows drawn each epoch) of every source; () without weights.
 
-    An epoch has as many rows as all sources together. Raises UserError if a weight is too small
-    for one row.
+    The rows drawn add up to the total number of rows. Raises UserError if a weight gives its
+    source less than one row.
     """
     given = [weight for weight in weights if weight is not None]
     if not given:
         return ()
     exact = [weight * sum(rows) for weight in given]
     drawn = [int(share) for share in exact]
-    # Largest remainder first, so that the rounded shares add up to the epoch exactly.
+    # Give the missing rows to the largest remainders, so that the counts add up to the total.
     by_rest = sorted(range(len(exact)), key=lambda i: drawn[i] - exact[i])
     for i in by_rest[: sum(rows) - sum(drawn)]:
         drawn[i] += 1
@@ -174,11 +174,11 @@ def source_shares(rows: list[int], weights: Sequence[float | None]) -> tuple[tup
 
 @dataclass(frozen=True)
 class Batches:
-    """`batch(step, rank)` returns the tensors of a step, built on the CPU and moved to `device`.
+    """Builds the tensors of any step on the CPU and moves them to `device`.
 
     Rows are concatenated, in order, into as few micro-batches of at most max_tokens tokens as
-    possible (a longer row is a micro-batch of its own). The cut changes memory and speed only: loss
-    and gradients are those of the mean over the step's trained tokens.
+    possible; a longer row becomes one micro-batch. How rows are cut affects memory and speed only:
+    the loss is the mean over all targets of the step.
     """
 
     dataset: TokenizedDataset
@@ -195,7 +195,7 @@ class Batches:
         return trained_per_row(self.dataset)
 
     def _share(self, step: int, rank: int) -> tuple[TokenizedDataset, list[int], int]:
-        """(dataset, its rows, their number of targets): one rank's part of a step."""
+        """Return one rank's part of a step: (dataset, row numbers in it, number of targets)."""
         batches = self.schedule.rows(step, rank)
         if self.collate is not None:
             collated = self.collate(self.dataset, batches)
@@ -204,9 +204,9 @@ class Batches:
         return self.dataset, rows, int(self._trained_per_row[rows].sum())
 
     def batch(self, step: int, rank: int = 0) -> StepBatch:
-        """The micro-batches of one step on one rank. Raises UserError from `collate` only."""
-        # Every rank needs the token counts of all ranks for the mean. The schedule is a pure
-        # function, so each rank counts them itself, without communication.
+        """Return the micro-batches of one step on one rank. Only `collate` can raise UserError."""
+        # The mean loss needs the target counts of all ranks. The schedule is a pure function, so
+        # each rank computes the counts of the others without communication.
         shares = [self._share(step, r) for r in range(self.schedule.world)]
         dataset, rows, _ = shares[rank]
         seed = (self.schedule.seed, step) if self.dropout else None
@@ -232,7 +232,7 @@ class Ahead:
         self._start(first)
 
     def batch(self, step: int) -> StepBatch:
-        """The batch of `step`. Raises the exception of preparing it, in the caller's thread."""
+        """Return the batch of `step`, and re-raise here what the preparing thread raised."""
         if self.next is not None and self.next[0] == step:
             batch = self.next[1].result()
         else:
@@ -241,13 +241,13 @@ class Ahead:
         return batch
 
     def _start(self, step: int) -> None:
-        # A batch is a pure function of its step, so preparing it early changes nothing.
+        # A batch depends on its step number only, so it may be prepared before training reaches it.
         if self.pool is not None and step < self.stop:
             self.next = (step, self.pool.submit(self.batches.batch, step))
 
 
 def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Consecutive groups of rows of at most max_tokens tokens each (or one longer row)."""
+    """Split rows into consecutive groups of at most max_tokens tokens, or one longer row each."""
     groups: list[list[int]] = []
     free = 0
     for row, length in zip(rows, lengths, strict=True):
@@ -260,7 +260,7 @@ def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[
 
 
 def trained_per_row(dataset: TokenizedDataset) -> Tensor:
-    """Number of targets of each row, int64: labels not IGNORED and not first in a document."""
+    """Return each row's number of targets, int64: labels not IGNORED nor first in a document."""
     if dataset.row_targets is not None:
         return dataset.row_targets
     trained = dataset.labels != IGNORED
@@ -278,7 +278,7 @@ def make_micro_batch(
     *,
     dropout_seed: tuple[int, int] | None = None,
 ) -> MicroBatch:
-    """Concatenate dataset rows. dropout_seed: (seed, step), or None for no dropout."""
+    """Concatenate dataset rows into a MicroBatch. dropout_seed: (seed, step); None: no dropout."""
     spans = [span for row in rows for span in dataset.row_documents(row) if span[0] < span[1]]
     ids = torch.cat([dataset.input_ids[a:b] for a, b in spans]).long()
     labels = torch.cat([dataset.labels[a:b] for a, b in spans]).long()
@@ -298,10 +298,10 @@ def make_micro_batch(
 
 
 def _dropout_keys(dataset: TokenizedDataset, rows: list[int], seed_step: tuple[int, int]) -> Tensor:
-    """One number per token, int64 [T], that depends on (seed, step, row, position in row) only."""
+    """Return a dropout key per token, int64 [T], hashed from seed, step, row, position in row."""
     keys = []
     for row in rows:
-        # blake2b and not `hash`, whose values differ between processes: a resumed run needs these.
+        # blake2b: the values of `hash` differ between processes, and a resumed run needs the same.
         name = ",".join(map(str, (*seed_step, row))).encode()
         base = int.from_bytes(blake2b(name, digest_size=8).digest(), "big", signed=True)
         keys.append(mix64(torch.arange(int(dataset.row_lengths[row])) + base))

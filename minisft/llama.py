@@ -2,11 +2,11 @@
 
 frozen     weights that never change: "model.layers.0.self_attn.q_proj.weight" -> Tensor, or
            NF4Weight for a linear in 4 bits
-trainable  what the optimizer updates, in float32: "….q_proj.lora_A.weight", "….lora_B.weight",
+trainable  float32 tensors the optimizer updates: "….q_proj.lora_A.weight", "….lora_B.weight",
            trained copies of embedding and head, or (full fine-tuning) every weight
 
-A trained tensor replaces the frozen one of the same name: full fine-tuning, trained embeddings and
-adapters share one code path.
+A tensor in `trainable` replaces the tensor of the same name in `frozen`, so that full fine-tuning,
+trained embeddings and adapters share one code path.
 
 T tokens  D hidden  F ffn  V vocab  N query heads  K key/value heads  H head_dim  R LoRA rank
 """
@@ -61,12 +61,12 @@ class Compute:
     loss_type: str = "nll"
     label_smoothing: float = 0.0
     neftune_alpha: float = 0.0  # noise on the embeddings of tokens that have dropout keys
-    # (module path, its LoRA scale / lora_scaling) where that is not 1
+    # (module path, the module's LoRA scale / lora_scaling) for modules where the ratio is not 1
     lora_ratios: tuple[tuple[str, float], ...] = ()
 
 
 class Layer(NamedTuple):
-    """References to the weights of one decoder block."""
+    """The weights of one decoder block, as references to the tensors of the model."""
 
     input_layernorm: Tensor
     q_proj: Linear
@@ -89,20 +89,20 @@ class Tokens(NamedTuple):
 
 
 def leaf(trainable: Weights, frozen: Weights, name: str) -> Tensor:
-    """Return the trained tensor of that name, else the frozen one; not for weights in 4 bits."""
+    """Return the tensor `name` from `trainable`, else from `frozen`; must not be a 4-bit weight."""
     tensor = trainable[name] if name in trainable else frozen[name]
     assert isinstance(tensor, Tensor), f"{name} is in 4 bits"
     return tensor
 
 
 def linear_view(trainable: Weights, frozen: Weights, path: str, ratios: Ratios) -> Linear:
-    """Return weight, bias and LoRA of the linear at a path such as model.layers.0.mlp.up_proj."""
+    """Return the Linear at a path such as model.layers.0.mlp.up_proj: weight, bias and LoRA."""
     weight_name, bias_name, A_name = f"{path}.weight", f"{path}.bias", f"{path}.lora_A.weight"
     has_bias = bias_name in frozen or bias_name in trainable
     lora = None
     if A_name in trainable:
         A, B = (leaf(trainable, {}, f"{path}.lora_{x}.weight") for x in "AB")
-        # Scaling B here keeps one scale for all modules in LoraContext.
+        # Modules may differ in scale, but LoraContext has one for all: B absorbs the difference.
         B = B * ratios[path] if path in ratios else B
         name = f"{path}.lora_magnitude_vector"
         magnitude = leaf(trainable, {}, name) if name in trainable else None
@@ -141,7 +141,7 @@ def block(
 ) -> Tensor:
     """One decoder block: x + attention(norm(x)), then x + mlp(norm(x)). [T, D] -> [T, D].
 
-    attend: causal attention within documents. Generation passes one with a key/value cache.
+    attend: causal attention within documents; generation passes a function with a key/value cache.
     """
     h_TD = rms_norm(x_TD, layer.input_layernorm, cfg.rms_norm_eps)
     q_TNH, k_TKH, v_TKH = (
@@ -177,7 +177,7 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
     for i in range(cfg.num_hidden_layers):
         layer = layer_view(trainable, frozen, i, ratios)
         if compute.checkpoint_blocks and torch.is_grad_enabled():
-            # Dropout is a hash of the tokens' keys, so there is no random state to preserve.
+            # Dropout masks are hashes of the tokens' keys, so there is no random state to preserve.
             x_TD = checkpoint(  # pyright: ignore[reportAssignmentType]
                 block, x_TD, layer, rope, attend, lora_ctx, cfg,
                 use_reentrant=False, preserve_rng_state=False,
@@ -188,11 +188,11 @@ def hidden_states(trainable: Weights, frozen: Weights, tokens: Tokens, compute: 
 
 
 def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, compute: Compute) -> Tensor:
-    """Return the embeddings of the tokens, with LoRA or trained rows: [T, D] in compute.dtype."""
+    """Return token embeddings, [T, D] in compute.dtype, including LoRA or trained token rows."""
     dtype = compute.dtype
     x_TD = F.embedding(input_ids_T, leaf(trainable, frozen, EMBEDDING)).to(dtype)
     if EMBEDDING_A in trainable:
-        # Columns of A are looked up: one-hot(id) A^T without the one-hot matrix.
+        # A lookup of A's columns equals one-hot(id) A^T without building the one-hot matrix.
         A_TR = F.embedding(input_ids_T, leaf(trainable, {}, EMBEDDING_A).T).to(dtype)
         ratio = dict(compute.lora_ratios).get("model.embed_tokens", 1.0)
         update_TD = A_TR @ leaf(trainable, {}, EMBEDDING_B).to(dtype).T
@@ -206,7 +206,7 @@ def embed(trainable: Weights, frozen: Weights, input_ids_T: Tensor, compute: Com
 def head_weight(
     trainable: Weights, frozen: Weights, cfg: ModelConfig, dtype: torch.dtype
 ) -> Tensor:
-    """Return the output projection, [V, D] in dtype: lm_head, or the embedding if they are tied."""
+    """Return the output projection, [V, D] in dtype: lm_head, or the embedding matrix if tied."""
     if not cfg.tie_word_embeddings:
         return leaf(trainable, frozen, "lm_head.weight").to(dtype)
     head_VD = leaf(trainable, frozen, EMBEDDING).to(dtype)
@@ -224,7 +224,7 @@ def logits(trainable: Weights, frozen: Weights, tokens: Tokens, compute: Compute
 
 
 def make_tokens(documents: list[list[int]], device: torch.device | str = "cpu") -> Tokens:
-    """Concatenate documents (lists of token ids), for generation, merging and tests."""
+    """Concatenate documents (lists of token ids) into Tokens, for generation, merging and tests."""
     lengths = tuple(len(d) for d in documents)
     return Tokens(
         torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device),

@@ -1,8 +1,8 @@
-"""What is trained, as one flat float32 buffer with a named view per tensor.
+"""Trained tensors as named views of one flat float32 buffer, and the initial LoRA matrices.
 
-Tensors that read the same input are adjacent in the buffer (the A matrices of q, k, v; of gate and
-up), and decayed tensors come before those without weight decay, so that a parameter group of the
-optimizer is one contiguous slice.
+The A matrices of linears with the same input (q, k, v; gate, up) are adjacent in the buffer. In
+full fine-tuning, tensors with weight decay come first, so that a parameter group of the optimizer
+is one contiguous slice.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from minisft.config.model import ModelConfig
 from minisft.config.targets import TOKEN_ROWS, adapter_shapes
 from minisft.config.train import TrainConfig
 
-# The rule of transformers' Trainer.get_decay_parameter_names: all but biases and norms are decayed.
+# Names without weight decay (biases, norms), as in transformers' Trainer.get_decay_parameter_names.
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
-# The weights that --embedding-learning-rate applies to, as trained copies or in full fine-tuning.
+# --embedding-learning-rate applies to these weights, as trained copies or in full fine-tuning.
 EMBEDDING_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Flat(NamedTuple):
-    """A 1-D buffer, and views of all its entries by tensor name, in the order of the buffer."""
+    """A 1-D buffer and its named views, which cover the buffer without gaps, in order."""
 
     buffer: Tensor  # float32 [n]
     views: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Flat(NamedTuple):
 
 
 class ParamGroup(NamedTuple):
-    """A slice start:stop of the flat buffer that shares its optimizer settings."""
+    """A slice start:stop of the flat buffer whose parameters share their optimizer settings."""
 
     start: int
     stop: int
@@ -57,8 +57,8 @@ class ParamGroup(NamedTuple):
 def trainable_shapes(lora: LoraConfig | None, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every trained tensor, in buffer order. lora None: all weights.
 
-    A tied embedding is one tensor, model.embed_tokens.weight, also if lm_head was requested. Raises
-    UserError if a target module of `lora` matches nothing.
+    A tied embedding and head are one tensor, model.embed_tokens.weight, even if lm_head was
+    requested. Raises UserError if a target module of `lora` matches nothing.
     """
     if lora is None:
         shapes = cfg.weight_shapes()
@@ -68,7 +68,7 @@ def trainable_shapes(lora: LoraConfig | None, cfg: ModelConfig) -> dict[str, tup
 
 
 def _adapter_order(name: str) -> tuple[int, int, bool]:
-    """Sort key that makes tensors with one input adjacent: A of q, k, v, then B of q, k, v."""
+    """Return a sort key by layer, then by input: A of q, k, v adjacent, then B of q, k, v."""
     # The explicit pass reads adjacent A matrices as one [3R, I] matrix, without a copy.
     if not name.startswith("model.layers."):  # trained rows and copies come last
         return (1 << 30, 0, False)
@@ -78,24 +78,24 @@ def _adapter_order(name: str) -> tuple[int, int, bool]:
 
 
 def is_decayed(name: str) -> bool:
-    """Return whether weight decay applies to the tensor of that name, by Trainer's rule."""
+    """Return whether weight decay applies to the named tensor, by Hugging Face Trainer's rule."""
     return _NOT_DECAYED.search(name.lower()) is None
 
 
 def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Flat:
-    """Return a zero float32 buffer with one view per shape, in order."""
+    """Return a zero-filled flat float32 buffer with one named view per shape, in order."""
     total = sum(math.prod(s) for s in shapes.values())
     return viewed(torch.zeros(total, dtype=torch.float32, device=device), shapes)
 
 
 def viewed(buffer: Tensor, shapes: Mapping[str, Sequence[int]]) -> Flat:
-    """Return an existing 1-D buffer with one view per shape, in the layout of `allocate`."""
+    """Return an existing 1-D buffer with one named view per shape, in the order of `shapes`."""
     parts = buffer.split([math.prod(s) for s in shapes.values()])
     return Flat(buffer, {n: p.view(*s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
 
 
 def param_groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> list[ParamGroup]:
-    """Return the optimizer's slices of a buffer made by `allocate(shapes)`.
+    """Return the parameter groups of a buffer made by `allocate(shapes)`.
 
     Adjacent tensors with equal settings share a group. Trained embeddings and heads use
     --embedding-learning-rate if given; lora_B matrices use the learning rate times
@@ -111,7 +111,7 @@ def param_groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> lis
         elif config.loraplus_lr_ratio is not None and ".lora_B." in name:
             rate, own = rate * config.loraplus_lr_ratio, "lora_B"
         stop, decayed = start + math.prod(shape), is_decayed(name)
-        # bitsandbytes keeps embeddings at 32 bits too; norms and biases are too small to matter.
+        # As in bitsandbytes, embeddings have 32-bit moments. Norms and biases are small.
         eight_bit = config.optim.endswith("_8bit") and len(shape) == 2
         eight_bit = eight_bit and not embedding and name != TOKEN_ROWS
         if out and out[-1][2:] == (decayed, rate, eight_bit, own):
@@ -123,14 +123,14 @@ def param_groups(shapes: dict[str, tuple[int, ...]], config: TrainConfig) -> lis
 
 
 def init_lora_(trainable: Flat, seed: int, kind: str = "default") -> None:
-    """Initialise the LoRA matrices in place; other views are left to the weight loader.
+    """Initialise the LoRA matrices in place; the weight loader fills the other views.
 
-    B is zero. A is uniform in +-1/sqrt(in_features), PEFT's default, or for kind "gaussian" normal
-    with standard deviation 1/r. On the embedding the roles are swapped: A zero, B standard normal.
+    Linears: B stays zero; A is uniform in +-1/sqrt(in_features), PEFT's default, or, for kind
+    "gaussian", normal with standard deviation 1/r. Embedding: A stays zero, B is standard normal.
     """
     for name, view in trainable.views.items():
-        # One generator per tensor, on the CPU: the values of a module do not depend on which other
-        # modules are trained, nor on the device.
+        # One CPU generator per tensor, so that the initial values of a module do not depend on the
+        # device or on which other modules are trained.
         digest = blake2b(f"{seed},{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         if name.endswith(".lora_embedding_B"):

@@ -1,4 +1,4 @@
-"""The summed loss of a micro-batch for training, and means over many for evaluation.
+"""The loss summed over a micro-batch, for training, and means over micro-batches, for evaluation.
 
 T tokens  M targets  C targets of a chunk  D hidden  V vocab
 """
@@ -20,19 +20,19 @@ from minisft.llama import Compute, Weights, head_weight, hidden_states
 def loss_sum(trainable: Weights, frozen: Weights, batch: MicroBatch, compute: Compute) -> Tensor:
     """Return the loss summed over the targets of a micro-batch, in nats, [] float32.
 
-    nll: -log p(target); dft and label smoothing: see `variant_sum`. Exactly 0 without targets.
+    nll: -log p(target). dft and label smoothing: see `variant_sum`. 0 if there are no targets.
     """
     h_TD = hidden_states(trainable, frozen, batch.tokens, compute)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
-    # The head, often the largest matrix, sees only the hidden states that predict a target.
+    # The head is often the largest matrix: multiply it by the states that predict a target only.
     h_MD = h_TD[batch.target_rows_M]
     if compute.loss_type == "nll" and not compute.label_smoothing:
         return linear_cross_entropy(h_MD, head_VD, batch.targets_M)
     total = h_MD.new_zeros((), dtype=torch.float32)
     chunk = rows_of_logits(head_VD.shape[0])
     for h_CD, targets_C in zip(h_MD.split(chunk), batch.targets_M.split(chunk), strict=True):
-        # Checkpointed: the backward pass recomputes the logits of one chunk at a time, so that the
-        # [M, V] matrix never exists.
+        # With checkpointing, the backward pass recomputes the logits of one chunk at a time, so
+        # that the [M, V] matrix never exists.
         total = total + checkpoint(
             variant_sum, h_CD, head_VD, targets_C, compute.loss_type, compute.label_smoothing,
             use_reentrant=False, preserve_rng_state=False,
@@ -45,8 +45,8 @@ def variant_sum(
 ) -> Tensor:
     """Return the summed loss of one chunk of targets, [] float32.
 
-    dft: p * -log p of the target, p without gradient (arXiv:2508.05629). Otherwise label smoothing:
-    1 - smoothing of -log p(target), smoothing of the mean of -log p over the vocabulary.
+    dft: -p log p of the target, p without gradient (arXiv:2508.05629). Otherwise label smoothing:
+    (1 - smoothing) * -log p(target) + smoothing * (mean of -log p over the vocabulary).
     """
     log_p_CV = (h_CD @ head_VD.T).float().log_softmax(1)
     log_p_C = log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
@@ -56,18 +56,18 @@ def variant_sum(
 
 
 def rows_of_logits(V: int) -> int:
-    """Return the number of rows of float32 logits that take about 256 MiB, within 64 to 4096."""
+    """Return how many rows of float32 logits take about 256 MiB, at least 64 and at most 4096."""
     return max(64, min(4096, 2**26 // V))
 
 
 def rows_evaluated(V: int) -> int:
-    """Return the rows of logits that an evaluation computes at a time: about 64 MiB."""
-    # A quarter of training's chunk: larger ones are not faster, and a second block is alive.
+    """Return how many rows of logits an evaluation computes at a time, about 64 MiB in float32."""
+    # A quarter of a training chunk: two [C, V] matrices are alive, and larger chunks do not help.
     return -(-rows_of_logits(V) // 4)
 
 
 class Evaluation(NamedTuple):
-    """Means over all targets of an evaluation, nan if there are none."""
+    """Mean loss, entropy and accuracy over all targets of an evaluation; nan without targets."""
 
     loss: float  # -log p(target), nats
     entropy: float  # of the predicted distribution, nats
@@ -79,11 +79,11 @@ class Evaluation(NamedTuple):
 def evaluation(
     trainable: Weights, frozen: Weights, batches: Iterable[MicroBatch], compute: Compute
 ) -> Evaluation:
-    """Return means over all targets of the micro-batches, with neither dropout nor smoothing."""
+    """Evaluate all targets of the micro-batches, without dropout or label smoothing."""
     compute = dataclasses.replace(compute, lora_dropout=0.0)
     head_VD = head_weight(trainable, frozen, compute.model, compute.dtype)
     chunk = rows_evaluated(head_VD.shape[0])
-    # float64 sums: the result must not depend on the batch size.
+    # Sum in float64, so that rounding does not make the result depend on the batch size.
     sums = torch.zeros(3, dtype=torch.float64, device=head_VD.device)
     count = 0
     for batch in batches:

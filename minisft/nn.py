@@ -1,9 +1,9 @@
-"""The operations of a Llama block: tensors in, tensors out.
+"""The operations of a Llama block as functions on tensors, in plain PyTorch.
 
-Everything here is *the* definition of its operation. It performs the operations of transformers in
-the same order with the same roundings, so that logits are equal bit for bit. `kernels/rms_norm`,
-`kernels/rope` and `kernels/swiglu` have a second plain-torch version of RMSNorm, RoPE and SwiGLU,
-`reference.py`: it rounds where the fused Triton kernel rounds, and exists to test that kernel.
+This module defines each operation. The order of computation and the roundings are those of
+transformers, so that logits are equal bit for bit. `kernels/rms_norm`, `kernels/rope` and
+`kernels/swiglu` have a second PyTorch version of RMSNorm, RoPE and SwiGLU in `reference.py`, which
+rounds where the fused Triton kernel rounds; the tests compare the kernel with it.
 
 T tokens of a micro-batch (documents concatenated, no padding)  D hidden  F ffn
 N query heads  K key/value heads  H head_dim  I/O linear in/out  R LoRA rank
@@ -40,11 +40,11 @@ class Linear(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """The documents of a micro-batch: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
+    """Document boundaries of a micro-batch: document i is tokens cu_seqlens[i]:cu_seqlens[i+1].
 
-    All but cu_seqlens are Python numbers, so that nothing is read back from the device. Built by
-    `documents_of`; `explicit.buckets` appends empty documents (cu_seqlens repeats its last entry,
-    lengths leaves them out) and rounds `longest` up, so that one CUDA graph serves many batches.
+    All fields but cu_seqlens are Python numbers, so that nothing is read back from the device. To
+    reuse one CUDA graph for many batches, `explicit.buckets` rounds `longest` up and appends empty
+    documents: cu_seqlens repeats its last entry, and `lengths` leaves them out.
     """
 
     cu_seqlens: Tensor  # int32 [documents + 1], on the device
@@ -54,14 +54,14 @@ class Documents(NamedTuple):
 
 
 def documents_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
-    """The documents of these lengths, one after the other."""
+    """Build the Documents of a micro-batch whose documents have these lengths, in order."""
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     uniform = lengths[0] if len(set(lengths)) == 1 else 0
     return Documents(cu.to(device), tuple(lengths), max(lengths, default=0), uniform)
 
 
 class LoraContext(NamedTuple):
-    """What all adapted linears of a forward pass share."""
+    """LoRA scale and dropout, shared by all linears of a forward pass."""
 
     scaling: float
     dropout: float  # rate
@@ -71,8 +71,8 @@ class LoraContext(NamedTuple):
 def linear(x_TI: Tensor, module: Linear, lora_ctx: LoraContext) -> Tensor:
     """Return x W^T + b, plus scaling * (dropout(x) A^T) B^T if the module has an adapter.
 
-    x_TI: compute dtype; weights and the float32 A and B are cast to it. Returns [T, O] in x's
-    dtype. With a DoRA magnitude the result is that of `minisft.variants.dora`.
+    x_TI has the compute dtype; weights and the float32 A and B are cast to it. Returns [T, O] in
+    x's dtype. A module with a DoRA magnitude follows the formula in `minisft.variants.dora`.
     """
     if module.lora is None:
         return frozen_linear(x_TI, module.weight, module.bias)
@@ -81,13 +81,13 @@ def linear(x_TI: Tensor, module: Linear, lora_ctx: LoraContext) -> Tensor:
     A_RI, B_OR, key, _ = module.lora
     A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
     if isinstance(module.weight, NF4Weight) and lora_ctx.keys_T is None:
-        # One op for W and LoRA. It reads a single x, so it cannot serve a dropped-out branch.
+        # A fused op for W and LoRA. Both read the same x, so it cannot be used with LoRA dropout.
         bias = None if module.bias is None else module.bias.to(x_TI.dtype)
         return nf4_lora_linear(x_TI, module.weight, bias, A_RI, B_OR, lora_ctx.scaling)
     y_TO = frozen_linear(x_TI, module.weight, module.bias)
     if lora_ctx.keys_T is not None:
         x_TI = dropout(x_TI, lora_ctx.keys_T, key, lora_ctx.dropout)
-    # PEFT's order: the product is scaled after B, not A or x before.
+    # As in PEFT, scale the product rather than x or A: the roundings must be the same.
     return y_TO + F.linear(F.linear(x_TI, A_RI), B_OR) * lora_ctx.scaling
 
 
@@ -97,7 +97,7 @@ def _dora_linear(
     A_RI, B_OR, key, _ = lora
     dtype, dropped_y_TO = x_TI.dtype, None
     ratio_O = dora.magnitude_ratio(module.weight, A_RI, B_OR, magnitude_O, lora_ctx.scaling, dtype)
-    # The bias is added last: the ratio scales the rows of W, not b.
+    # Add the bias after rescaling: the ratio scales the rows of W, but not b.
     y_TO = frozen_linear(x_TI, module.weight, None)
     if lora_ctx.keys_T is not None and lora_ctx.dropout:
         x_TI = dropout(x_TI, lora_ctx.keys_T, key, lora_ctx.dropout)
@@ -110,7 +110,7 @@ def _dora_linear(
 def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | None) -> Tensor:
     """Return x W^T + b, [T, O] in x's dtype.
 
-    A 4-bit weight gets no gradient; it is decoded in the forward and again in the backward pass.
+    A 4-bit weight gets no gradient; both the forward and the backward pass decode it.
     """
     bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
     if isinstance(weight, NF4Weight):
@@ -119,35 +119,35 @@ def frozen_linear(x_TI: Tensor, weight: Tensor | NF4Weight, bias_O: Tensor | Non
 
 
 def dropout(x_TI: Tensor, keys_T: Tensor, module_key: int, rate: float) -> Tensor:
-    """Zero entries with probability `rate` and scale the others by 1 / (1 - rate).
+    """Zero entries of x with probability `rate` and scale the others by 1 / (1 - rate).
 
-    keys_T: int64 [T], one key per token. Entry (t, i) depends on (keys_T[t], module_key, i) only.
+    keys_T: int64 [T], one key per token. The mask at (t, i) is a hash of keys_T[t], module_key, i.
     """
     # A hash instead of a random generator: activation checkpointing, another split into
-    # micro-batches, a resumed run and another device all draw the same mask, and there is no
+    # micro-batches, a resumed run and another device all get the same mask, and there is no
     # generator state to save.
     keep_TI = random_bits(keys_T, module_key, x_TI.shape[1]) >= int(rate * 2**24)
     return x_TI * keep_TI * (1.0 / (1.0 - rate))
 
 
 def random_bits(keys_T: Tensor, module_key: int, width: int) -> Tensor:
-    """Return 24 pseudo-random bits per entry, int64 [T, width], hashed from key, module, column."""
+    """Hash (token key, module key, column) to 24 pseudo-random bits per entry, int64 [T, width]."""
     # The golden-ratio increment of splitmix64 without its top bit, which int64 cannot hold.
     columns = torch.arange(width, device=keys_T.device) * 0x1E3779B97F4A7C15
-    # The high bits of the hash, and only as many as float32 represents exactly.
+    # Take the high bits of the hash, and only 24, which float32 represents exactly.
     return (mix64((keys_T + module_key).unsqueeze(1) + columns) >> 40) & 0xFFFFFF
 
 
 def module_key(path: str) -> int:
     """Return a 62-bit number that identifies the module at that path in the dropout hash."""
-    # Not hash(): Python salts it per process, and a resumed run must draw the same masks.
+    # Python salts hash() per process, but a resumed run must compute the same dropout masks.
     return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 2
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Return the finaliser of splitmix64 (Steele, Lea, Flood 2014) of int64 x, modulo 2^64."""
+    """Apply splitmix64's final mixing function (Steele, Lea, Flood 2014) to each int64 entry."""
     # torch has no unsigned shift: >> copies the sign bit, and the masks clear the copies. The
-    # multipliers are the published ones as signed numbers.
+    # multipliers are the published constants as signed 64-bit numbers.
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -155,22 +155,22 @@ def mix64(x: Tensor) -> Tensor:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight, [T, D] in x's dtype; rms(x) = sqrt(mean(x^2) + eps)."""
-    # float32 statistics: the square of 6e4 overflows float16.
+    # Compute the mean square in float32: the square of 6e4 overflows float16.
     x32_TD = x_TD.float()
     x32_TD = x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)
-    # As in transformers, the normalised x is rounded to the compute dtype before the weight.
+    # As in transformers, round the normalised x to the compute dtype before applying the weight.
     return weight_D.to(x_TD.dtype) * x32_TD.to(x_TD.dtype)
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """Return silu(gate) * up (arXiv:2002.05202), [T, F]; silu is rounded before the product."""
+    """Return silu(gate) * up (arXiv:2002.05202), [T, F]; silu(gate) is rounded to gate's dtype."""
     return F.silu(gate_TF) * up_TF
 
 
 def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the channel pairs (i, i + H/2) of every head by the token's angles, [T, N, H].
 
-    cos_TH, sin_TH: from `minisft.rope.rope_table`, in x's dtype, in which everything is computed.
+    cos_TH, sin_TH: from `minisft.rope.rope_table`, in x's dtype; the rotation is computed in it.
     """
     x1, x2 = x_TNH.chunk(2, dim=-1)
     rotated = torch.cat((-x2, x1), dim=-1)
@@ -178,7 +178,7 @@ def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 
 def packed_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
-    """Causal attention within each document; no token sees another document. Returns [T, N, H].
+    """Compute causal attention within each document; return [T, N, H] in q's dtype.
 
     Softmax scale 1 / sqrt(H); each key/value head serves N / K query heads.
     """
@@ -193,9 +193,9 @@ def packed_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Doc
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = documents.cu_seqlens, max(lengths)
-        # window_size (-1, 0) means causal: any number of tokens back, none ahead.
+        # window_size (-1, 0) means causal: all tokens to the left are visible, none to the right.
         return varlen_attn(q_TNH, k_TKH, v_TKH, cu, cu, longest, longest, window_size=(-1, 0))  # pyright: ignore
-    # varlen_attn exists for CUDA and half precision only; elsewhere one SDPA call per document.
+    # varlen_attn supports CUDA and half precision only; otherwise, call SDPA for each document.
     splits = (x.split(lengths) for x in (q_TNH, k_TKH, v_TKH))
     out = [
         _causal_sdpa(*(x.transpose(0, 1).unsqueeze(0) for x in qkv)).squeeze(0).transpose(0, 1)

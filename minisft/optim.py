@@ -1,6 +1,6 @@
 """Optimizers on flat buffers: gradient clipping, then one of six update rules.
 
-AdamW, SGD and Lion are here; `minisft.variants` has the rules on 8-bit moments and Adafactor.
+AdamW, SGD and Lion are defined here; the 8-bit rules and Adafactor, in `minisft.variants`.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ Moments = dict[str, Tensor]  # the optimizer's state, under the names used in ch
 
 
 class Hyper(NamedTuple):
-    """Numbers of one group in one step; betas and epsilon come from the config."""
+    """Optimizer settings of one parameter group in one step; the config has betas and epsilon."""
 
     step: int  # from 1
     learning_rate: float  # after the schedule
@@ -29,12 +29,12 @@ class Hyper(NamedTuple):
 
 
 def clip_(grads: Tensor, norm: Tensor, max_norm: float) -> None:
-    """Clip the gradient in place to max_norm (0: not), as torch.nn.utils.clip_grad_norm_ does.
+    """Clip the gradient in place to max_norm, as torch.nn.utils.clip_grad_norm_ does.
 
-    norm: L2 norm of grads, [] float32.
+    norm: L2 norm of grads, [] float32. max_norm 0 disables clipping.
     """
     if max_norm > 0:
-        # A clamped factor instead of a branch on the norm, which would wait for the device.
+        # A branch on the norm would wait for the device; a clamped factor does not.
         grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
@@ -52,8 +52,8 @@ def check_optimizer(optim: str, device: torch.device) -> None:
 def init_moments(trainable: Flat, groups: list[ParamGroup], optim: str) -> Moments:
     """Return the state of an optimizer before its first step, on the buffer's device.
 
-    adamw: exp_avg and exp_avg_sq, float32 [n]. 8-bit rules: exp_avg.i and (not lion) exp_avg_sq.i
-    of group i; eight_bit groups: codes, and scales in ….absmax. adafactor: per tensor. sgd: none.
+    adamw: exp_avg, exp_avg_sq, float32 [n]. 8-bit rules: exp_avg.i and (not lion) exp_avg_sq.i for
+    group i; if it is eight_bit, codes, and scales in ….absmax. adafactor: per tensor. sgd: none.
     """
     buffer = trainable.buffer
     if optim == "adamw":
@@ -92,13 +92,13 @@ def update_(
     step: int,
     config: TrainConfig,
 ) -> None:
-    """One optimizer step in place, on the parameters (trainable.buffer) and their moments.
+    """Update the parameters (trainable.buffer) and their moments in place by one optimizer step.
 
-    grads: float32 [n], clipped by their norm ([] float32) and perhaps overwritten. groups: with the
-    learning rates of this step. step counts from 1. Weight decay is decoupled, times the rate.
+    grads: float32 [n], may be overwritten. norm: [] float32, their L2 norm, for clipping. groups:
+    with the learning rates of this step. step counts from 1. Weight decay is decoupled.
     """
     optim = config.optim
-    # On a GPU AdamW clips the gradient as it reads it, which saves one more pass over it.
+    # On a GPU the AdamW kernel clips the gradient while reading it, which saves a pass over it.
     clips_itself = optim == "adamw" and grads.is_cuda and config.max_grad_norm > 0
     if not clips_itself:
         clip_(grads, norm, config.max_grad_norm)
@@ -122,19 +122,19 @@ def update_(
         else:
             _adamw_(p, g, moments[f"exp_avg.{i}"], moments[f"exp_avg_sq.{i}"], hyper, config)
     if optim.startswith("paged_"):
-        # The driver moves paged state between GPU and host on its own: wait before it is read.
+        # The driver moves paged state between GPU and host, so wait before the host can read it.
         torch.cuda.synchronize(grads.device)
 
 
 def _adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, c: TrainConfig) -> None:
-    """AdamW (arXiv:1711.05101) on p, g, m, v: float32 [n] each."""
+    """Update p, m and v in place by one AdamW step (arXiv:1711.05101); all are float32 [n]."""
     step, lr, decay, norm = hyper
     if p.is_cuda:
         betas = (c.adam_beta1, c.adam_beta2)
         settings = AdamWStep(step, lr, *betas, c.adam_epsilon, decay, c.max_grad_norm)
         adamw_(p, g, m, v, settings, norm=norm)
         return
-    # step - 1: torch's adamw increments the step itself.
+    # Pass step - 1 because torch's adamw increments the step.
     adamw(
         [p], [g], [m], [v], [], [torch.full((), float(step - 1))],
         fused=True, amsgrad=False, beta1=c.adam_beta1, beta2=c.adam_beta2, lr=lr,
@@ -143,7 +143,7 @@ def _adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, c: TrainCo
 
 
 def _lion_(p: Tensor, g: Tensor, m: Tensor, hyper: Hyper, c: TrainConfig) -> None:
-    """Lion (arXiv:2302.06675): a step of lr along the sign of the interpolated momentum."""
+    """Update p and m in place by one Lion step (arXiv:2302.06675); p, g and m are float32 [n]."""
     direction = m.lerp(g, 1 - c.adam_beta1).sign_()
     p.mul_(1 - hyper.learning_rate * hyper.weight_decay).sub_(direction, alpha=hyper.learning_rate)
     m.lerp_(g, 1 - c.adam_beta2)
@@ -152,7 +152,7 @@ def _lion_(p: Tensor, g: Tensor, m: Tensor, hyper: Hyper, c: TrainConfig) -> Non
 def _adafactor_by_tensor_(
     flat: Flat, grads: Tensor, moments: Moments, groups: list[ParamGroup], step: int, c: TrainConfig
 ) -> None:
-    # By tensor, not by group: the means over rows and columns belong to one matrix.
+    # A group may span several tensors, but Adafactor's row and column means are of one matrix.
     start, g_views = 0, viewed(grads, flat.shapes).views
     for name, p in flat.views.items():
         group = next(group for group in groups if group.start <= start < group.stop)

@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv:2104.09864): frequencies of five RoPE types, cos/sin tables.
 
-Operations and roundings are transformers'; `minisft.nn.apply_rope` rotates. T tokens, H head_dim.
+Operations and roundings match transformers. The rotation is `minisft.nn.apply_rope`.  H head_dim
 """
 
 import math
@@ -14,16 +14,16 @@ from minisft.config.model import RopeConfig
 def rope_inverse_frequencies(
     rope: RopeConfig, head_dim: int, max_positions: int, length: int = 0
 ) -> tuple[Tensor, float]:
-    """Return (angular frequencies, float32 [H/2] on the CPU; the factor on cos and sin).
+    """Return angular frequencies, float32 [H/2] on the CPU, and the factor on cos and sin.
 
     length: tokens of the document, used by the `dynamic` type only. Types: default; linear
-    (frequencies divided by factor); dynamic (NTK: theta grows once length exceeds max_positions);
-    llama3 (low frequencies divided by factor, a linear ramp in between); yarn (arXiv:2309.00071).
+    (frequencies divided by factor); dynamic (NTK: theta grows if length exceeds max_positions);
+    llama3 (low frequencies divided by factor, middle ones blended); yarn (arXiv:2309.00071).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     theta = rope.rope_theta
     if rope.rope_type == "dynamic":
-        # A float32 tensor, as in transformers' forward pass: Python's doubles differ by an ulp.
+        # A float32 tensor, as in transformers' forward pass; a Python float differs by one ulp.
         longest = torch.tensor(max(length, max_positions))
         stretch = rope.factor * longest / max_positions - (rope.factor - 1)
         theta = theta * stretch ** (head_dim / (head_dim - 2))
@@ -38,28 +38,28 @@ def rope_inverse_frequencies(
 
 
 def _llama3_frequencies(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Divide frequencies whose wavelength exceeds the original context by rope.factor."""
+    """Divide low frequencies by rope.factor, leave high ones unchanged, and blend in between."""
     original = rope.original_max_position_embeddings
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert original is not None and low is not None and high is not None
     wavelengths = 2 * math.pi / frequencies
     ramp = (original / wavelengths - low) / (high - low)
     blended = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
-    # Not a clamped ramp: outside it the result is exactly f / factor or f, as in transformers.
+    # Outside the ramp use f / factor or f, as transformers does: a clamped ramp would round them.
     scaled = torch.where(wavelengths > original / low, frequencies / rope.factor, blended)
     return torch.where(wavelengths < original / high, frequencies, scaled)
 
 
 def _yarn_frequencies(exponents: Tensor, dim: int, rope: RopeConfig) -> Tensor:
-    """Keep high frequencies, divide low ones by rope.factor, and blend linearly in between."""
+    """Divide low frequencies by rope.factor, leave high ones unchanged, and blend in between."""
     original = rope.original_max_position_embeddings
     assert original is not None
 
     def pair_of(turns: float) -> float:
-        """The (fractional) pair index whose angle makes that many turns over the context."""
+        """Return the (fractional) channel pair that rotates `turns` times over the context."""
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    # 32 and 1 are the paper's values for Llama.
+    # The YaRN paper recommends beta_fast = 32 and beta_slow = 1 for Llama.
     low, high = pair_of(rope.beta_fast or 32), pair_of(rope.beta_slow or 1)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -68,12 +68,12 @@ def _yarn_frequencies(exponents: Tensor, dim: int, rope: RopeConfig) -> Tensor:
     ramp = ((torch.arange(dim // 2).float() - low) / (high - low)).clamp(0, 1)
     powers = rope.rope_theta**exponents
     unscaled = 1 - ramp
-    # transformers' order: 1 - (1 - ramp) differs from ramp in the last bits.
+    # As in transformers, compute 1 - (1 - ramp), which differs from ramp in the last bits.
     return 1.0 / (rope.factor * powers) * (1 - unscaled) + 1.0 / powers * unscaled
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
-    """The factor on cos and sin: its square scales the attention scores."""
+    """Return YaRN's factor on cos and sin; attention scores are scaled by its square."""
     if rope.attention_factor is not None:
         return float(rope.attention_factor)
     log = math.log(rope.factor) if rope.factor > 1 else 0.0
@@ -94,8 +94,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles of every token, [T, H] each in dtype.
 
-    positions_T: int64, from 0 in every document. lengths: tokens per document, by which `dynamic`
-    scales each one on its own; contexts: its lengths instead where part of a document is cached.
+    positions_T: int64, from 0 in every document. lengths: tokens per document. The `dynamic` type
+    scales each document by its length, or by `contexts`, its length including cached tokens.
     """
     if rope.rope_type == "dynamic":
         rows = [
@@ -112,7 +112,7 @@ def rope_table(
 def cos_and_sin(
     positions_T: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return factor * cos and sin of position * frequency (float32 [1 or T, H/2]), [T, H] each."""
-    # float32 until here: bfloat16 has 8 bits of precision, and a position needs more.
+    """Return factor * cos and factor * sin of position * frequency [1 or T, H/2], [T, H] each."""
+    # Compute angles in float32: bfloat16 has 8 bits of precision, and a position needs more.
     angles = (positions_T.float().unsqueeze(1) * frequencies).repeat(1, 2)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

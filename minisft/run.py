@@ -1,4 +1,4 @@
-"""A whole run, from settings to exported result: `train(config)` is its table of contents."""
+"""`train(config)` runs a fine-tuning from the settings to the exported result, phase by phase."""
 
 import time
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ from minisft.text.tokenizer import load_tokenizer
 
 
 def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
-    """Fine-tune as `config` says, write everything to config.output_dir, return the result.
+    """Fine-tune a model as configured, write all outputs to config.output_dir, return the result.
 
     batch_fn: a data collator (`minisft.data.collator.BatchFn`) for the rows of every micro-batch.
-    Raises UserError for what the user can fix, TrainingStopped when a guard ends training,
-    Preempted after SIGTERM or SIGINT once a checkpoint is written. A run that is complete already
-    changes nothing and returns its result. With dry_run everything happens up to the first write,
-    with weights that have shapes only and a sample of the rows; the metrics are estimates.
+    Raises UserError for errors that the user can fix, TrainingStopped if a guard ends training,
+    Preempted after SIGTERM or SIGINT once a checkpoint is written. If config.output_dir holds this
+    run, completed, its result is returned and nothing is written. With dry_run, weights have shapes
+    but no values, a sample of the rows is read, nothing is written, and the metrics are estimates.
     """
     with session(config) as (out, stop, needs):
         if (done := finished_before(out, config)) is not None:
@@ -47,7 +47,7 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         collator = None if batch_fn is None else Collator(batch_fn, base.cfg.vocab_size)
         data = load_data(config, tokenizer, base.cfg.vocab_size, out, say)
         data = collated(data, config, collator)
-        # A library may have swallowed the exception of a signal on its way up.
+        # A library may have caught the exception that a signal raised: raise it again.
         stop.raise_if_asked()
         plan = make_plan(config, base, state, data)
         batches = make_batches(config, data, base, plan, collator)
@@ -62,8 +62,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         start_over(run)
         with reporting(config, out, run.total_steps, state.step, run.evaluated) as run.report:
             before = evaluate_before(run)
-            # A resumed run makes up for an evaluation that a signal or a kill interrupted; resumed
-            # from another directory, it lacks the checkpoint of that step.
+            # If a signal or a kill interrupted the evaluation of the resumed step, evaluate now. A
+            # run resumed from another directory has no checkpoint of that step: save one.
             if evaluate_if_due(run) and not (out / f"checkpoint-{state.step}").exists():
                 save(run)
             numbers = train_(run)
@@ -73,10 +73,10 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
 
 
 def make_plan(config: TrainConfig, base: Base, state: State, data: Data) -> ExecutionPlan:
-    """How gradients are computed, and how many tokens at a time. Raises UserError as `choose`."""
+    """Choose how gradients are computed and the micro-batch size. Raises UserError as `choose`."""
     check_rows(config, data)
     longest = int(data.train.row_lengths.max())
-    # A dry run has loaded nothing yet: what the weights will take is not free memory.
+    # A dry run has not loaded the weights: subtract their size from the free memory.
     to_load = sum(resident_gib(base, state).values()) * 2**30 if config.dry_run else 0
     choice = choose(
         config, state.trainable, base.frozen, base.compute, longest, base.device, int(to_load)
@@ -87,7 +87,7 @@ def make_plan(config: TrainConfig, base: Base, state: State, data: Data) -> Exec
 def make_batches(
     config: TrainConfig, data: Data, base: Base, plan: ExecutionPlan, collator: Collator | None
 ) -> Batches:
-    """Which rows each step sees, as tensors: a pure function of (seed, step)."""
+    """Return the Batches that build the tensors of each step, in the order set by config.seed."""
     assert plan.choice is not None
     rows = [source["rows"] for source in data.train.stats["sources"]]
     rows = estimated_rows(data.train) if config.dry_run else rows
@@ -102,7 +102,7 @@ def make_batches(
         data.train,
         schedule,
         max_tokens=plan.choice.tokens,
-        # The hand-written pass pads on the CPU and copies into a graph's own tensors.
+        # The hand-written pass pads batches on the CPU and copies them into CUDA graph inputs.
         device=torch.device("cpu") if plan.choice.explicit else base.device,
         # A user's collator may not be safe to call from another thread.
         ahead=base.device.type == "cuda" and collator is None,
@@ -112,11 +112,11 @@ def make_batches(
 
 
 def train_(run: Run) -> Numbers:
-    """Train to the last step; evaluate and save where due. Raises what ends training early."""
+    """Train to the last step, evaluating and saving when due. Raises Preempted, TrainingStopped."""
     state, stop = run.state, run.stop
     started, first, tokens = time.perf_counter(), state.step, state.num_tokens
     memory, untrained = memory_gib(run.base.device), trace(state)
-    # A signal that arrives inside a step waits for its end, so that no step is lost.
+    # Defer signals until the end of the current step, so that no step is lost.
     with stop.held():
         for result in steps_(run):
             best = False
@@ -140,13 +140,13 @@ def train_(run: Run) -> Numbers:
 
 
 def steps_(run: Run) -> Iterator[StepResult]:
-    """Train from state.step to the last step, yielding after each; log every logging_steps."""
+    """Train from state.step to the last step; yield after each step, log every logging_steps."""
     state, base, config = run.state, run.base, run.config
     plan = run.plan.prepared(state.trainable, base.frozen)
     groups = param_groups(state.trainable.shapes, config)
     last = run.total_steps
     ahead = Ahead(run.batches, state.step, last)
-    # Checked before the first step too: the resumed run may have been stopped early.
+    # Check before the first step too: a resumed run may already have met the stopping criterion.
     while state.step < last and not stops_early(state, config):
         started = time.perf_counter()
         batch = ahead.batch(state.step)

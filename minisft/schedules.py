@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the peak rate at each step, equal to transformers' bits.
+"""Learning-rate schedules: each step's factor on the peak rate, bitwise equal to transformers.
 
 s step, from 0  w warm-up steps  T total steps  p = (s - w) / (T - w), the progress after warm-up
 """
@@ -9,7 +9,7 @@ from minisft.config.train import TrainConfig
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
-    """Return the number of warm-up steps; --warmup-steps below 1 is a share of `total`, ceiled."""
+    """Return the number of warm-up steps; a value below 1 is a share of `total`, rounded up."""
     steps = config.warmup_steps
     return math.ceil(steps * total) if steps < 1 else int(steps)
 
@@ -17,12 +17,12 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     """Return the factor on every learning rate at `step`, counted from 0.
 
-    Linear warm-up from 0, then one of these, with the defaults of their options in parentheses.
-    linear: to 0 at `total`. cosine: num_cycles (0.5) periods. cosine_with_restarts: num_cycles (1)
-    half periods, each from the peak. cosine_with_min_lr: to min_lr, or to min_lr_rate of the peak.
-    polynomial: (1 - p)^power (1) to lr_end (1e-7). constant, constant_with_warmup: 1. inverse_sqrt:
-    1 / sqrt((s - w) / timescale + 1), timescale (w or 10000). warmup_stable_decay: 1, then for
-    num_decay_steps to min_lr_ratio (0), which its warm-up starts from too.
+    Warm-up is linear from 0; afterwards (defaults of the options in parentheses) the factor is,
+    linear: down to 0 at `total`. cosine: num_cycles (0.5) periods. cosine_with_restarts: num_cycles
+    (1) half periods, each from 1 to 0. cosine_with_min_lr: down to min_lr, or to min_lr_rate of the
+    peak. polynomial: (1 - p)^power (1) down to lr_end (1e-7). constant (no warm-up),
+    constant_with_warmup: 1. inverse_sqrt: 1 / sqrt((s - w) / timescale + 1), timescale (w or 1e4).
+    warmup_stable_decay: warm-up from min_lr_ratio (0), 1, then num_decay_steps down to that ratio.
     """
     kind, options = config.lr_scheduler_type, config.scheduler_options
     if kind == "constant":
@@ -44,7 +44,7 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(1, total - warmup)
     if kind == "cosine_with_restarts":
         turns = options.get("num_cycles", 1) * progress
-        # Exactly 0 from the end on, where turns % 1.0 would restart at the peak.
+        # Return 0 at and after the last step, where turns % 1.0 would restart at the peak.
         return 0.0 if progress >= 1 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * (turns % 1.0))))
     wave = 0.5 * (1.0 + math.cos(math.pi * options.get("num_cycles", 0.5) * 2.0 * progress))
     if kind == "cosine_with_min_lr":
@@ -56,17 +56,17 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
 
 def _polynomial(step: int, warmup: int, total: int, peak: float, options: dict) -> float:
     end = options.get("lr_end", 1e-7)
-    # Beyond the total the base of the power would be negative.
+    # After the last step, the base of the power would be negative.
     if step > total:
         return end / peak
-    # lr_end is an absolute rate; the result is relative to the peak.
+    # lr_end is an absolute learning rate, but the result is a factor on the peak: divide.
     left = 1 - (step - warmup) / (total - warmup)
     return ((peak - end) * left ** options.get("power", 1.0) + end) / peak
 
 
 def _warmup_stable_decay(step: int, warmup: int, total: int, options: dict) -> float:
     decay, floor = int(options["num_decay_steps"]), options.get("min_lr_ratio", 0)
-    # By default the decay ends with the last step.
+    # The default number of steps at the peak rate makes the decay end at the last step.
     stable = int(options.get("num_stable_steps", total - warmup - decay))
     if step < warmup:
         progress = step / max(1, warmup)

@@ -1,4 +1,4 @@
-"""One optimizer step: loss and gradients, then clipping and the update of the flat buffer."""
+"""One optimizer step: compute loss and gradients, clip, and update the flat buffer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from minisft.optim import Moments, update_
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How gradients are computed. Loss and gradients do not depend on it, except for rounding.
+    """The way loss and gradients are computed; different plans give equal results up to rounding.
 
-    ExecutionPlan(compute) is autograd over the reference block, one micro-batch after another.
+    ExecutionPlan(compute) without a choice runs autograd over `llama.block` per micro-batch.
     """
 
     compute: Compute
@@ -34,9 +34,9 @@ class ExecutionPlan:
     loss_scale: float = 1.0  # multiplies the loss before the backward pass (fp16)
 
     def prepared(self, trainable: Flat, frozen: dict[str, Tensor | NF4Weight]) -> ExecutionPlan:
-        """The plan with the buffers of the hand-written pass allocated, where it was chosen.
+        """Return the plan with the buffers of the hand-written pass allocated, if it was chosen.
 
-        Rewrites `frozen`: linears that read one input become views of one tensor.
+        Modifies `frozen`: the weights of linears with the same input become views of one tensor.
         """
         if self.choice is None or not self.choice.explicit:
             return self
@@ -54,7 +54,7 @@ class ExecutionPlan:
 
 @dataclass
 class State:
-    """Everything that a step changes: trained tensors (float32), optimizer state, counters."""
+    """All that a training step changes: trained tensors (float32), optimizer state, counters."""
 
     trainable: Flat
     moments: Moments
@@ -73,7 +73,7 @@ class State:
 
 
 class StepResult(NamedTuple):
-    """Token-mean loss, gradient norm before clipping, and whether the update was applied."""
+    """Mean loss per target, gradient norm before clipping, and whether weights were updated."""
 
     loss: float
     grad_norm: float
@@ -83,10 +83,10 @@ class StepResult(NamedTuple):
 def loss_and_grads(
     trainable: Flat, frozen: Weights, batch: StepBatch, plan: ExecutionPlan
 ) -> tuple[Tensor, Tensor]:
-    """The token-mean loss of a step and its gradient; every pass is called from here.
+    """Return a step's mean loss per target and its gradient, by the pass that the plan has chosen.
 
     Returns (loss [] float32, flat gradient float32 [n] in the order of trainable.buffer). The mean
-    is over batch.num_loss_tokens, however the step is cut into micro-batches.
+    is over batch.num_loss_tokens, so it does not depend on the split into micro-batches.
     """
     if plan.explicit is not None:
         return explicit_loss_and_grads(plan.explicit, trainable, batch, plan.loss_scale)
@@ -94,18 +94,18 @@ def loss_and_grads(
     leaves = {}
     for name, view in trainable.views.items():
         leaves[name] = view.detach().requires_grad_()
-        # backward() adds to an existing .grad in place: the gradients of all tensors land in one
-        # flat buffer, and micro-batches accumulate without a copy.
+        # backward() adds to an existing .grad in place, so the gradients of all tensors accumulate
+        # in one flat buffer without a copy.
         leaves[name].grad = grads.views[name]
     total = torch.zeros((), dtype=torch.float32, device=trainable.buffer.device)
     weight = plan.loss_scale / max(1, batch.num_loss_tokens)
     for micro in batch.micro_batches:
-        # Without a target the loss is a constant 0, which has no backward pass.
+        # A micro-batch without targets has the constant loss 0, which has no backward pass.
         if micro.targets_M.numel() == 0:
             continue
         loss = loss_sum(leaves, frozen, micro, plan.compute)
-        # Divided by the targets of the whole step, not of the micro-batch: a mean of micro-batch
-        # means would weigh tokens of short micro-batches more.
+        # Divide by the targets of the step, not of the micro-batch: a mean of micro-batch means
+        # would give more weight to the tokens of small micro-batches.
         (loss * weight).backward()
         total += loss.detach()
     if plan.loss_scale != 1:
@@ -125,17 +125,17 @@ def train_step_(
     config: TrainConfig,
     factor: float,
 ) -> StepResult:
-    """Make one optimizer step on `state`, in place.
+    """Perform one optimizer step on `state`, in place.
 
-    factor: the schedule's factor on every learning rate. The update is skipped, and only the loss
-    scale changes, if the loss or the gradient is not finite: with fp16 that is an overflow of the
-    scaled gradient; otherwise the caller has to stop (StepResult.applied is False).
+    factor: the schedule's factor on every learning rate. If the loss or the gradient is not finite,
+    the weights stay unchanged and StepResult.applied is False. In fp16 the scaled gradient has
+    overflowed, and the loss scale is halved; in other dtypes the caller has to stop.
     """
     scaled = plan.compute.dtype == torch.float16
     plan = dataclasses.replace(plan, loss_scale=state.loss_scale)
     loss, grads = loss_and_grads(state.trainable, frozen, batch, plan)
     norm = global_norm(grads)
-    # The step's only synchronisation with the device: two reads would wait twice.
+    # Read loss and norm together, so that the step waits for the device only once.
     loss_value, norm_value = torch.stack((loss, norm)).tolist()
     applied = _finite(loss_value) and _finite(norm_value)
     if applied:
@@ -149,7 +149,7 @@ def train_step_(
             step=state.updates,
             config=config,
         )
-    # torch.amp.GradScaler's rule: halve after an overflow, double after 2,000 steps without one.
+    # As in torch.amp.GradScaler: halve after an overflow, double after 2,000 steps without any.
     if scaled:
         state.good_steps = state.good_steps + 1 if applied else 0
         if not applied:

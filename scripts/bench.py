@@ -146,7 +146,7 @@ def step(config: StepConfig) -> dict:
         data,
         RowSchedule(len(data), config.batch_size, config.accumulation, seed=config.seed),
         max_tokens=choice.tokens,
-        # The hand-written pass pads on the CPU and copies into a graph's own tensors.
+        # The hand-written pass pads batches on the CPU and copies them into CUDA graph inputs.
         device=torch.device("cpu") if choice.explicit else device,
         ahead=device.type == "cuda",
     )
@@ -189,7 +189,7 @@ def timed_steps(
     batches: Batches,
     plan: ExecutionPlan,
 ) -> tuple[list[float], list[int]]:
-    """Run all steps; return the seconds and the tokens of each, warm-up included."""
+    """Run all steps; return the seconds and the tokens of each step, including warm-up steps."""
     seconds, tokens = [], []
     groups = param_groups(state.trainable.shapes, settings)
     last = config.steps + WARM_UP - 1
@@ -197,7 +197,7 @@ def timed_steps(
     for i in range(last + 1):
         started = time.perf_counter()
         batch = ahead.batch(i)
-        # The profiler slows the step that it watches: that one is not timed.
+        # The profiler slows down the last step, so it is not timed.
         if config.profile and i == last:
             profiled(lambda b=batch: train_step_(state, base.frozen, b, plan, groups, settings, 1))
             continue
@@ -223,7 +223,7 @@ def summary(
     tokens: list[int],
     device: torch.device,
 ) -> dict:
-    """Return the results that exist on every device, by name."""
+    """Return name -> value of the results that are measured on every device, CPU or GPU."""
     took, count = median_step(seconds, tokens)
     fastest, slowest = min(seconds[WARM_UP:]), max(seconds[WARM_UP:])
     return {
@@ -250,9 +250,9 @@ def gpu_summary(
     bounds: tuple[float, float],
     device: torch.device,
 ) -> dict:
-    """Return memory figures and the shares of the lower bounds that the median step reaches.
+    """Return GPU memory figures, both bounds in tokens/s, and the share of each that is reached.
 
-    took, count: seconds and tokens of the median step. bounds: as `floors` returns them.
+    took, count: seconds and tokens of the median step. bounds: the result of `floors`.
     """
     assert plan.choice is not None
     floor, roofline = bounds
@@ -272,7 +272,7 @@ def gpu_summary(
 def announce(config: StepConfig, cfg: ModelConfig, device: torch.device) -> None:
     """Print what will be measured and, on a CPU, the estimated seconds.
 
-    Raises UserError if that is more than MAX_CPU_SECONDS.
+    Raises UserError if the estimate exceeds MAX_CPU_SECONDS.
     """
     count = config.batch_size * config.accumulation * config.length * (config.steps + WARM_UP)
     line = (
@@ -297,7 +297,7 @@ def announce(config: StepConfig, cfg: ModelConfig, device: torch.device) -> None
     print(line, file=sys.stderr, flush=True)
 
 
-# Rows of the README's table: the flags of each `bench.py step`, with its memory limit.
+# Flags of `bench.py step` for each row of the README's table, including the memory limit.
 ROWS = (
     "--shape 8b --max-memory-gib 6.78 --optim adamw_8bit --steps 6",
     "--shape 8b --max-memory-gib 20.9 --steps 6",
@@ -323,7 +323,7 @@ def table() -> None:
     )  # fmt: skip
     failed = 0
     for row in ROWS:
-        # A process per row: peak memory and free memory must not depend on the rows before.
+        # Use a process per row: peak and free memory must not depend on the previous rows.
         command = [sys.executable, __file__, "step", *row.split()]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -344,7 +344,7 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Base, State]:
-    """Return a model with random weights as load_base would return it, drawn on the device."""
+    """Return what load_base returns for a model, with random weights drawn on the device."""
     generator = torch.Generator(device).manual_seed(config.seed)
     frozen: dict[str, Tensor | NF4Weight] = {}
     for name, shape in cfg.weight_shapes().items():
@@ -355,14 +355,14 @@ def random_model(
         weight.normal_(0, 0.02, generator=generator)
         four_bit = config.load_in_4bit and name.endswith("_proj.weight")
         frozen[name] = quantize(weight) if four_bit else weight
-        # Free the 16-bit matrix before the next is allocated.
+        # Free the 16-bit matrix before allocating the next one.
         del weight
     lora = settings.lora and split_targets(settings.lora)
     assert lora is not None
     shapes = trainable_shapes(lora, cfg)
     flat = allocate(shapes, device)
     init_lora_(flat, config.seed)
-    # B starts at zero, which would make the update of A zero: draw it.
+    # Draw B at random: with the usual B = 0, the gradient of A would be zero.
     for name, view in flat.views.items():
         if name.endswith("lora_B.weight"):
             view.normal_(0, 0.01, generator=generator)
@@ -375,7 +375,7 @@ def random_model(
 
 
 def random_rows(config: StepConfig) -> TokenizedDataset:
-    """Return rows of random tokens for all steps: full, or of log-normal lengths; packed if asked.
+    """Return rows of random tokens for all steps: full, or of log-normal lengths (packed if set).
 
     Raises UserError if config.rows is neither full nor short.
     """
@@ -384,7 +384,7 @@ def random_rows(config: StepConfig) -> TokenizedDataset:
     if config.rows == "full":
         lengths = torch.full((count,), config.length)
     elif config.rows == "short":
-        # About 160 tokens per row on average: as many rows as fill the packed ones.
+        # Rows have about 160 tokens on average: generate as many as the packed rows hold.
         count *= max(1, config.length // 160) if config.packing else 1
         draws = torch.randn(count, generator=generator)
         lengths = (120 * torch.exp(0.8 * draws)).long().clamp(8, config.length)
@@ -404,8 +404,8 @@ def random_rows(config: StepConfig) -> TokenizedDataset:
 def floors(cfg: ModelConfig, rank: int, length: int, tokens: int) -> tuple[float, float]:
     """Return lower bounds in seconds per token: (FLOPs alone, FLOPs plus memory traffic).
 
-    rank: LoRA rank. length: tokens per row. tokens: per micro-batch, over which the decoding of the
-    weights is spread. At PEAK and BANDWIDTH, without recomputation or overlap.
+    rank: LoRA rank. length: tokens per row. tokens: tokens per micro-batch, which share the cost of
+    decoding the weights. Assumes PEAK and BANDWIDTH, no recomputation and no overlap.
     """
     D, F, V, L = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.num_hidden_layers
     q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
@@ -421,14 +421,14 @@ def floors(cfg: ModelConfig, rank: int, length: int, tokens: int) -> tuple[float
 
 
 def profiled(run) -> None:
-    """Call `run` under the profiler and print its GPU kernels, longest total time first."""
+    """Profile a call of `run` and print its GPU kernels, sorted by total time, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
     events = [e for e in found.key_averages() if e.self_device_time_total > 0]
-    # aten:: events repeat the time of the kernels that they launch.
+    # Leave out aten:: events, which repeat the time of the kernels that they launch.
     events = [e for e in events if not e.key.startswith("aten::")]
     total = sum(e.self_device_time_total for e in events)
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:40]:

@@ -23,7 +23,7 @@ Runs = dict[str, Callable[[], object]]
 
 
 def measure(name: str, device: torch.device, skip_test: bool) -> None:
-    """Run the op's test, then time it and print a Markdown table.
+    """Run the test of the op called `name`, then time the op and print a Markdown table.
 
     Raises UserError for an unknown op, a device without CUDA, or a failing test.
     """
@@ -54,12 +54,12 @@ def measure(name: str, device: torch.device, skip_test: bool) -> None:
 
 @functools.cache
 def one_stream() -> torch.cuda.Stream:
-    """Return the one CUDA stream on which every run is captured."""
+    """Return the CUDA stream on which every run is captured, always the same."""
     return torch.cuda.Stream()
 
 
 def rand(*shape: int, scale: float = 0.5) -> Tensor:
-    """Return a bfloat16 CUDA tensor of normal numbers with standard deviation `scale`."""
+    """Return a bfloat16 CUDA tensor of random normal numbers with standard deviation `scale`."""
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
 
 
@@ -67,7 +67,7 @@ def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str,
     """Return the median microseconds per call of each run.
 
     A run is captured as a CUDA graph of `launches` calls, which excludes launch overhead. Replays
-    of the runs are interleaved, so that a change of the clocks affects all of them alike.
+    of the runs are interleaved, so that a change of GPU clocks affects all runs equally.
     """
     graphs, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
@@ -91,9 +91,9 @@ def microseconds(runs: Runs, launches: int = 10, repeats: int = 15) -> dict[str,
 
 
 def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int = 10) -> None:
-    """Print a row per run: time, bandwidth, and time relative to the run named `ours`.
+    """Print a table with a row per run: time, bandwidth, and time relative to the run `ours`.
 
-    moved: bytes that one call has to read and write; without it no bandwidth is printed.
+    moved: bytes that one call reads and writes; 0: print no bandwidth.
     """
     times = microseconds(runs, launches)
     print(f"\n{title}\n\n| | us | TB/s | times ours |\n|---|---|---|---|")
@@ -103,7 +103,7 @@ def table(title: str, runs: Runs, ours: str, moved: float = 0.0, launches: int =
 
 
 def both_passes(f: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable:
-    """Return a function that runs f on the leaves and computes their gradients by autograd."""
+    """Return a function that runs f on the leaves, then computes their gradients by autograd."""
 
     def run():
         y = f(*leaves)
@@ -126,7 +126,7 @@ def liger():
 
 
 def rms_norm() -> None:
-    """Time the residual sum with RMSNorm, forward and backward."""
+    """Time the fused residual addition and RMSNorm, forward and backward."""
     from minisft.kernels.rms_norm import add_rms_norm, rms_norm_backward
 
     functions = liger()
@@ -244,7 +244,7 @@ def swiglu() -> None:
 
 
 def cross_entropy() -> None:
-    """Time loss and hidden gradient of a linear head, with 100 % and 60 % of the rows labelled."""
+    """Time loss and input gradient of a linear head, with 100 % and 60 % of the rows labelled."""
     from minisft.kernels.linear_cross_entropy import linear_cross_entropy_grad
 
     functions, V = liger(), 128256
@@ -258,8 +258,8 @@ def cross_entropy() -> None:
         def eager(h, head=head, targets=targets):
             return F.cross_entropy((h @ head.T).float(), targets)
 
-        # The share of GSM8K. As in the explicit pass, the labelled rows are padded to a fixed
-        # number, here 3/4 of all.
+        # 60 % of the tokens are labelled in GSM8K. As in the explicit pass, labelled rows are
+        # padded to a fixed number, here 3/4 of all rows.
         labelled = torch.rand(T, device="cuda") < 0.6
         some = targets.where(labelled, -100)
         rows = F.pad(labelled.nonzero().squeeze(1), (0, 3 * T // 4 - int(labelled.sum())))
@@ -295,7 +295,7 @@ def cross_entropy() -> None:
             cross_entropy_of_logits(targets[:2048], weight, V)
         try:
             table(f"Linear cross-entropy, {shape}, {T} x {D} x {V}", runs, "ours", launches=2)
-        # Liger's op reads a value back to the host, which CUDA graphs cannot capture
+        # Liger's op copies a value to the host, which CUDA graphs cannot capture: leave it out.
         except RuntimeError:
             runs.pop("Liger")
             torch.cuda.synchronize()
@@ -473,7 +473,7 @@ def peft_linear(dense: Tensor) -> tuple:
 
 
 def adamw() -> None:
-    """Time norm, clipping and AdamW over one flat buffer against per-tensor updates (r = 16)."""
+    """Time norm, clipping and AdamW on one flat LoRA buffer of rank 16, and per-tensor updates."""
     from minisft.kernels.adamw import global_norm
     from random_model import config_json
 
@@ -523,7 +523,7 @@ def adamw() -> None:
             ),
             "torch.compile of the flat rule": lambda given=given, f=compiled: f(*given),
         }
-        # Bytes per float32 parameter, 8 x 4: the norm reads g; AdamW reads g and reads and writes
-        # p, m, v.
+        # 8 accesses of 4 bytes per parameter: the norm reads g; AdamW reads g, and reads and writes
+        # p, m and v.
         title = f"Clip and AdamW, {shape}, {n:,} parameters in {len(shapes)} tensors"
         table(title, runs, "ours", 32.0 * n)

@@ -77,14 +77,14 @@ class GenerateConfig:
 
 
 class Loaded(NamedTuple):
-    """A model on its device, with the tokenizer that its prompts are encoded with."""
+    """A model on its device and the tokenizer that encodes its prompts."""
 
     model: InferenceModel
     tokenizer: Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse flags, load, answer each prompt on stdout, and return the exit code."""
+    """Parse flags, load the model, print the answer to each prompt, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for text in answers(config, loaded, prompts) if prompts else ():
                 print(text, flush=True)
         if config.interactive:
-            # Outside stop_signals: Ctrl-C is the normal way to leave a chat, even during an answer.
+            # Ctrl-C is the normal way to leave a chat, so do not report it as an interruption.
             with suppress(KeyboardInterrupt):
                 converse(config, loaded)
 
@@ -130,9 +130,9 @@ def check(config: GenerateConfig) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise UserError if `text` has lone surrogates: bytes that were not valid UTF-8.
+    """Raise UserError if `text` has lone surrogates, which stand for bytes of invalid UTF-8.
 
-    what: the name of the text in the message. A terminal with another encoding sends such bytes.
+    what: the name of the text in the message. A terminal in another encoding sends invalid UTF-8.
     """
     try:
         text.encode("utf-8")
@@ -143,9 +143,9 @@ def check_text(text: str, what: str) -> None:
 
 
 def load(config: GenerateConfig) -> Loaded:
-    """Load base, adapter and tokenizer onto the device.
+    """Load base model, adapter and tokenizer, and move the weights to the device.
 
-    Warns if the adapter was trained on the other kind of base (4-bit or 16-bit).
+    Warns if the adapter was trained on a 4-bit base and this base is 16-bit, or the reverse.
     """
     base, revision = config.model, config.revision
     if not base and config.adapter:
@@ -187,7 +187,7 @@ def answers(config: GenerateConfig, loaded: Loaded, prompts: list[list[int]]) ->
 
 
 def converse(config: GenerateConfig, loaded: Loaded) -> None:
-    """Chat: answer each line of stdin until its end or /exit; /reset clears the conversation.
+    """Answer each line of stdin as a chat until EOF or /exit; /reset clears the conversation.
 
     Raises UserError if there is no chat template.
     """
@@ -196,7 +196,7 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
     messages: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Invalid UTF-8 must reach check_text, which skips the message; else input() would raise.
+        # Decode invalid UTF-8 to surrogates, which check_text reports; else input() would raise.
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
@@ -223,18 +223,18 @@ def converse(config: GenerateConfig, loaded: Loaded) -> None:
 
 
 def notify(line: str) -> None:
-    """Print a line to stderr, so that stdout holds answers only."""
+    """Print a line to stderr, so that stdout contains only answers."""
     print(line, file=sys.stderr, flush=True)
 
 
 def prompt_ids(
     tokenizer: Tokenizer, config: GenerateConfig, messages: list[dict[str, str]]
 ) -> list[int]:
-    """Return the token ids of the prompt.
+    """Return the token ids of the messages as a prompt.
 
-    Rendered by the same template code as in training: the text of a special token inside a message
-    is encoded as text. Without a chat template, only the last message is encoded. Raises UserError
-    if there are no tokens.
+    The chat template is rendered as in training, so the text of a special token inside a message is
+    encoded as plain text. Without a chat template, only the last message is encoded. Raises
+    UserError if there are no tokens.
     """
     if not (config.chat and tokenizer.chat_template):
         ids = encode(tokenizer, messages[-1]["content"], add_special_tokens=True)

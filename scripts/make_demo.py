@@ -3,7 +3,7 @@
     python scripts/make_demo.py
 
 It writes:
-1. text about every country in the table, and some small talk in the chat format;
+1. pretraining text about every country in the table, and some small talk in the chat format;
 2. a byte-level BPE tokenizer trained on that text;
 3. a small Llama pretrained on that text by minisft's full fine-tuning: minisft/demo/base;
 4. chat rows with short questions about the countries: chat_eval.jsonl about the countries marked
@@ -39,7 +39,7 @@ from minisft.files.safetensors import iter_tensors
 
 Fact = dict[str, str]  # country, capital, continent, currency, held_out
 
-# Pretraining sentences. Each one contains the whole fact, without pronouns: sentences are mixed.
+# Pretraining sentences. They are shuffled, so each states a complete fact without pronouns.
 STATEMENTS = {
     "capital": (
         "The capital of {country} is {capital}.",
@@ -63,7 +63,7 @@ STATEMENTS = {
         "{country} lies in {continent}.",
     ),
 }
-# Question templates for pretraining and chat. The key is the column that holds the answer.
+# Question templates for pretraining and chat, by the table column that contains the answer.
 QUESTIONS = {
     "capital": (
         "What is the capital of {country}?",
@@ -230,7 +230,7 @@ def write_lines(path: Path, rows: Any) -> None:
 
 
 def questions_about(facts: list[Fact]) -> list[tuple[Fact, str]]:
-    """Return (fact, kind) of every question that has exactly one answer.
+    """Return (fact, column of the answer) of every question that has exactly one answer.
 
     Questions about a currency that several countries share, such as the euro, are left out.
     """
@@ -247,7 +247,7 @@ def training_rows(facts: list[Fact]) -> list[dict]:
 
 
 def held_out_rows(facts: list[Fact]) -> list[dict]:
-    """Return every question about the held-out countries, cycling through the phrasings."""
+    """Return one row per question about the held-out countries, cycling through the phrasings."""
     asked = [(f, kind) for f, kind in questions_about(facts) if f["held_out"] == "yes"]
     return in_mixed_order(
         chat_row(QUESTIONS[kind][i % len(QUESTIONS[kind])].format(**f), f[kind])
@@ -264,7 +264,7 @@ def chat_row(question: str, answer: str) -> dict:
 
 
 def in_mixed_order(rows: Iterator[dict]) -> list[dict]:
-    """Return the rows in an order given by the SHA-256 of their text: no library changes it."""
+    """Return the rows sorted by the SHA-256 of their text, an order that no library can change."""
     return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row).encode()).digest())
 
 
@@ -272,7 +272,7 @@ def documents(
     facts: list[Fact], small_talk: list[dict[str, str]], rng: random.Random
 ) -> Iterator[str]:
     """Yield pretraining documents: statements, quizzes, or small-talk chats."""
-    # Capitals twice: they are stated twice as often as the other facts.
+    # List capitals twice, so that they are stated twice as often as the other facts.
     kinds = ("capital", "capital", "currency", "continent")
     stated = [(f, kind) for f in facts for kind in kinds if f[kind]]
     statements, questions = endless(stated, rng), endless(questions_about(facts), rng)
@@ -297,7 +297,7 @@ def documents(
 
 
 def endless(items: list, rng: random.Random) -> Iterator:
-    """Yield the items forever, reshuffled on every pass, so that all are equally frequent."""
+    """Yield the items in endless shuffled passes, so that all items are equally frequent."""
     while True:
         yield from rng.sample(items, len(items))
 
@@ -336,7 +336,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, like transformers."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja as transformers does."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     fields = {
@@ -352,7 +352,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def write_random_weights(directory: Path, seed: int) -> None:
-    """Write the initial model: configs and normal random weights in float32."""
+    """Write the model to pretrain: config files and normal random weights in float32."""
     generator = torch.Generator().manual_seed(seed)
     std = CONFIG["initializer_range"]
     weights = {

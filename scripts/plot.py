@@ -77,7 +77,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        # A killed run can leave a truncated last line.
+        # Skip an invalid line: a killed run can leave a truncated last line.
         except ValueError:
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
@@ -95,7 +95,7 @@ def series(lines: list[dict[str, Any]], field: str) -> tuple[list[int], list[flo
 
 
 def shown(name: str) -> str:
-    """Return `name` as a legend label: matplotlib omits labels that start with an underscore."""
+    """Return a legend label for `name`; matplotlib omits labels that start with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 

@@ -98,8 +98,8 @@ def write(config: QuantizeConfig) -> None:
         save_shards(partial, quantised(checkpoint, config, device, dtype), None)
         files = export_tokenizer_files(tokenizer)
         write_model_files(partial, directory, checkpoint.cfg, dtype, files)
-        # write_model_files copies the config.json of the unquantised model: add how the linears
-        # are quantised, or a loader would read packed bytes as 16-bit weights.
+        # write_model_files copies the config.json of the unquantised model. Add the quantization,
+        # or a loader would read packed bytes as 16-bit weights.
         raw = load_json_object(partial / "config.json")
         raw["quantization_config"] = quantization_config(config, name)
         write_json(partial / "config.json", raw)
@@ -109,9 +109,9 @@ def write(config: QuantizeConfig) -> None:
 def quantised(
     checkpoint: Checkpoint, config: QuantizeConfig, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the copy: packed linears with their quant state, the rest in `dtype`.
+    """Yield (name, tensor) of the 4-bit copy: packed linears and quant states, the rest in `dtype`.
 
-    One weight is in memory at a time. Raises UserError for non-finite values.
+    Only one weight is in memory at a time. Raises UserError if a weight is not finite.
     """
     linears = {f"{path}.weight" for path in checkpoint.cfg.linear_paths()}
     for name, weight in stream_weights(checkpoint):

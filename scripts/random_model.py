@@ -26,7 +26,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# The published shapes: hidden, ffn, layers, heads, key/value heads, head_dim, tied, RoPE factor.
+# Model shapes: hidden, ffn, layers, heads, key/value heads, head_dim, tied head, RoPE factor.
 SHAPES = {
     "tiny": (128, 384, 2, 4, 2, 32, True, 32.0),
     "1b": (2048, 8192, 16, 32, 8, 64, True, 32.0),
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def config_json(shape: str, vocab_size: int, layers: int = 0) -> dict:
     """Return the config.json of a published shape, in the layout of transformers v5.
 
-    layers: 0 for as many as the shape has. Raises UserError for an unknown shape.
+    layers: number of layers; 0 for that of the shape. Raises UserError for an unknown shape.
     """
     if shape not in SHAPES:
         raise UserError(f"--shape is {shape!r}; expected one of {', '.join(SHAPES)}")

@@ -21,8 +21,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-# Importing torch takes seconds. A signal during the imports must also exit with code 75, not with a
-# traceback; there is nothing to save yet. `train` installs its own handlers later.
+# Importing torch takes seconds. Until `train` installs its handlers, a signal must exit with code
+# 75 instead of a traceback; there is nothing to save yet.
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(75))
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asks_for_help = "--help" in argv or "-h" in argv
         default = demo_config() if demo and not asks_for_help else TrainConfig()
         config = parse_flags(TrainConfig, argv, prog="train.py", default=default)
-        # The demo writes to one directory: a second demo run replaces the first without a flag.
+        # Every demo run writes to the same directory and may replace an earlier demo run there.
         if demo and not config.resume_from_checkpoint and holds_demo_run(config.output_dir):
             config = dataclasses.replace(config, overwrite_output_dir=True)
         train(config)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def names_a_model(argv: Sequence[str]) -> bool:
-    """Return whether the flags name a model, dataset or config file, so this is not the demo."""
+    """Return whether the flags name a model, dataset or config file; otherwise the demo runs."""
     flags = (word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     return any(ALIASES.get(name, name) in ("model", "dataset", "config") for name in flags)
 

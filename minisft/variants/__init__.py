@@ -1,1 +1,1 @@
-"""Optional parts of LoRA, embedding and optimizer: one idea, one file, tensors in and out."""
+"""Optional LoRA, embedding and optimizer methods, one per file, as functions on tensors."""

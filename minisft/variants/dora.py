@@ -1,7 +1,7 @@
 """DoRA: a trained magnitude for every output row of an adapted linear (arXiv:2402.09353).
 
-y = x V^T * ratio + b, where V = W + scaling * B A and ratio = magnitude / |V|, |V| the L2 norm of
-each row of V. V itself is formed for its row norms only.
+y = x V^T * ratio + b, where V = W + scaling * B A, ratio = magnitude / |V|, and |V| is the L2 norm
+of each row of V. V is computed for its row norms only; x V^T is computed from W, A and B.
 
 T tokens  I/O linear in/out  R LoRA rank
 """
@@ -22,11 +22,11 @@ def magnitude_ratio(
 ) -> Tensor:
     """Return magnitude / |W + scaling * B A| per output row, [O] in dtype.
 
-    weight: [O, I]; 4 bits are decoded to dtype. A, B and magnitude are the float32 masters. The
-    gradient flows to the magnitude only.
+    weight: [O, I]; a 4-bit weight is decoded to dtype. A, B and magnitude: the trained float32
+    tensors, of which only the magnitude gets a gradient.
     """
-    # The row norms count as constants, as in PEFT and in section 4.3 of the paper: autograd then
-    # has no [O, I] matrix to save.
+    # As in PEFT and section 4.3 of the paper, the row norms are constants in the backward pass, so
+    # that autograd saves no [O, I] matrix.
     with torch.no_grad():
         W_OI = dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
         length_O = (W_OI.float() + scaling * (B_OR @ A_RI)).norm(dim=1)
@@ -36,12 +36,12 @@ def magnitude_ratio(
 def rescale(
     y_TO: Tensor, update_TO: Tensor, ratio_O: Tensor, dropped_y_TO: Tensor | None
 ) -> Tensor:
-    """Return the output before the bias, [T, O], from W x, the LoRA update and the ratio.
+    """Return the DoRA output before the bias, [T, O], from y = x W^T, LoRA update and ratio.
 
-    dropped_y_TO: W times the input after dropout; None without dropout, where it is y itself.
+    dropped_y_TO: x W^T computed from x after dropout; None without dropout.
     """
     if dropped_y_TO is None:
         return (y_TO + update_TO) * ratio_O
-    # PEFT's rule: the pretrained output keeps its full input, and only the change that training
-    # makes to it, (ratio - 1) W x, sees dropout.
+    # As in PEFT, dropout applies to the change of the pretrained output, (ratio - 1) * x W^T, but
+    # not to the pretrained output x W^T.
     return y_TO + (ratio_O - 1) * dropped_y_TO + ratio_O * update_TO

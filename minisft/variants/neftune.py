@@ -12,14 +12,14 @@ def embedding_noise(
 ) -> Tensor:
     """Return noise for the embeddings, [T, D] in dtype, uniform in +-alpha / sqrt(L * D).
 
-    bits_TD: int64, 24 random bits per entry. lengths: tokens per document, their sum is T; L is the
-    length of the token's own document.
+    bits_TD: int64, 24 random bits per entry. lengths: tokens per document, with sum T. L: the
+    length of the document that contains the token.
     """
     T, D = bits_TD.shape
-    # L is per document, not per padded row or packed row: the noise of a token must not depend on
-    # which documents share its micro-batch.
+    # L is the length of the document and not of a padded or packed row, so that the noise of a
+    # token does not depend on which documents share its micro-batch.
     lengths_N = torch.tensor(lengths, device=bits_TD.device)
-    # output_size saves a device sync: without it the sum of the lengths is read back.
+    # Without output_size, torch would wait for the device to read the sum of the lengths.
     length_T = lengths_N.repeat_interleave(lengths_N, output_size=T)
     bound_T1 = alpha / (length_T * D).float().sqrt().unsqueeze(1)
     uniform_TD = bits_TD.float() / 2**24

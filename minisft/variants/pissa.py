@@ -1,8 +1,8 @@
-"""PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): LoRA that starts as a part of its weight.
+"""PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): LoRA initialised from parts of the weight.
 
 W = W_residual + s B0 A0. W_residual is frozen; A and B are trained and start as A0 and B0. Relative
-to W the trained change is s (B A - B0 A0), a plain LoRA of twice the rank, and this is what every
-file contains: lora_A = [A; A0], lora_B = [B, -B0].
+to W the trained change is s (B A - B0 A0), a plain LoRA of twice the rank. Every file stores that
+LoRA: lora_A = [A; A0], lora_B = [B, -B0].
 
 O/I linear out/in  R LoRA rank  s LoRA scale
 """
@@ -21,9 +21,9 @@ from minisft.config.lora import LoraConfig
 def initial_lora(path: str, W_OI: Tensor, lora: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Return (A0 [R, I], B0 [O, R]) of the linear at a path, float32 on W's device.
 
-    pissa: the R largest singular values and vectors of W, their roots in A0 and in B0.
-    pissa_niter_N: the same by randomised SVD with N power iterations (arXiv:0909.4061). olora: the
-    first R columns of Q and rows of R in W = Q R. Raises UserError if W is not finite.
+    pissa: the R largest singular values of W, their roots times the singular vectors in A0 and B0.
+    pissa_niter_N: as pissa, by randomised SVD with N power iterations (arXiv:0909.4061). olora: QR
+    of W; B0 = R columns of Q, A0 = R rows of the other factor. Raises UserError if W is not finite.
     """
     W_OI, r, kind = W_OI.float(), lora.rank_of(path), lora.init_lora_weights
     if not W_OI.isfinite().all():
@@ -35,12 +35,12 @@ def initial_lora(path: str, W_OI: Tensor, lora: LoraConfig, seed: int) -> tuple[
         Q_OI, R_II = torch.linalg.qr(W_OI)
         return R_II[:r], Q_OI[:, :r]
     if kind == "pissa":
-        # 23 s for one 2048 x 2048 matrix on two CPU cores, where svd_lowrank takes half a second.
+        # Exact but slow: a 2048 x 2048 matrix takes 23 s on two CPU cores, svd_lowrank 0.5 s.
         U_OK, S_K, Vt_KI = torch.linalg.svd(W_OI, full_matrices=False)
     else:
         with torch.random.fork_rng([W_OI.device] if W_OI.is_cuda else []):
             torch.manual_seed(seed)
-            # Twice the rank: the last of R directions would be inaccurate at rank R.
+            # Compute 2 R directions and use R: the last directions of a randomised SVD are inexact.
             K = min(2 * r, *W_OI.shape)
             U_OK, S_K, V_IK = torch.svd_lowrank(W_OI, K, int(kind.rpartition("_")[2]))
         Vt_KI = V_IK.T
@@ -49,10 +49,11 @@ def initial_lora(path: str, W_OI: Tensor, lora: LoraConfig, seed: int) -> tuple[
 
 
 def exported_lora(lora: LoraConfig) -> LoraConfig:
-    """Return the config of the adapter file: for PiSSA and OLoRA ranks double, scales stay."""
+    """Return the config of the adapter file; PiSSA and OLoRA export twice the rank, equal scale."""
     if not lora.splits_weights:
         return lora
-    # The scale is alpha / r, with rsLoRA alpha / sqrt(r): alpha grows as its denominator does.
+    # The scale is alpha / r (rsLoRA: alpha / sqrt(r)) and the rank doubles, so multiply alpha by 2
+    # (rsLoRA: by sqrt 2) to leave the scale unchanged.
     factor = math.sqrt(2) if lora.use_rslora else 2
     return dataclasses.replace(
         lora,
@@ -67,7 +68,7 @@ def exported_lora(lora: LoraConfig) -> LoraConfig:
 def exported_tensors(
     trained: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of the adapter file. start: A0 and B0, on the CPU, named as A and B."""
+    """Return the tensors of the adapter file. start: A0 and B0 on the CPU, by the names of A, B."""
     tensors = dict(trained)
     for name, initial in start.items():
         half = initial if _is_A(name) else -initial
@@ -76,18 +77,18 @@ def exported_tensors(
 
 
 def trained_half(name: str, tensor: Tensor) -> Tensor:
-    """Return A or B, given lora_A or lora_B as the adapter file holds it."""
+    """Return the trained A or B from the lora_A or lora_B of an adapter file, as a view."""
     return tensor.chunk(2, _axis(name))[0]
 
 
 def initial_half(name: str, tensor: Tensor) -> Tensor:
-    """Return A0 or B0 of a lora_A or lora_B in a file, in memory of its own."""
+    """Return A0 or B0 from the lora_A or lora_B of an adapter file, as a copy."""
     half = tensor.chunk(2, _axis(name))[-1]
     return half.clone() if _is_A(name) else -half
 
 
 def is_pair(name: str) -> bool:
-    """Return whether the tensor of that name is a lora_A or a lora_B."""
+    """Return whether `name` is that of a lora_A or lora_B tensor."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -96,5 +97,5 @@ def _is_A(name: str) -> bool:
 
 
 def _axis(name: str) -> int:
-    """The dimension of the rank."""
+    """Return the dimension of a lora_A or lora_B tensor that has the size of the rank."""
     return 0 if _is_A(name) else 1
