@@ -1,4 +1,4 @@
-"""The explicit pass: a hand-written forward and backward pass for plain LoRA, in CUDA graphs."""
+"""The explicit pass: hand-written forward and backward passes for plain LoRA, in CUDA graphs."""
 
 from minisft.explicit.buffers import ExplicitPass, prepare
 from minisft.explicit.microbatch import explicit_loss_and_grads

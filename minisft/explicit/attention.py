@@ -1,6 +1,6 @@
-"""Attention with an explicit backward pass: whatever is saved for backward is a visible tensor.
+"""Attention with a separate backward function, which takes all saved tensors as arguments.
 
-T tokens of all documents, concatenated  N query heads  K key/value heads  H head_dim
+T concatenated tokens of all documents  N query heads  K key/value heads  H head_dim
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 class Attended(NamedTuple):
-    """The output of attention and what its backward pass needs besides q, k and v."""
+    """Attention output and what else its backward pass reads, except q, k and v."""
 
     out_TNH: Tensor
     lse: Tensor | None  # float32: log-sum-exp of the scores; None from sdpa
@@ -24,25 +24,25 @@ class Attended(NamedTuple):
 def backend_of(q_TNH: Tensor, documents: Documents) -> str:
     """Return the attention backend: "cudnn", "flash" or "sdpa".
 
-    On a GPU in half precision, cudnn if all documents have one length, else flash; otherwise sdpa.
+    Half precision on a GPU: cudnn if all documents are equally long, else flash. Otherwise sdpa.
     """
     if not q_TNH.is_cuda or q_TNH.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
-    # cuDNN is 1.5 to 1.8 times as fast as flash on a dense batch (H200). With cu_seqlens it builds
-    # a plan per call, 10 ms on the host, and cannot be captured in a CUDA graph.
+    # cuDNN is 1.5 to 1.8 times as fast as flash on documents of one length (H200). For documents of
+    # different lengths it builds a plan in each call (10 ms on the host) that no graph can capture.
     return "cudnn" if documents.uniform else "flash"
 
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Attended:
-    """Causal attention inside each document: out [T, N, H] and what backward needs.
+    """Compute causal attention inside each document; return out [T, N, H] and backward's inputs.
 
-    Rows of q, k and v may be strided. They must start on 16 bytes for flash attention, which does
-    not check it (`empty_rows` aligns them).
+    Rows of q, k and v may be strided. Flash attention requires that each row starts at a multiple
+    of 16 bytes, and does not check it (`empty_rows` aligns rows).
     """
     backend = backend_of(q_TNH, documents)
     if backend == "cudnn":
         q, k, v = (_batched(x, documents.uniform) for x in (q_TNH, k_TKH, v_TKH))
-        # after v: attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask
+        # arguments after v: attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask
         out, lse, cu_q, cu_k, max_q, max_k, seed, offset, _ = (
             aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
         )
@@ -60,7 +60,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
 def attend_backward(
     do_TNH: Tensor, qkv: tuple[Tensor, Tensor, Tensor], attended: Attended, documents: Documents
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the backend that `attend` used for the same arguments."""
+    """Return the gradients of q, k and v; uses the backend that `attend` chose."""
     backend = backend_of(qkv[0], documents)
     if backend == "cudnn":
         do, q, k, v, out = (
@@ -79,7 +79,7 @@ def attend_backward(
             do_TNH, *qkv, attended.out_TNH, attended.lse, cu, cu, longest, longest,
             0.0, True, seed, offset,
         )  # fmt: skip
-    # Not the fast path: run forward again and let autograd differentiate it.
+    # sdpa is the slow path: run forward again and let autograd differentiate it.
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in qkv)
         out = packed_attention(q, k, v, documents)
@@ -93,5 +93,5 @@ def _batched(x_TNH: Tensor, length: int) -> Tensor:
 
 
 def _flat(x_BNSH: Tensor) -> Tensor:
-    """[batch, N, length, H] as [T, N, H]; copies only if the memory layout forbids a view."""
+    """Reshape [batch, N, length, H] to [T, N, H]; copies if the memory layout forbids a view."""
     return x_BNSH.transpose(1, 2).flatten(0, 1)

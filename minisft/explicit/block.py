@@ -1,15 +1,15 @@
-"""One decoder block with a hand-written backward pass. Everything saved for backward is explicit.
+"""One decoder block with a hand-written backward pass; `Saved` lists all that is saved for it.
 
-A frozen weight needs no gradient, so its input is not saved for it; the gradient of LoRA's A needs
-that input, which is cheap to recompute. LoRA is folded into the large matmuls:
+Norm outputs are not saved: frozen weights need no gradient, and for the gradient of LoRA's A a norm
+output is cheap to recompute. LoRA is folded into the large matmuls:
 forward [x, xA^T] @ [W, sB]^T, backward [dy, dyB] @ [W; sA], with s = lora_alpha / r.
 
-Rank columns: the last R columns of a row are reserved for x A^T or dy B. A tensor whose name has no
-shape suffix (h, dx, qkv, gate_up) carries them: it is [T, width + R], R being the total rank of the
-fused linear that reads or wrote it. A name with a suffix (x_TD) is exactly that shape.
+Rank columns are the last R columns of a matrix, reserved for x A^T or dy B. Tensors whose names
+have no shape suffix (h, dx, qkv, gate_up) have rank columns and the shape [T, width + R]; R is the
+total rank of the fused linear that reads or wrote the tensor. A suffix (x_TD) is the exact shape.
 
 T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  R rank  S splits of tokens
-I, O  inputs and outputs of a fused linear
+I input features of a fused linear  O output features of a fused linear
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from minisft.nn import Documents
 
 
 class FusedLinear(NamedTuple):
-    """Linears that read one input, their rows concatenated into one weight [O, I]."""
+    """Linears with the same input, fused: their rows are concatenated into one weight [O, I]."""
 
     weight: Tensor | nf4.NF4Weight
     sizes: tuple[int, ...]  # rows of each linear
@@ -38,7 +38,7 @@ class FusedLinear(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """R, summed over the linears; 0 if none is adapted."""
+        """Return R, the sum of the ranks of the linears; 0 if no linear has an adapter."""
         return 0 if self.A is None else self.A.shape[0]
 
 
@@ -51,27 +51,27 @@ class ExplicitLayer(NamedTuple):
     norm2: Tensor  # [D]: before the MLP
     gate_up: FusedLinear
     down: FusedLinear
-    # float32 [S, n]: dA and dB of the layer in the order of the flat buffer; shared by all layers
+    # float32 [S, n]: dA and dB per split of tokens, in the order of grads; all layers share memory
     partials: Tensor
     grads: Tensor  # float32 [n]: the layer's slice of the flat gradient
 
 
 class LayerContext(NamedTuple):
-    """What a layer needs besides its weights; the same for all layers but for mlp_chunks."""
+    """Inputs of a layer except weights and activations. Only mlp_chunks differs between layers."""
 
     cfg: ModelConfig
     scaling: float  # lora_alpha / r
     cos: Tensor  # [T, H]
     sin: Tensor
     documents: Documents
-    # 1-D, compute dtype. One buffer for all layers: a weight is decoded right before its product,
-    # and the next decode overwrites it.
+    # 1-D, compute dtype: the decoded weight of the current matmul. All layers share this buffer,
+    # since each weight is decoded right before its matmul and can be overwritten afterwards.
     scratch: Tensor
     mlp_chunks: int = 1  # the MLP processes the tokens in this many chunks; 1 if gate_up is saved
 
 
 class AlwaysSaved(NamedTuple):
-    """Saved under every policy: a few numbers per token."""
+    """Small tensors saved for the backward pass under every policy: a few numbers per token."""
 
     rstd1: Tensor  # float32 [T]: 1 / rms of the layer's input
     rstd2: Tensor  # float32 [T]: 1 / rms of mid
@@ -82,7 +82,7 @@ class AlwaysSaved(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Inputs of a layer's backward pass; None if the policy recomputes them."""
+    """Activations saved for a layer's backward pass; None for those that the policy recomputes."""
 
     x_TD: Tensor | None  # the layer's input
     qkv: Tensor | None  # q and k after RoPE, then v: [T, (N + 2K) H + R]
@@ -93,10 +93,10 @@ class Saved(NamedTuple):
 
 
 def write_weight(weight: Tensor | nf4.NF4Weight, out_OI: Tensor, pdl: bool = False) -> None:
-    """Write the weight into `out` in out's dtype, decoding 4 bits. Rows of out may be strided.
+    """Write the weight into `out` in out's dtype; decodes 4-bit weights. Rows may be strided.
 
-    pdl: no kernel in flight writes the weight, so that a decode may start before its predecessor
-    ends (`dequantize_into`). True of frozen weights during a step.
+    pdl: allow the decoding kernel to start before its predecessor ends (`dequantize_into`). Valid
+    if no running kernel writes the weight, as is the case for frozen weights during a step.
     """
     if isinstance(weight, nf4.NF4Weight):
         nf4.dequantize_into(weight, out_OI, pdl=pdl)
@@ -105,13 +105,13 @@ def write_weight(weight: Tensor | nf4.NF4Weight, out_OI: Tensor, pdl: bool = Fal
 
 
 def scratch_numel(shape: tuple[int, int], rank: int) -> int:
-    """Elements of scratch that a fused linear [O, I] of this rank needs, decoded with A or B."""
+    """Return how many scratch elements hold a decoded weight [O, I] together with LoRA's A or B."""
     O, I = shape
     return max((O + rank) * I, O * low_rank.row_stride(I + rank))
 
 
 def concat_columns_B(linear: FusedLinear, scaling: float, scratch: Tensor) -> Tensor:
-    """[W, scaling * B], [O, I + R], in scratch; B of several linears is block diagonal."""
+    """Write [W, scaling * B] into scratch: [O, I + R]. B of several linears is block diagonal."""
     O, I = linear.weight.shape
     stride = low_rank.row_stride(I + linear.rank)
     w = scratch[: O * stride].view(O, stride)[:, : I + linear.rank]
@@ -124,7 +124,7 @@ def concat_columns_B(linear: FusedLinear, scaling: float, scratch: Tensor) -> Te
 
 
 def concat_rows_A(linear: FusedLinear, scaling: float, scratch: Tensor) -> Tensor:
-    """[W; scaling * A], [O + R, I], in scratch."""
+    """Write [W; scaling * A] into scratch and return it, [O + R, I]."""
     O, I = linear.weight.shape
     w = scratch[: (O + linear.rank) * I].view(O + linear.rank, I)
     if isinstance(linear.weight, nf4.NF4Weight) and linear.A is not None:
@@ -139,13 +139,13 @@ def concat_rows_A(linear: FusedLinear, scaling: float, scratch: Tensor) -> Tenso
 def product(
     x: Tensor, u: Tensor | None, linear: FusedLinear, ctx: LayerContext
 ) -> tuple[Tensor, Tensor]:
-    """x W^T and its LoRA update [T, O + R], rank columns not written; and u = x A^T [T, R].
+    """Return (y = x W^T + LoRA update [T, O + R], its rank columns unwritten; u = x A^T [T, R]).
 
-    x: [T, I + R]; its rank columns are overwritten with u. u: x A^T if known from the forward pass.
+    x: [T, I + R]; its rank columns are overwritten with u. u: x A^T if forward saved it, or None.
     """
     O, I = linear.weight.shape
-    # Writes into its own input: with u in the last R columns, [x, u] is one operand of the matmul
-    # and the LoRA update costs no pass over y. `make_mlp` reads u from there afterwards.
+    # Write u into the last R columns of x: [x, u] is then one operand of the matmul, and the LoRA
+    # update needs no extra pass over y. `make_mlp` later reads u from these columns.
     rank_columns = x[:, I:]
     if u is None and linear.A is not None:
         torch.mm(x[:, :I], linear.A.T, out=rank_columns)
@@ -159,14 +159,14 @@ def product(
 def split_update(
     y: Tensor, linear: FusedLinear, ctx: LayerContext
 ) -> tuple[Tensor, low_rank.LowRank | None, Tensor | None]:
-    """Split y = x [W; A]^T of one linear: (x W^T [T, O], its LoRA update, u = x A^T [T, R])."""
-    # One matmul gives x W^T and u and reads x once, where `product` reads it twice. It pays because
-    # a norm follows, which reads y anyway and adds the update u B^T then.
+    """Split y = x [W; A]^T of one linear into (x W^T [T, O], its LoRA update, u = x A^T [T, R])."""
+    # One matmul computes x W^T and u and reads x once; `product` reads x twice. This is faster here
+    # because the norm that follows reads y anyway and can add the update u B^T.
     (B,) = linear.B
     if B is None:
         return y, None, None
     O = linear.weight.shape[0]
-    # A copy, as a view would keep all of y alive until the backward pass.
+    # Copy u: a view would keep all of y in memory until the backward pass.
     u = y[:, O:].contiguous()
     return y[:, :O], low_rank.LowRank(u, B.T, ctx.scaling), u
 
@@ -187,7 +187,7 @@ def by_linear(u: Tensor | None, linear: FusedLinear) -> list[Tensor | None]:
 
 
 def _heads(qkv: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """View q [T, N, H], k [T, K, H] and v [T, K, H] in qkv."""
+    """Return views of qkv: q [T, N, H], k [T, K, H] and v [T, K, H]."""
     N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     q, k, v = qkv[:, : (N + 2 * K) * H].split((N * H, K * H, K * H), dim=1)
     return q.unflatten(1, (N, H)), k.unflatten(1, (K, H)), v.unflatten(1, (K, H))
@@ -196,7 +196,7 @@ def _heads(qkv: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
 def make_qkv(
     h: Tensor, u: Tensor | None, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, Tensor]:
-    """q and k after RoPE, then v, [T, (N + 2K) H + R]; and u of the three."""
+    """Compute qkv: q and k after RoPE, then v, [T, (N + 2K) H + R]. Return (qkv, u = x A^T)."""
     qkv, u = product(h, u, layer.qkv, ctx)
     rope_(qkv, ctx.cos, ctx.sin, ctx.cfg.num_attention_heads + ctx.cfg.num_key_value_heads)
     return qkv, u
@@ -205,7 +205,7 @@ def make_qkv(
 def make_mid(
     x_TD: Tensor, attended: Attended, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(mid = x + attention's output, its norm with gate_up's rank columns, 1 / rms, u of o)."""
+    """Return (mid = x + o_proj's output, norm2 of mid [T, D + R], its 1 / rms, u = x A^T of o)."""
     y = low_rank.empty_rows(x_TD.shape[0], x_TD.shape[1] + layer.o.rank, x_TD)
     torch.mm(attended.out_TNH.flatten(1), concat_rows_A(layer.o, 1.0, ctx.scratch).T, out=y)
     y, update, u = split_update(y, layer.o, ctx)
@@ -224,19 +224,19 @@ def forward(
     next_rank: int,
     ctx: LayerContext,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """One layer: (its output, the next norm of it, 1 / rms, everything backward could read).
+    """Run one layer; return (its output, the next norm's output, 1 / rms, activations to save).
 
-    h, rstd: norm1 of x, [T, D + R], and its 1 / rms. next_norm: the weight of the norm after this
-    layer; next_rank: the rank columns of its result.
+    h, rstd: norm1 of x, [T, D + R], and its 1 / rms. next_norm: weight of the norm that follows
+    this layer; next_rank: number of rank columns in that norm's output.
     """
     qkv, u_qkv = make_qkv(h, None, layer, ctx)
-    # A copy, as u is a view of h, which is not saved.
+    # Copy u, which is a view of h: saving the view would keep h in memory.
     u_qkv = u_qkv.contiguous()
     attended = attend(*_heads(qkv, ctx.cfg), ctx.documents)
     mid, h, rstd2, u_o = make_mid(x_TD, attended, layer, ctx)
     y, update, gate_up, u_gate_up, u_down = make_mlp(h, layer, ctx)
     del h
-    # The next layer's norm is fused with this layer's residual sum: the sum is read once.
+    # One kernel computes this layer's residual sum and the next norm, so the sum is read once.
     x_next, h_next, rstd_next = add_rms_norm(
         mid, y, next_norm, ctx.cfg.rms_norm_eps, delta=update, rank_columns=next_rank
     )
@@ -247,9 +247,9 @@ def forward(
 def make_mlp(
     h: Tensor, layer: ExplicitLayer, ctx: LayerContext
 ) -> tuple[Tensor, low_rank.LowRank | None, Tensor | None, Tensor, Tensor | None]:
-    """(y of down, its LoRA update, gate_up or None if in chunks, u of gate_up, u of down).
+    """Run the MLP; return (down's output y, its LoRA update, gate_up, u of gate_up, u of down).
 
-    h: [T, D + R]; its rank columns are overwritten with u of gate_up.
+    h: [T, D + R]; its rank columns are overwritten with u of gate_up. gate_up: None if chunked.
     """
     T, D, F = h.shape[0], ctx.cfg.hidden_size, ctx.cfg.intermediate_size
     y = low_rank.empty_rows(T, D + layer.down.rank, h)
@@ -260,23 +260,23 @@ def make_mlp(
         torch.mm(swiglu(gate_up, F), concat_rows_A(layer.down, 1.0, ctx.scratch).T, out=y[rows])
     if ctx.mlp_chunks > 1:
         gate_up = None
-    # `product` left each chunk's u in the rank columns of h.
+    # `product` wrote u of each chunk into the rank columns of h.
     u = h[:, D:].contiguous()
     y, update, u_down = split_update(y, layer.down, ctx)
     return y, update, gate_up, u, u_down
 
 
 def mlp_rows(T: int, ctx: LayerContext) -> list[slice]:
-    """The rows of each chunk of the MLP, multiples of 64; fewer than mlp_chunks if T is small."""
+    """Return the rows of each MLP chunk, multiples of 64; fewer than mlp_chunks if T is small."""
     size = -(-T // ctx.mlp_chunks)
     size = -(-size // 64) * 64
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def recompute(saved: Saved, layer: ExplicitLayer, ctx: LayerContext) -> tuple[Saved, Tensor | None]:
-    """Recompute what was not saved, except gate_up; also return the MLP's input h if mid was not.
+    """Recompute all unsaved activations except gate_up; also return h if mid was recomputed.
 
-    Runs the forward pass's kernels on the same inputs, so that no policy changes a bit.
+    h: the MLP's input. Runs forward's kernels on equal inputs, so all policies give equal bits.
     """
     x, qkv, attended, mid, gate_up, small = saved
     assert x is not None
@@ -288,7 +288,7 @@ def recompute(saved: Saved, layer: ExplicitLayer, ctx: LayerContext) -> tuple[Sa
     h = None
     if mid is None:
         mid, h, _, _ = make_mid(x, attended, layer, ctx)
-    # down_proj is never recomputed: backward reads no output of it.
+    # down_proj is never recomputed, because backward does not read its output.
     return Saved(x, qkv, attended, mid, gate_up, small), h
 
 
@@ -299,20 +299,20 @@ def backward(
     previous_rank: int | None,
     ctx: LayerContext,
 ) -> Tensor | None:
-    """Gradient of the layer's input [T, D + previous_rank]; adds those of A and B to layer.grads.
+    """Return the gradient of the layer's input [T, D + previous_rank]; add dA and dB to grads.
 
-    dx: gradient of the layer's output [T, D + R]; its rank columns, down's, are overwritten. slot:
-    a list with the layer's Saved as its one element; it is emptied. previous_rank: of the previous
-    layer's down; None for the first layer, whose input gradient nothing needs: returns None.
+    dx: gradient of the layer's output [T, D + R] with down's rank columns, which are overwritten.
+    slot: a list whose only element is the layer's Saved; emptied by this function. previous_rank:
+    rank of down in the previous layer. None for the first layer: the result is then None.
     """
-    # Emptying the caller's list removes its reference to gate_up, which is then freed before
-    # attention's backward pass allocates.
+    # Emptying the list removes the caller's reference to gate_up, so that gate_up is freed before
+    # attention's backward pass allocates memory.
     saved, h = recompute(slot.pop(), layer, ctx)
     dmid = _mlp_backward(dx, saved, h, layer, ctx)
     del h
     saved = saved._replace(gate_up=None)
     dx_previous = _attention_backward(dmid, saved, layer, previous_rank, ctx)
-    # The splits are added in a fixed order, so that gradients are the same bits in every run.
+    # The splits are added in a fixed order, so that gradients are bit-identical in every run.
     low_rank.reduce_partials(layer.partials, layer.grads, ctx.scaling)
     return dx_previous
 
@@ -320,14 +320,14 @@ def backward(
 def _mlp_backward(
     dx: Tensor, saved: Saved, h: Tensor | None, layer: ExplicitLayer, ctx: LayerContext
 ) -> Tensor:
-    """Gradient of mid, [T, D + R] with o's rank columns; writes dA and dB of gate_up and down."""
+    """Return the gradient of mid, [T, D + R of o]; write dA and dB of gate_up and down."""
     D, T, rstd2 = ctx.cfg.hidden_size, dx.shape[0], saved.small.rstd2
     mid, small, down, linear = saved.mid_TD, saved.small, layer.down, layer.gate_up
     assert mid is not None
     chunks = mlp_rows(T, ctx)
     share = layer.partials.shape[0] // (1 if len(chunks) == 1 else ctx.mlp_chunks)
-    # Each chunk owns a share of the S splits. With fewer chunks than mlp_chunks nothing writes the
-    # last shares, which hold another layer's sums.
+    # Each chunk writes its own part of the S splits. If there are fewer chunks than mlp_chunks, no
+    # chunk writes the last splits, which still contain the sums of another layer.
     layer.partials[len(chunks) * share :].zero_()
     fill_t(dx, down)
     dy_TD, t = dx[:, :D], dx[:, D:] if down.rank else None
@@ -345,8 +345,8 @@ def _mlp_backward(
             gate_up, _ = product(h[rows], u, linear, ctx)
         da = dx[rows] @ concat_rows_A(down, ctx.scaling, ctx.scratch)
         splits = slice(i * share, (i + 1) * share)
-        # gate_up becomes its own gradient: a second [T, 2F] would raise the peak. The sums over
-        # tokens are formed here too, while gate, up and their product are in registers.
+        # Overwrite gate_up with its gradient: a second [T, 2F] would raise the memory peak. The
+        # same kernel sums dB of gate and up and dA of down, with their inputs in registers.
         swiglu_backward_(
             gate_up,
             da,
@@ -359,7 +359,7 @@ def _mlp_backward(
         t_TR[rows] = gate_up[:, sum(linear.sizes) :]
         del gate_up
     if linear.dA is not None:
-        # The input of gate and up is mid / rms(mid) * norm2: two scales spare a recomputed h.
+        # Scaling mid by 1 / rms and norm2 in the kernel avoids recomputing gate_up's input.
         low_rank.outer_sum(t_TR, mid, linear.dA, row_scale_T=rstd2, column_scale_N=layer.norm2)
     return rms_norm_backward(
         dh_TD, mid, layer.norm2, rstd2, dresidual_TD=dy_TD, rank_columns=layer.o.rank
@@ -369,9 +369,9 @@ def _mlp_backward(
 def _attention_backward(
     dmid: Tensor, saved: Saved, layer: ExplicitLayer, previous_rank: int | None, ctx: LayerContext
 ) -> Tensor | None:
-    """Gradient of the layer's input, as `backward`; writes dA and dB of qkv and o.
+    """Return the gradient of the layer's input (see `backward`); write dA and dB of qkv and o.
 
-    dmid: gradient of mid [T, D + R]; its rank columns, o's, are overwritten.
+    dmid: gradient of mid [T, D + R] with o's rank columns, which are overwritten.
     """
     D, o, linear, small = ctx.cfg.hidden_size, layer.o, layer.qkv, saved.small
     x, qkv, attended = saved.x_TD, saved.qkv, saved.attended
@@ -386,8 +386,8 @@ def _attention_backward(
     del do
     width = sum(linear.sizes)
     us = tuple(by_linear(small.u_qkv, linear))
-    # qkv becomes its own gradient: nothing reads q, k and v any more, and the rank columns next to
-    # them make the gradient one operand of the matmul below.
+    # Overwrite q, k and v, which are not read again, with their gradients: the rank columns of qkv
+    # then follow the gradients, and both are one operand of the matmul for dh.
     rope_backward(grads, ctx.cos, ctx.sin, qkv[:, :width], us=us, partials=linear.dB)  # pyright: ignore
     del grads
     fill_t(qkv, linear)
@@ -403,6 +403,6 @@ def _attention_backward(
 
 
 def _add_dB(u: Tensor | None, dy_TO: Tensor, linear: FusedLinear) -> None:
-    """Write dB = dy^T u, in splits, for a FusedLinear of a single linear."""
+    """Write dB = dy^T u, one sum per split of tokens, for a FusedLinear with one linear."""
     if u is not None and linear.dB[0] is not None:
         low_rank.outer_sum(u, dy_TO, linear.dB[0].transpose(1, 2))

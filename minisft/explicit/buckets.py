@@ -1,6 +1,6 @@
 """Micro-batches padded to a few static shapes, so that few CUDA graphs serve all of them.
 
-T tokens  M targets
+T tokens  M targets (tokens to predict)
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NO_TARGET = -1  # linear_cross_entropy_grad gives such a row no loss and no gra
 
 @dataclass(frozen=True)
 class StaticBatch:
-    """A micro-batch padded to a bucket; padding adds nothing to loss and gradients."""
+    """A micro-batch padded to a bucket. Padding does not change the loss or the gradients."""
 
     input_ids_T: Tensor
     position_ids_T: Tensor
@@ -27,16 +27,16 @@ class StaticBatch:
     dense: bool  # M = T, and target i belongs to token i
 
     def to(self, device: torch.device) -> "StaticBatch":
-        """Copy the tensors to a GPU."""
+        """Return a copy of the batch whose tensors are on the device, without `lengths`."""
         ids, positions, rows, targets, cu = (t.to(device, copy=True) for t in self._tensors())
-        # A graph replays on documents of other lengths, so it must not depend on them.
+        # Drop the lengths: a captured graph replays on documents of other lengths.
         documents = self.documents._replace(cu_seqlens=cu, lengths=())
         return StaticBatch(ids, positions, rows, targets, documents, self.dense)
 
     def copy_into(self, other: "StaticBatch") -> None:
-        """Overwrite the tensors of a batch of the same bucket."""
+        """Copy the tensors into those of `other`, a batch of the same bucket on a GPU."""
         for source, target in zip(self._tensors(), other._tensors(), strict=True):
-            # a copy from pageable memory would block the host
+            # pinned, because a copy from pageable memory would block the host
             target.copy_(source.pin_memory(), non_blocking=True)
 
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -44,20 +44,20 @@ class StaticBatch:
         return self.input_ids_T, self.position_ids_T, self.rows_M, self.targets_M, cu
 
     def key(self) -> tuple:
-        """The bucket: everything that a captured graph fixes."""
+        """Return the bucket: all shapes and Python values that a captured graph fixes."""
         sizes = (len(tensor) for tensor in self._tensors())
         return *sizes, self.documents.longest, self.documents.uniform, self.dense
 
 
 def bucketed(micro: MicroBatch) -> StaticBatch:
-    """Pad the micro-batch to sizes that few others differ from: few graphs, little padding."""
+    """Pad the micro-batch to one of few bucket sizes: few CUDA graphs, little padding."""
     lengths = micro.tokens.documents.lengths
     n = sum(lengths)
     tokens = bucket_tokens(n)
-    # Quarters of the tokens, or all of them if more than 80 % have a target.
+    # Round targets up to quarters of the tokens; above 80 %, use one target per token (dense).
     share = _round_up(len(micro.targets_M), max(1, tokens // 4))
     targets = tokens if share > 0.8 * tokens else share
-    # One length and no padding keep the batch dense, for the faster attention of cuDNN.
+    # Documents of one length without padding can use the faster attention of cuDNN.
     if tokens == n and len(set(lengths)) == 1:
         return pad(micro, n, len(lengths), targets, lengths[0])
     longest = min(tokens, max(1024, 1 << (max(lengths) - 1).bit_length()))
@@ -67,7 +67,7 @@ def bucketed(micro: MicroBatch) -> StaticBatch:
 
 
 def bucket_tokens(n: int) -> int:
-    """Tokens of the bucket that n tokens are padded to; monotone in n."""
+    """Return the number of tokens that n tokens are padded to; monotone in n."""
     return _round_up(n, 256 if n <= 4096 else 512)
 
 
@@ -76,9 +76,9 @@ def _round_up(n: int, step: int) -> int:
 
 
 def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: int) -> StaticBatch:
-    """Pad the micro-batch to a bucket of that many tokens, documents and targets.
+    """Pad the micro-batch to these numbers of tokens, documents and targets.
 
-    longest: upper bound of the documents' lengths. The result is on the micro-batch's own device.
+    longest: upper bound of the documents' lengths. The result is on the micro-batch's device.
     """
     ids, positions = micro.tokens.input_ids_T, micro.tokens.position_ids_T
     padding = (0, tokens - len(ids))
@@ -101,7 +101,7 @@ def pad(micro: MicroBatch, tokens: int, documents: int, targets: int, longest: i
 
 
 def _padded_documents(real: Documents, tokens: int, documents: int, longest: int) -> Documents:
-    """Padding tokens become documents of their own at the end; empty documents follow."""
+    """Append documents that consist of the padding tokens, then empty documents."""
     uniform = real.uniform if sum(real.lengths) == tokens else 0
     lengths, spare = list(real.lengths), tokens - sum(real.lengths)
     while spare > 0:

@@ -16,11 +16,11 @@ from minisft.llama import Compute, Weights, head_weight
 from minisft.lora import Flat, allocate, viewed
 from minisft.rope import rope_inverse_frequencies
 
-# Parts of the sums over tokens (dA, dB): parallel, yet in a fixed order, unlike float atomics.
+# dA and dB are sums over tokens: 8 parallel partial sums, added in a fixed order (no atomics).
 SPLITS = 8
 
 Frozen = dict[str, Tensor | NF4Weight]
-# Linears that read the same input, as one weight.
+# Linears that read the same input are fused into one weight.
 GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -31,7 +31,7 @@ GROUPS = {
 
 @dataclass
 class ExplicitPass:
-    """A model prepared for the explicit pass. Buffers are allocated once."""
+    """A model prepared for the explicit pass, with all buffers, which are allocated once."""
 
     layers: list[ExplicitLayer]
     embedding: Tensor  # [V, D]
@@ -53,12 +53,12 @@ class ExplicitPass:
 
 
 def padded_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of A and B with the rank rounded up to a multiple of eight.
+    """Return the shapes of A and B with the rank rounded up to a multiple of eight.
 
-    The added rows of A and columns of B are zeros, and so are their gradients.
+    The added rows of A and columns of B are zero, and so are their gradients.
     """
-    # Matmuls whose inner dimension is not a multiple of eight are slow: with rank 4 a step of a 1B
-    # model ran at 61,143 tokens/s, with rank 4 padded to 8 at 85,270.
+    # Matmuls whose inner dimension is not a multiple of eight are slow: a 1B model trained at
+    # 61,143 tokens/s with rank 4, and at 85,270 with rank 4 padded to 8.
     return {
         name: (row_stride(rows), columns) if ".lora_A." in name else (rows, row_stride(columns))
         for name, (rows, columns) in shapes.items()
@@ -75,11 +75,11 @@ def prepare(
     max_tokens: int,
     mlp_tokens: int = 8192,
 ) -> ExplicitPass:
-    """Return the explicit pass over these weights, with all its buffers allocated.
+    """Build the explicit pass over these weights and allocate all its buffers.
 
-    Rewrites `frozen` in place: its linears become views of the fused weights. policies: one per
-    layer. chunk: rows of logits at once. max_tokens: of the largest micro-batch. mlp_tokens: per
-    chunk of the MLP.
+    Replaces linears in the dict `frozen` by views of the fused weights. policies: one per layer.
+    chunk: rows of logits computed at a time. max_tokens: tokens of the largest micro-batch.
+    mlp_tokens: tokens per chunk of the MLP.
     """
     cfg, device = compute.model, trainable.buffer.device
     shapes = padded_shapes(trainable.shapes)
@@ -87,7 +87,7 @@ def prepare(
     adapters = viewed(torch.zeros_like(sums.buffer, dtype=compute.dtype), shapes)
     layers = _layers(frozen, adapters, sums.buffer, cfg.num_hidden_layers)
     linears = [x for y in layers for x in (y.qkv, y.o, y.gate_up, y.down)]
-    # Layers run one after another, so the largest weight's scratch serves all of them.
+    # Only one weight is decoded at a time, so all weights share scratch sized for the largest.
     scratch = max(scratch_numel((x.weight.shape[0], x.weight.shape[1]), x.rank) for x in linears)
     inverse, factor = rope_inverse_frequencies(cfg.rope, cfg.head_dim, cfg.max_position_embeddings)
     return ExplicitPass(
@@ -112,11 +112,11 @@ def prepare(
 
 
 def _layers(frozen: Frozen, adapters: Flat, sums: Tensor, count: int) -> list[ExplicitLayer]:
-    """The layers; each adds its gradient to its slice of sums, float32 [n] in layer order."""
+    """Build all layers; layer.grads is a slice of sums, float32 [n], which is in layer order."""
     sizes = [0] * count
     for name, view in adapters.views.items():
         sizes[int(name.split(".")[2])] += view.numel()
-    # One buffer for all layers: a layer's sums are added up before the next layer's backward pass.
+    # All layers share one buffer: its splits are added up before the next layer's backward pass.
     partials = torch.empty((SPLITS, max(sizes)), dtype=torch.float32, device=sums.device)
     layers, start = [], 0
     for i, size in enumerate(sizes):
@@ -147,7 +147,7 @@ def _dense(frozen: Weights, name: str) -> Tensor:
 def _fused_linear(
     paths: list[str], frozen: Frozen, adapters: Flat, partials: Tensor, layer_start: int
 ) -> FusedLinear:
-    """The linears at these module paths as one. layer_start: of the layer in the flat buffer."""
+    """Fuse the linears at these module paths. layer_start: the layer's offset in flat buffers."""
     weight, sizes = _fuse_weights([f"{p}.weight" for p in paths], frozen, adapters.buffer)
 
     def partials_of(view: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _fused_linear(
     B = tuple(adapters.views.get(f"{p}.lora_B.weight") for p in paths)
     A = None
     if As:
-        # The flat buffer keeps these A adjacent (`lora._place`): one matrix without a copy.
+        # These A are adjacent in the flat buffer (`lora._adapter_order`), so a view joins them.
         I = weight.shape[1]
         A = As[0].as_strided((sum(a.shape[0] for a in As), I), (I, 1))
     dA = None if A is None else partials_of(A)
@@ -169,19 +169,19 @@ def _fused_linear(
 def _fuse_weights(
     names: list[str], frozen: Frozen, like: Tensor
 ) -> tuple[Tensor | NF4Weight, tuple[int, ...]]:
-    """The weights' rows as one weight, and the rows of each."""
+    """Concatenate the rows of these weights; return (fused weight, number of rows of each)."""
     weights = [frozen[n] for n in names]
     sizes = tuple(w.shape[0] for w in weights)
     four_bit = [w for w in weights if isinstance(w, NF4Weight)]
     if len(weights) == 1:
         return weights[0], sizes
-    # The caller's dict is rewritten in place, layer by layer: its entries become views of the fused
-    # weight, so that nothing is stored twice and the originals are freed.
+    # Replace weights in the caller's dict by views of the fused weight: this frees the originals.
     if len(four_bit) == len(weights) and (joined := side_by_side(four_bit)):
         fused, views = joined
         frozen.update(zip(names, views, strict=True))
         return fused, sizes
-    # 4-bit weights that `side_by_side` cannot join are decoded; frozen keeps the originals too.
+    # Decode 4-bit weights that `side_by_side` cannot join. The 4-bit originals also stay in memory,
+    # because the dict of frozen weights refers to them.
     fused = like.new_empty((sum(sizes), weights[0].shape[1]))
     for weight, part in zip(weights, fused.split(sizes), strict=True):
         write_weight(weight, part)

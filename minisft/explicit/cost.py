@@ -1,9 +1,9 @@
-"""Predicted cost of a choice: bytes on the GPU and seconds per token.
+"""Predict the cost of a choice of memory policies: bytes on the GPU and seconds per token.
 
-Bytes are exact arithmetic over what the pass allocates; seconds are a rough model that only has to
-rank the choices. Rates are an H200's. mlp: tokens per chunk of the MLP.
+Bytes are computed exactly from what the pass allocates. Seconds are a rough estimate, which is only
+used to rank choices. Rates are those of an H200. mlp: tokens per chunk of the MLP.
 
-T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab  O, I of a linear
+T tokens  D hidden  F ffn  N query heads  K key/value heads  H head_dim  V vocab  [O, I] of a linear
 """
 
 import itertools
@@ -21,12 +21,12 @@ _FLOPS = 520e12  # per second, of matmuls and attention in a step
 _BYTES = 3.2e12  # per second, of a decode
 _HOST_BYTES = 51e9  # per second and direction, between GPU and host
 _LAYER_S = 70e-6  # seconds per layer and micro-batch that do not depend on its size
-# Copies slow down the compute next to them: by 3 % at 1B with copies in every layer.
+# Copies slow down concurrent compute: by 3 % for a 1B model with copies in every layer.
 _CONTENTION = 0.03
 
 
 def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
-    """Rank columns of each fused linear, in the layer that has most; ranks are padded."""
+    """Return the most rank columns that each fused linear has in any layer; ranks are padded."""
 
     def rank(i: int, paths: tuple[str, ...]) -> int:
         names = (f"model.layers.{i}.{path}.lora_A.weight" for path in paths)
@@ -37,14 +37,14 @@ def group_ranks(trainable: Flat, cfg: ModelConfig) -> dict[str, int]:
 
 
 def group_shapes(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[O, I] of each fused linear."""
+    """Return the weight shape [O, I] of each fused linear."""
     D, F = cfg.hidden_size, cfg.intermediate_size
     q, kv = (heads * cfg.head_dim for heads in (cfg.num_attention_heads, cfg.num_key_value_heads))
     return {"qkv": (q + 2 * kv, D), "o": (D, q), "gate_up": (2 * F, D), "down": (D, F)}
 
 
 def buffer_bytes(trainable: Flat, dims: Dims) -> int:
-    """Bytes of the pass's buffers: gradients, adapters, sums over tokens, scratch; and cuBLAS's."""
+    """Return the bytes of gradients, adapters, partial sums, scratch and the cuBLAS workspace."""
     cfg, itemsize, ranks = dims
     n = sum(math.prod(shape) for shape in padded_shapes(trainable.shapes).values())
     own = trainable.buffer.numel()
@@ -57,23 +57,23 @@ def buffer_bytes(trainable: Flat, dims: Dims) -> int:
 
 
 def peak_bytes(dims: Dims, policies: tuple[Policy, ...], tokens: int, chunk: int, mlp: int) -> int:
-    """Peak bytes of a micro-batch on the GPU, without weights and buffers. chunk: logits' rows."""
+    """Return peak GPU bytes of a micro-batch without weights and buffers. chunk: rows of logits."""
     cfg, itemsize, _ = dims
     parts = part_bytes(dims)
     D, F = cfg.hidden_size * itemsize, cfg.intermediate_size * itemsize
     NH = cfg.num_attention_heads * cfg.head_dim
     saved = {p: saved_bytes(p, dims) for p in policies}
-    # one layer's parts in flight
+    # copies between GPU and host are in flight for one layer at a time
     host = max(on_host for _, on_host in saved.values())
-    # dO; dQ, which flash attention sums in float32; dK and dV for every query head
+    # dO, dQ (flash attention sums it in float32), and dK and dV for every query head
     attention_grads = parts["qkv"] + NH * (itemsize + 4 + 2 * itemsize)
     logits = min(chunk, tokens) * cfg.vocab_size * itemsize
-    # The peak is at the head, or in the backward pass of some layer's MLP or attention.
+    # Memory peaks at the head or in the backward pass of one layer's MLP or attention.
     most = (sum(saved[p][0] for p in policies) + 3 * D + host) * tokens + logits
     others = 0  # saved by the layers whose backward pass is yet to come
     for policy, run in itertools.groupby(policies):
         mine = saved[policy][0]
-        # Of equal layers the last one peaks: all the others are still saved then.
+        # Of layers with equal policies the last peaks highest: all others are still saved then.
         others += mine * (len(list(run)) - 1)
         chunks = mlp_chunks(tokens, policy, mlp)
         layer = sum(parts.values()) - parts["gate_up"]
@@ -87,9 +87,9 @@ def peak_bytes(dims: Dims, policies: tuple[Policy, ...], tokens: int, chunk: int
 def token_seconds(
     dims: Dims, policies: tuple[Policy, ...], tokens: float, mlp: int, length: int
 ) -> float:
-    """Rough seconds per token: matmuls, attention, decoding, and what the host link adds.
+    """Estimate the seconds per token of matmuls, attention, decoding and copies to the host.
 
-    tokens: of a micro-batch; each decodes all weights again. length: of a document.
+    tokens: size of a micro-batch (each one decodes all weights). length: tokens per document.
     """
     forward = backward = host = last = 0.0
     for policy, layers in Counter(policies).items():
@@ -98,7 +98,7 @@ def token_seconds(
         backward += layers * layer_backward
         copied = saved_bytes(policy, dims)[1] / _HOST_BYTES
         host += layers * copied
-        # Copies overlap with other layers' compute; after the last layer's there is none.
+        # Copies overlap with other layers' compute, but no compute follows the last layer's copies.
         last = copied if policy == policies[-1] else last
     return max(forward, host) + max(backward, host) + 2 * last + 2 * _CONTENTION * host
 
@@ -106,7 +106,7 @@ def token_seconds(
 def _layer_seconds(
     cfg: ModelConfig, policy: Policy, tokens: float, mlp: int, length: int
 ) -> tuple[float, float]:
-    """Seconds per token of one layer's forward and backward pass."""
+    """Estimate (forward, backward) seconds per token of one layer."""
     q = cfg.num_attention_heads * cfg.head_dim
     weights = {group: O * I for group, (O, I) in group_shapes(cfg).items()}
     once, overhead = sum(weights.values()), _LAYER_S / tokens / 2
@@ -114,10 +114,10 @@ def _layer_seconds(
     makes = {"qkv": "qkv", "gate_up": "gate_up", "o": "mid"}  # fused linear -> part it computes
     recomputed = sum(weights[group] for group, part in makes.items() if part not in saved)
     attended = 0 if "attended" in saved else 2 * q * length
-    # Each chunk of the MLP decodes gate_up in forward, recompute and backward, down in two of them.
+    # Each MLP chunk decodes gate_up in forward, recompute, backward; down in forward, backward.
     more_chunks = mlp_chunks(int(tokens), policy, mlp) - 1
     more = more_chunks * (3 * weights["gate_up"] + 2 * weights["down"])
-    # 4 bits read and 16 written per decoded weight are 2.5 bytes.
+    # Decoding one weight reads 4 bits and writes 16 bits: 2.5 bytes.
     decode = 2.5 * (2 * once + recomputed + more) / tokens / _BYTES
     forward = (2 * once + 2 * q * length) / _FLOPS + overhead
     flops = 2 * once + 5 * q * length + 2 * recomputed + attended

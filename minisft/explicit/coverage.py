@@ -1,4 +1,4 @@
-"""Which runs the explicit pass covers."""
+"""Check whether the explicit pass supports a run."""
 
 import re
 
@@ -13,9 +13,9 @@ _PLAIN_LORA = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.lora_[
 def unsupported_reason(
     trainable: Flat, frozen: Weights, compute: Compute, device: torch.device | None = None
 ) -> str:
-    """Return why the explicit pass does not cover this run; "" if it does.
+    """Return why the explicit pass does not support this run; "" if it does.
 
-    device: where the run computes, if not where trainable is (a dry run's is on meta).
+    device: where the run computes; default: the device of trainable (meta in a dry run).
     """
     on_gpu = (device or trainable.buffer.device).type == "cuda"
     if compute.lora_dropout:
@@ -28,22 +28,22 @@ def unsupported_reason(
         return "DoRA"
     if any(".lora_embedding_" in name for name in trainable.views):
         return "an adapter on the embedding"
-    # One scale serves all adapters (`LayerContext.scaling`), and kernels fuse adapters of one rank.
+    # All adapters share one scale (`LayerContext.scaling`), and kernels need adapters of one rank.
     ranks = {v.shape[0] for n, v in trainable.views.items() if n.endswith(".lora_A.weight")}
     if compute.lora_ratios or len(ranks) > 1:
         return "ranks or scales of single modules"
-    # The RoPE kernel holds half a head in one block, whose size is a power of two.
+    # The RoPE kernel loads half a head as one Triton block, whose size must be a power of two.
     head_dim = compute.model.head_dim
     if on_gpu and (head_dim < 32 or head_dim & (head_dim - 1)):
         return f"head_dim {head_dim} (expected a power of two, at least 32)"
-    # cuDNN and flash attention are half precision only.
+    # cuDNN and flash attention support half precision only.
     if on_gpu and compute.dtype == torch.float32:
         return "float32"
     if not all(_PLAIN_LORA.fullmatch(name) for name in trainable.views):
         return "trained tensors other than plain LoRA on the linears"
     if any(name.endswith("_proj.bias") for name in frozen):
         return "biases"
-    # Dynamic RoPE depends on document lengths, which a captured graph must not.
+    # Dynamic RoPE depends on document lengths, but a captured graph must not depend on them.
     if compute.model.rope.rope_type == "dynamic":
         return "RoPE that depends on the document's length"
     return ""

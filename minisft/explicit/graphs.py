@@ -1,4 +1,4 @@
-"""CUDA graphs: one function of a `StaticBatch`, captured once per bucket and replayed."""
+"""Capture a function of a `StaticBatch` as one CUDA graph per bucket, and replay the graphs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,27 +9,27 @@ import torch
 from minisft.explicit.buckets import StaticBatch
 
 Function = Callable[[StaticBatch], None]
-# Batches of further buckets are launched kernel by kernel.
+# If there are more buckets than this, the others run without a graph, kernel by kernel.
 _MAX_GRAPHS = 32
 
 
 @dataclass
 class Graphs:
-    """The graphs of one function, by bucket."""
+    """CUDA graphs of one function, one per bucket."""
 
     device: torch.device
     inputs: dict[tuple, StaticBatch] = field(default_factory=dict)  # what a graph reads
     captured: dict[tuple, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    # One stream for all work: cuBLAS allocates a workspace per stream.
+    # All work uses one stream, because cuBLAS allocates a workspace per stream.
     stream: torch.cuda.Stream | None = None
-    # All graphs share one memory pool, as only one of them runs at a time.
+    # All graphs share one memory pool, because only one graph runs at a time.
     pool: Any = None
 
     def run_(self, function: Function, batch: StaticBatch) -> None:
-        """Call function(batch): by kernels the first time its bucket is seen, then as a graph.
+        """Run function(batch): the first batch of a bucket eagerly, later batches as a CUDA graph.
 
-        batch: on the CPU. The function must neither read back from the device nor depend on Python
-        values that the bucket does not fix. On a CPU this is a plain call.
+        batch: on the CPU. The function must not read values from the device, nor depend on Python
+        values outside the bucket (`StaticBatch.key`). On a CPU it is simply called.
         """
         if self.device.type != "cuda":
             function(batch)
@@ -42,7 +42,7 @@ class Graphs:
         with torch.cuda.stream(self.stream):
             key = batch.key()
             if key not in self.inputs:
-                # Not captured yet: Triton compiles and cuBLAS allocates during this first call.
+                # Do not capture the first call: Triton compiles and cuBLAS allocates during it.
                 inputs = batch.to(self.device)
                 if len(self.inputs) < _MAX_GRAPHS:
                     self.inputs[key] = inputs
@@ -56,7 +56,7 @@ class Graphs:
 
     def _capture(self, function: Function, inputs: StaticBatch) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
-        # The caching allocator's free blocks are of no use to the graphs' own pool: release them.
+        # Release the caching allocator's free blocks, which the graphs' memory pool cannot use.
         torch.cuda.empty_cache()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured, pool=self.pool, stream=self.stream):

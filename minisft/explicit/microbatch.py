@@ -1,7 +1,7 @@
-"""Loss and gradients of a step by the explicit pass: layers, head, layers in reverse.
+"""Compute loss and gradients of a step by the explicit pass: layers, head, layers in reverse.
 
-Static shapes, no autograd, and nothing is read back from the device: on a GPU the whole micro-batch
-is captured in a CUDA graph (`graphs.py`).
+Shapes are static, and nothing uses autograd or copies values from the device to the host, so that
+on a GPU the entire micro-batch is captured in a CUDA graph (`graphs.py`).
 
 T tokens  M targets  D hidden  R rank
 """
@@ -26,15 +26,15 @@ from minisft.rope import cos_and_sin
 def explicit_loss_and_grads(
     explicit: ExplicitPass, trainable: Flat, batch: StepBatch, loss_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The token-mean loss of a step, [] float32, and its gradient, float32 [n] like the buffer.
+    """Return the token-mean loss of a step, float32 [], and its gradient, float32 [n].
 
-    batch: its micro-batches are on the CPU. loss_scale multiplies the loss before the backward pass
-    only. The gradient is a buffer that the next call overwrites.
+    batch: micro-batches on the CPU. loss_scale: factor on the loss in the backward pass, divided
+    out of the gradient. The gradient is ordered like trainable.buffer; the next call overwrites it.
     """
     load_(explicit, trainable)
     explicit.sums.buffer.zero_()
     explicit.loss.zero_()
-    # On the device, as the weight differs from step to step and graphs are replayed.
+    # A tensor, not a Python number: graphs are replayed, and the weight changes between steps.
     explicit.loss_weight.fill_(loss_scale / max(1, batch.num_loss_tokens))
     for micro in batch.micro_batches:
         if micro.targets_M.numel():
@@ -55,7 +55,7 @@ def load_(explicit: ExplicitPass, trainable: Flat) -> None:
 
 
 def gathered(explicit: ExplicitPass) -> Tensor:
-    """The gradient summed by the layers, float32 [n] in the order of the trainable buffer."""
+    """Return the gradient, float32 [n] in the order of trainable.buffer, without rank padding."""
     if explicit.grads is not explicit.sums:
         for name, view in explicit.grads.views.items():
             view.copy_(_corner(explicit.sums.views[name], view))
@@ -63,7 +63,7 @@ def gathered(explicit: ExplicitPass) -> Tensor:
 
 
 def _corner(padded: Tensor, like: Tensor) -> Tensor:
-    # Without the padding of the rank.
+    # Drop the padding of the rank.
     return padded[: like.shape[0], : like.shape[1]]
 
 
@@ -88,16 +88,16 @@ def micro_step_(explicit: ExplicitPass, batch: StaticBatch) -> None:
         saved[i] = None
         previous_rank = layers[i - 1].down.rank if i else None
         assert dx is not None
-        # `backward` empties the list, so that no reference here keeps the activations alive.
+        # `backward` empties the list, so that this loop holds no reference to the activations.
         dx = backward(dx, slot, layers[i], previous_rank, contexts[i])
 
 
 def _forward(
     explicit: ExplicitPass, batch: StaticBatch, contexts: list[LayerContext]
 ) -> tuple[Tensor, Tensor, Tensor, list[Saved | None]]:
-    """(last residual stream [T, D], its norm [T, D], 1 / rms float32 [T], saved by layer)."""
+    """Return (residual stream x [T, D], final norm of x [T, D], 1 / rms float32 [T], saved)."""
     layers, eps = explicit.layers, explicit.compute.model.rms_norm_eps
-    # A layer's forward ends with the norm of what reads it next, so the first norm is made here.
+    # Each layer ends by computing the next layer's first norm, so layer 0's is computed here.
     norms = [*((y.norm1, y.qkv.rank) for y in layers), (explicit.norm, 0)]
     x = F.embedding(batch.input_ids_T, explicit.embedding).to(explicit.compute.dtype)
     x, h, rstd = add_rms_norm(x, None, norms[0][0], eps, rank_columns=norms[0][1])
@@ -105,13 +105,13 @@ def _forward(
     for i, layer in enumerate(layers):
         x, h, rstd, everything = forward(x, h, rstd, layer, *norms[i + 1], contexts[i])
         saved.append(explicit.host.store(i, everything, explicit.policies[i]))
-        # Otherwise it would live on during the next layer's forward pass.
+        # This reference would keep all activations in memory during the next layer's forward pass.
         del everything
     return x, h, rstd, saved
 
 
 def _head_(explicit: ExplicitPass, h_TD: Tensor, batch: StaticBatch) -> Tensor:
-    """Add the loss to explicit.loss; return the gradient of the last norm's output, [T, D]."""
+    """Add the loss to explicit.loss; return the gradient of the final norm's output, [T, D]."""
     h_MD = h_TD if batch.dense else h_TD[batch.rows_M]
     loss, d_MD = linear_cross_entropy_grad(
         h_MD, explicit.head, batch.targets_M, explicit.loss_weight, chunk=explicit.chunk
@@ -119,5 +119,5 @@ def _head_(explicit: ExplicitPass, h_TD: Tensor, batch: StaticBatch) -> Tensor:
     explicit.loss += loss
     if batch.dense:
         return d_MD
-    # Padded targets all point at row 0, with a gradient of zero.
+    # Padding targets refer to row 0 and have a gradient of zero.
     return torch.zeros_like(h_TD).index_add_(0, batch.rows_M, d_MD)

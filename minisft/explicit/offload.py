@@ -1,7 +1,7 @@
-"""Activations in pinned host memory between a layer's forward and backward pass.
+"""Store activations in pinned host memory between a layer's forward and backward pass.
 
-Copies run on a stream of their own: out while the next layer computes forward, back while the layer
-above computes backward. On a CPU the host is the same memory, and nothing is copied.
+Copies run on a separate stream: to the host during the next layer's forward pass, back to the GPU
+during the next layer's backward pass. On a CPU all memory is host memory, so nothing is copied.
 """
 
 from dataclasses import dataclass, field
@@ -12,25 +12,25 @@ from torch import Tensor
 from minisft.explicit.block import Saved
 from minisft.explicit.policy import Policy
 
-# Part of a policy -> field of `Saved`; of "attended", only the output is ever copied.
+# Part of a policy -> field of `Saved`. "attended" is missing: only its output is copied.
 _FIELDS = {"x": "x_TD", "qkv": "qkv", "mid": "mid_TD", "gate_up": "gate_up"}
 
 
 @dataclass
 class Host:
-    """Pinned buffers by (layer, part), and the copies in flight."""
+    """Pinned host buffers, one per layer and part, and the copies in flight."""
 
     device: torch.device
     tokens: int  # of the largest micro-batch: rows of every buffer
     buffers: dict[tuple, Tensor] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
     copies_out: list[tuple] = field(default_factory=list)  # (event, source tensors) in flight
-    # layer -> {part: (its pinned rows, width of the part in columns)}
+    # layer -> {part: (pinned rows, number of columns of the part)}
     stored: dict[int, dict[str, tuple[Tensor, int]]] = field(default_factory=dict)
     copies_in: dict[int, tuple] = field(default_factory=dict)  # layer -> (event, {part: tensor})
 
     def store(self, i: int, saved: Saved, policy: Policy) -> Saved:
-        """Drop what layer i's policy does not keep on the GPU; start copying the host's parts."""
+        """Start copying layer i's host parts; return saved with only the policy's GPU parts."""
         if self.device.type == "cuda" and policy.host:
             assert saved.attended is not None
             parts = {part: getattr(saved, field) for part, field in _FIELDS.items()}
@@ -47,17 +47,17 @@ class Host:
         return saved._replace(attended=attended, **dropped)  # pyright: ignore
 
     def start_fetching(self, i: int) -> None:
-        """Wait for all copies to the host, then start copying layer i's parts back."""
+        """Wait for all copies to the host, then start copying layer i's parts back to the GPU."""
         for event, _ in self.copies_out:
             torch.cuda.current_stream().wait_event(event)
         self.copies_out.clear()
         self._copy_in(i)
 
     def fetch(self, i: int, saved: Saved | None) -> Saved:
-        """Return layer i's parts, all on the GPU again; start copying layer i - 1's back."""
+        """Return layer i's parts on the GPU; start copying layer i - 1's parts back to the GPU."""
         assert saved is not None
         event, parts = self.copies_in.pop(i, (None, {}))
-        # Asked for before layer i computes, so that its backward pass hides the copy.
+        # Start copying layer i - 1 now, so that layer i's backward pass hides the copy.
         self._copy_in(i - 1)
         if event is None:
             return saved
@@ -71,7 +71,7 @@ class Host:
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream()
-        # At most one layer's copies lag behind: until they are done its tensors are on the GPU too.
+        # Wait for the previous layer's copies: tensors being copied still occupy GPU memory.
         while self.copies_out:
             event, _ = self.copies_out.pop(0)
             current.wait_event(event)
@@ -80,7 +80,7 @@ class Host:
         with torch.cuda.stream(self.stream):
             for name, tensor in parts.items():
                 rows = _full_rows(tensor)
-                # Never reallocated, and sized for the largest micro-batch: graphs hold its address.
+                # Allocate once, for the largest micro-batch: captured graphs contain the address.
                 if (i, name) not in self.buffers:
                     numel = rows.numel() // rows.shape[0] * self.tokens
                     buffer = torch.empty(numel, dtype=rows.dtype, pin_memory=True)
@@ -91,7 +91,7 @@ class Host:
             event = torch.cuda.Event()
             event.record(self.stream)
         self.stored[i] = stored
-        # The tensors are held until the event: freed earlier, their memory could be overwritten.
+        # Reference the tensors until the event: freed memory could be overwritten during the copy.
         self.copies_out.append((event, parts))
 
     def _copy_in(self, i: int) -> None:
@@ -99,7 +99,7 @@ class Host:
             return
         assert self.stream is not None
         stored = self.stored.pop(i)
-        # Allocated on the compute stream, which reads and frees them.
+        # Allocate on the compute stream, which also reads and frees these tensors.
         tensors = {
             name: torch.empty(pinned.shape, dtype=pinned.dtype, device=self.device)
             for name, (pinned, _) in stored.items()
@@ -114,8 +114,8 @@ class Host:
 
 
 def _full_rows(part: Tensor) -> Tensor:
-    """Widen a matrix by the padding between its rows; other tensors are returned as they are."""
+    """Return a view of a matrix that includes the padding of its rows; other tensors unchanged."""
     if part.dim() != 2 or part.is_contiguous():
         return part
-    # With its padding the matrix is one contiguous piece of memory, so it is one plain copy.
+    # A matrix with its padding is contiguous, so that one plain memory copy is enough.
     return part.as_strided((part.shape[0], part.stride(0)), (part.stride(0), 1))

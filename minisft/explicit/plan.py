@@ -1,4 +1,4 @@
-"""Choose how a run computes its gradients: pass, memory policies, tokens at a time."""
+"""Choose how a run computes gradients: explicit or autograd, memory policies, micro-batch size."""
 
 import itertools
 import math
@@ -18,15 +18,15 @@ from minisft.explicit.policy import POLICIES, Dims, Policy, pinned_bytes
 from minisft.llama import Compute, Weights
 from minisft.lora import Flat
 
-# A margin for the planner: measured peaks were 0.1 to 1.2 % above the predicted ones.
+# Safety margin of the planner: measured peaks exceeded predicted peaks by 0.1 to 1.2 %.
 _SLACK = 1.005
 _MAX_TOKENS = 16384  # larger micro-batches are not faster
-# Candidates for the rows of logits at once, and for the tokens per chunk of the MLP.
+# Candidates for the rows of logits computed at a time, and for the tokens per MLP chunk.
 _CHUNKS, _MLP_TOKENS = (2048, 1024, 512, 256), (8192, 4096, 2048, 1024)
 
 
 class Choice(NamedTuple):
-    """How gradients are computed. With autograd, policies is empty and most numbers are 0."""
+    """The chosen way to compute gradients. For autograd, policies is () and most numbers are 0."""
 
     explicit: bool
     policies: tuple[Policy, ...]  # one per layer
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a GPU and of its host."""
+    """Memory in bytes: used and allowed on the GPU, and available on the host."""
 
     used: float  # by weights and training state, once they are loaded
     limit: float  # what the run may use, including `used`
@@ -54,12 +54,12 @@ def choose(
     device: torch.device | None = None,
     to_load: int = 0,
 ) -> Choice:
-    """The pass, the policies and the micro-batch size of a run.
+    """Choose explicit pass or autograd, memory policies and micro-batch size of a run.
 
-    `auto` takes the fastest choice that fits into the free memory, or into config.max_memory_gib.
-    longest: tokens of the longest row. For a dry run, whose tensors are on meta: device is where it
-    would compute, to_load the bytes it would load first. Raises UserError if an explicitly
-    requested option is unavailable.
+    `auto` selects the fastest choice that fits into free memory, or into config.max_memory_gib.
+    longest: tokens of the longest row. A dry run has its tensors on meta and passes the device of
+    the real run, and in to_load the bytes that the real run loads first. Raises UserError if an
+    explicitly requested option is unavailable.
     """
     device = device or trainable.buffer.device
     reason = unsupported_reason(trainable, frozen, compute, device)
@@ -76,13 +76,13 @@ def choose(
         policies = (POLICIES["none" if name == "auto" else name],) * compute.model.num_hidden_layers
         return Choice(True, policies, tokens, 1024, 8192, 0, f"explicit block, {name}")
     memory = gpu_memory(device, config.max_memory_gib, to_load)
-    # An upper bound: all rows of a step are as long as the longest.
+    # Upper bound of a step's tokens: every row is as long as the longest row.
     step_tokens = longest * config.per_device_train_batch_size * config.gradient_accumulation_steps
     return choose_on_gpu(config, trainable, compute, name, longest, step_tokens, memory)
 
 
 def _autograd(config: TrainConfig, name: str, reason: str, device: torch.device) -> Choice:
-    """The choice of autograd. name: the policy; reason: why the explicit pass is not possible."""
+    """Return the Choice for autograd. name: policy. reason: why not the explicit pass; or empty."""
     if name not in ("auto", "none", "full"):
         setting = "--step-impl autograd" if config.step_impl == "autograd" else f"--device {device}"
         raise UserError(
@@ -96,22 +96,22 @@ def _autograd(config: TrainConfig, name: str, reason: str, device: torch.device)
 
 
 def gpu_memory(device: torch.device, limit_gib: float, to_load: int = 0) -> Memory:
-    """Memory of a GPU on which to_load bytes are still to be loaded.
+    """Return the memory limits of a run that will load another to_load bytes onto this GPU.
 
-    limit_gib: --max-memory-gib; 0 allows 95 % of the free memory. Of the host's free memory, 60 %.
+    limit_gib: --max-memory-gib; 0: 95 % of free GPU memory. Host limit: 60 % of its free memory.
     """
     allocated = torch.cuda.memory_allocated(device)
     used, host = allocated + to_load, 0.6 * available_host_bytes()
     if limit_gib:
         return Memory(used, limit_gib * 2**30, host)
     free, _ = torch.cuda.mem_get_info(device)
-    # Free blocks of torch's allocator count as used for the driver.
+    # The driver counts the free blocks of torch's allocator as used.
     unused = torch.cuda.memory_reserved(device) - allocated
     return Memory(used, used + 0.95 * (free + unused - to_load), host)
 
 
 def available_host_bytes(root: Path = Path("/")) -> float:
-    """Free host memory: the kernel's estimate or a container's limit, whichever is less; or inf."""
+    """Return free host bytes: MemAvailable or, if less, what the container has left; or inf."""
     found = [math.inf]
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -120,7 +120,7 @@ def available_host_bytes(root: Path = Path("/")) -> float:
     with suppress(OSError, ValueError, StopIteration):
         group = root / "sys/fs/cgroup"
         limit, used = (float((group / f"memory.{n}").read_text()) for n in ("max", "current"))
-        # The container's page cache counts as used, but the kernel gives it back.
+        # The container's page cache counts as used, but the kernel can reclaim it.
         lines = (group / "memory.stat").read_text().splitlines()
         cached = next(line for line in lines if line.startswith("inactive_file "))
         found.append(limit - used + float(cached.split()[1]))
@@ -137,9 +137,9 @@ class _Planner(NamedTuple):
     step_tokens: int
 
     def candidates(self, kinds: list[Policy], tokens: int) -> list[Choice]:
-        """The choices to consider at this micro-batch size; all of them if none fits.
+        """Return the best choice of this size with one policy in all layers, and variants of it.
 
-        The best with one policy in all layers, then that with another policy in its last layers.
+        A variant has another policy in the last layers. If none fits: all one-policy choices.
         """
         layers = self.dims.cfg.num_hidden_layers
         grid = itertools.product(kinds, _CHUNKS, _MLP_TOKENS)
@@ -153,7 +153,7 @@ class _Planner(NamedTuple):
             def mixed(n: int, kind: Policy = kind) -> Choice:
                 return self.choice(best.policies[: layers - n] + (kind,) * n, *best[2:5])
 
-            # In as many of the last layers as fit; whether n layers fit is monotone in n.
+            # Use `kind` in as many of the last layers as fit; fitting is monotone in n.
             count = bisect(range(1, layers), False, key=lambda n: not self.fits(mixed(n)))
             found += [mixed(count)] if count else []
         return found
@@ -170,15 +170,15 @@ class _Planner(NamedTuple):
         return choice.peak_bytes <= limit and self.pinned(choice) <= self.memory.host
 
     def rank(self, choice: Choice) -> tuple:
-        """Sort key: what fits first, then the fastest; of equally fast ones the largest chunks."""
-        # What a micro-batch holds if the step is cut into as few equal ones as possible.
+        """Sort key: choices that fit first, then the fastest, then the largest chunks."""
+        # Tokens per micro-batch if the step is split into the fewest equal micro-batches.
         tokens = self.step_tokens / math.ceil(self.step_tokens / choice.tokens)
         seconds = token_seconds(self.dims, choice.policies, tokens, choice.mlp_tokens, self.longest)
         sizes = (-choice.chunk, -choice.mlp_tokens, choice.tokens, choice.peak_bytes)
         return not self.fits(choice), seconds, *sizes
 
     def description(self, choice: Choice) -> str:
-        """One line for the user: policies, micro-batch, predicted memory."""
+        """Describe the choice in one line: policies, micro-batch size, predicted memory."""
         layers, policies = self.dims.cfg.num_hidden_layers, choice.policies
         counts = {k: policies.count(p) for k, p in POLICIES.items() if p in policies}
         saved = ", ".join(k if n == layers else f"{k} in {n} layers" for k, n in counts.items())
@@ -199,10 +199,10 @@ def choose_on_gpu(
     step_tokens: int,
     memory: Memory,
 ) -> Choice:
-    """The fastest choice that fits, or else the smallest. Arithmetic only; no GPU is queried.
+    """Return the fastest choice that fits, else that with the lowest peak. Does not query a GPU.
 
-    name: a policy or auto. step_tokens: of the largest step. Raises UserError if a policy requested
-    by name needs more host memory than there is.
+    name: a policy or auto. step_tokens: tokens of the largest step. Raises UserError if a policy
+    requested by name needs more host memory than may be pinned.
     """
     dims = Dims(compute.model, compute.dtype.itemsize, group_ranks(trainable, compute.model))
     base = memory.used + buffer_bytes(trainable, dims)
@@ -212,7 +212,7 @@ def choose_on_gpu(
     found = [choice for tokens in sizes for choice in planner.candidates(kinds, tokens)]
     best = min(found, key=planner.rank)
     if not planner.fits(best):
-        # Nothing fits: the smallest peak is the best try, but the host's memory is a hard limit.
+        # Nothing fits: take the lowest predicted peak within the hard limit of host memory.
         best = min(found, key=lambda c: (planner.pinned(c) > memory.host, c.peak_bytes))
     if (pinned := planner.pinned(best)) > memory.host:
         raise UserError(
@@ -224,9 +224,9 @@ def choose_on_gpu(
 
 
 def micro_batch_sizes(requested: int, longest: int, step_tokens: int) -> list[int]:
-    """Candidate sizes in tokens, largest first. requested: --micro-batch-tokens; 0 for all.
+    """Return candidate sizes in tokens, largest first. requested: --micro-batch-tokens; 0: any.
 
-    Each is the size of a bucket, so that padding never exceeds it.
+    Each size is that of a bucket, so that padded micro-batches do not exceed it.
     """
     least = bucket_tokens(longest)
     if requested:
@@ -234,7 +234,7 @@ def micro_batch_sizes(requested: int, longest: int, step_tokens: int) -> list[in
     sizes, size = {least}, min(step_tokens, _MAX_TOKENS)
     sizes.add(max(least, bucket_tokens(size)))
     while (size := size // 2) > least:
-        # Halves alone are too coarse: at 8B in 20.9 GiB 6,144 tokens fit, and beat 4,096 by 1 %.
+        # Halves alone are too coarse: 8B in 20.9 GiB fits 6,144 tokens, 1 % faster than 4,096.
         for part in (size, size * 3 // 2):
             sizes.add(bucket_tokens(max(1, part // longest) * longest))
     return sorted(sizes, reverse=True)
