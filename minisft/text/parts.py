@@ -26,7 +26,7 @@ def part_text(part: str | dict) -> str | None:
 
 
 def join_unread(messages: list[dict], render: Callable[[list[dict]], str]) -> list[dict]:
-    """Return the messages with content lists that the template does not read made strings.
+    """Return the messages; content lists that the template does not read become strings.
 
     Raises UserError if such a list has a part that is not text. render: messages -> text.
     """
