@@ -51,7 +51,7 @@ class Items(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """A note: the setting has no effect if `other` has one of `values` (unless: none of them).
+    """A note: the setting has no effect if `other` has one of `values` (or, with unless, none).
 
     Giving the setting is an error that suggests the remedy, or, without a remedy, a warning
     (for pairs that Trainer accepts). why: the cause in the message, by default the other setting

@@ -67,7 +67,7 @@ def assistant_spans(
     documents: list[dict] | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return (text, spans): the rendered chat, and the spans that its generation blocks wrote.
+    """Return (text, spans): the rendered chat, and the spans of its generation blocks.
 
     text equals `render(...)`. A span is (start, end) in characters of text; end is exclusive.
     Raises UserError if `render` does, or if the template has no generation block.

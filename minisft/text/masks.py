@@ -139,7 +139,7 @@ def _turn_end(
 
 
 def answers(messages: Chat) -> Chat:
-    """Return the assistant's messages."""
+    """Return the messages of a chat that the assistant wrote."""
     return [message for message in messages if message["role"] in ASSISTANT]
 
 

@@ -50,7 +50,7 @@ def _marker(message: int, part: int) -> str:
 
 
 def _marked(message: dict, i: int) -> dict:
-    """Return message i with the string of each part (part[part["type"]]) replaced by a marker."""
+    """Return message i with a marker in place of the string in each part, part[part["type"]]."""
     parts = []
     for j, part in enumerate(message["content"]):
         if isinstance(part, str):

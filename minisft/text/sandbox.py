@@ -143,7 +143,7 @@ def compile_template(environment: BoundedEnvironment, source: str) -> jinja2.Tem
 
 
 def render_bounded(compiled: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render a template that was compiled in a BoundedEnvironment; its counters start at 0.
+    """Render a template compiled in a BoundedEnvironment, after resetting steps and deadline.
 
     Raises UserError, in one line, if the template raises an error, does something unsafe, or
     exceeds MAX_CHARS, MAX_STEPS, MAX_SECONDS or MAX_BITS.
@@ -186,7 +186,7 @@ def _checked(result: Any) -> Any:
 
 
 def _check_growth(name: str, values: tuple[Any, ...]) -> None:
-    """Raise SecurityError if a string method or filter would build too long a result.
+    """Raise SecurityError if a string method or filter would build a result that is too long.
 
     name: of the method or filter. values: the value that it is called on, then its arguments. They
     give an upper bound of the result's length.

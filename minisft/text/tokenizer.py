@@ -1,4 +1,4 @@
-"""Load and export tokenizer directories without transformers; token ids equal its ids.
+"""Load and export tokenizer directories without transformers, but with the same token ids.
 
 tokenizer.json defines the ids. tokenizer_config.json adds named special tokens, tokens missing in
 tokenizer.json, chat templates and, for Llama-2 style tokenizers, a different pre-tokenizer.
