@@ -1,1 +1,1 @@
-"""Settings of a run and of a model, and the errors that users can fix."""
+"""Settings of runs, models and adapters, and `UserError` for errors that users can fix."""

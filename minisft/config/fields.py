@@ -1,10 +1,10 @@
-"""How a setting is declared: notes in the `Annotated` type of a field, and the checks they imply.
+"""Declare settings as dataclass fields with notes in `Annotated`, and check their values.
 
     lora_r: Annotated[int, Fixed, at_least(1)] = 16
 
-The type gives what a value is (bool, int, float, str or tuple[str, ...]) and, as a `Literal`, its
-choices. The notes below give the rest. A field without notes is checked for its type alone, so a
-subclass may add fields of any type.
+The type of a setting is bool, int, float, str, tuple[str, ...] or a `Literal` of its choices. The
+notes (Fixed, Free, Check, Items, Idle) add conditions. A field without notes is checked for its
+type only, so a subclass may add fields of any type.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from minisft.config.errors import UserError, flag, wrong
 from minisft.config.names import respelled
 
 Note = TypeVar("Note")
-# Whether a run that resumes from a checkpoint may change the setting: no, yes.
+# A run that resumes from a checkpoint may change Free settings, but not Fixed settings.
 Fixed, Free = "fixed on resume", "free on resume"
 
 
 class Check(NamedTuple):
-    """A condition on the value; an error message ends in `expected`."""
+    """A condition on a setting's value; `expected` describes it at the end of error messages."""
 
     holds: Callable[[Any], Any]
     expected: str
 
 
 def at_least(limit: float) -> Check:
-    """The number must be `limit` or more."""
+    """Return the Check that a number is `limit` or more."""
     return Check(lambda value: value >= limit, f"at least {limit}")
 
 
 def above(limit: float) -> Check:
-    """The number must be greater than `limit`."""
+    """Return the Check that a number is greater than `limit`."""
     return Check(lambda value: value > limit, f"above {limit}")
 
 
 class Items(NamedTuple):
-    """What the items of a list are."""
+    """A note that describes the allowed items of a list setting."""
 
     what: str = "names"  # for messages
     choices: tuple[str, ...] = ()  # the allowed items; () allows any
@@ -51,11 +51,11 @@ class Items(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """The setting has no effect while `other` has one of the values; with `unless`, none of them.
+    """A note: the setting has no effect if `other` has one of `values` (or, with unless, none).
 
-    Giving it is an error that suggests the remedy; without a remedy it is a warning, for pairs
-    that Trainer accepts. why: the cause, by default the other setting as a flag; {name} in it
-    stands for the value of that setting.
+    Giving the setting is an error that suggests the remedy, or, without a remedy, a warning
+    (for pairs that Trainer accepts). why: the cause in the message, by default the other setting
+    as a flag; {name} is replaced by the value of that setting.
     """
 
     other: str
@@ -66,7 +66,7 @@ class Idle(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One field as declared. kind: bool, int, float, str, tuple, or object (not checked)."""
+    """The declaration of one field. kind: bool, int, float, str, tuple, or object (unchecked)."""
 
     name: str
     kind: type
@@ -75,24 +75,24 @@ class Setting(NamedTuple):
     notes: tuple[Any, ...]
 
     def all(self, kind: type[Note]) -> list[Note]:
-        """The notes of one kind."""
+        """Return the notes that are instances of the class `kind`."""
         return [note for note in self.notes if isinstance(note, kind)]
 
     @property
     def items(self) -> Items:
-        """What the items of the list are."""
+        """The setting's Items note, or the default Items if it has none."""
         return next(iter(self.all(Items)), Items())
 
     @property
     def expected(self) -> str:
-        """The type in words: "int", "str or None", "a list of token ids"."""
+        """The setting's type for messages: "int", "str or None", "a list of token ids"."""
         kind = f"a list of {self.items.what}" if self.kind is tuple else self.kind.__name__
         return kind + " or None" * self.optional
 
     def normalized(self, value: Any) -> Any:
-        """The value as it is stored: respelled, paths as str, lists as tuples of str.
+        """Convert a value to its stored form: current spelling, Path to str, list to tuple of str.
 
-        Raises UserError for a value of another type.
+        Raises UserError for a value of the wrong type.
         """
         value = respelled(self.name, value)
         if self.kind is object or (value is None and self.optional):
@@ -102,7 +102,7 @@ class Setting(NamedTuple):
         if isinstance(value, dict) and "=" in self.items.what:
             value = tuple(f"{k}={v}" for k, v in value.items())
         wider = {float: (int, float), tuple: (str, tuple, list)}.get(self.kind, self.kind)
-        # isinstance(True, int) holds.
+        # isinstance(True, int) is true, so bools need their own check.
         if not isinstance(value, wider) or (isinstance(value, bool) and self.kind is not bool):
             raise wrong(flag(self.name), value, self.expected)
         if self.kind is not tuple:
@@ -112,20 +112,20 @@ class Setting(NamedTuple):
             if isinstance(item, bool) or not isinstance(item, (str, self.items.also)):
                 raise UserError(f"{flag(self.name)} holds {item!r}; expected a list of strings")
         items = [str(item) for item in given]
-        # A comma may be part of a regular expression, and of a file name.
+        # Do not split regular expressions and file names, which may contain commas.
         if self.items.commas and not any(item.startswith("re:") for item in items):
             items = [part for item in items for part in item.split(",")]
         return tuple(filter(None, items))
 
     def check(self, value: Any) -> None:
-        """Raise UserError for a value that is not among the choices or fails a `Check`."""
+        """Raise UserError for a value that is not one of the choices or fails a `Check`."""
         if value is None:
             return
         name, items = flag(self.name), self.items
         if self.choices and value not in self.choices:
             raise wrong(name, value, f"one of {', '.join(map(str, self.choices))}")
         for check in self.all(Check):
-            # inf passes every lower bound, and is never meant.
+            # inf passes every lower bound but is not a useful value.
             if not check.holds(value) or value == math.inf:
                 raise wrong(name, value, check.expected + ", or none" * self.optional)
         for item in value if items.choices else ():
@@ -135,9 +135,9 @@ class Setting(NamedTuple):
 
 @lru_cache
 def settings(cls: type) -> dict[str, Setting]:
-    """The settings that a dataclass declares, by name, in the order of its fields."""
+    """Return the settings that a dataclass declares: name -> Setting, in field order."""
     found = {}
-    # Not field.type: under `from __future__ import annotations` that is a string.
+    # field.type would be a string under `from __future__ import annotations`.
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in (field.name for field in dataclasses.fields(cls)):
         hint, notes = hints[name], getattr(hints[name], "__metadata__", ())
@@ -158,14 +158,14 @@ def settings(cls: type) -> dict[str, Setting]:
 
 
 def fixed_on_resume(cls: type) -> tuple[str, ...]:
-    """Names of the settings that a run may not change when it resumes from a checkpoint."""
+    """Return the names of settings that a run must not change when it resumes."""
     return tuple(name for name, setting in settings(cls).items() if Fixed in setting.notes)
 
 
 def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:
-    """(name, why, remedy) of each setting that was given although the others leave it unused.
+    """Yield (name, why, remedy) for each given setting that has no effect with the others.
 
-    Given means different from the default. The remedy is "" where a warning is enough.
+    A setting is given if it differs from its default. The remedy is "" if a warning is enough.
     """
     for name, setting in settings(type(config)).items():
         given = getattr(config, name) != getattr(type(config), name, None)
@@ -177,7 +177,7 @@ def idle_settings(config: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def as_flag(name: str, value: Any) -> str:
-    """A setting as on the command line: --packing, --no-packing, --lora-r 8, --report-to none."""
+    """Format a setting as a flag: --packing, --no-packing, --lora-r 8, --report-to none."""
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
     shown = " ".join(value) or "none" if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
-"""Flags and exit codes of the scripts: tyro parses, and every error is one line.
+"""Parse the flags of the scripts with tyro, print errors in one line, return exit codes.
 
-Exit codes: 0 done, 2 an error that the user can fix, 3 a guard stopped training, 75 preempted with
-a good checkpoint, 1 unexpected (with a traceback).
+Exit codes: 0 success, 2 an error that the user can fix, 3 training stopped by a guard, 75 preempted
+with a valid checkpoint, 1 unexpected error (with a traceback).
 """
 
 import contextlib
@@ -24,11 +24,11 @@ Config = TypeVar("Config")
 
 
 def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: Config) -> Config:
-    """The dataclass from `default`, then `--config FILE.yaml`, then the other flags.
+    """Build a `cls` from `default`, overridden by `--config FILE.yaml`, then by the other flags.
 
     cls: a dataclass whose fields are the flags; in a flag, hyphens and underscores are the same.
-    Raises UserError in one line for an unknown flag or key (with the nearest name) and for a value
-    of the wrong type; SystemExit(0) after --help.
+    Raises UserError for an unknown flag or key (with the closest known name) and for a value of
+    the wrong type; raises SystemExit(0) after --help.
     """
     import tyro
 
@@ -47,22 +47,22 @@ def parse_flags(cls: type[Config], argv: Sequence[str], *, prog: str, default: C
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        # An error of the dataclass itself: tyro would break it into several lines.
+        # Re-raise the dataclass's own UserError, which tyro would print over several lines.
         if isinstance(e.__context__, UserError):
             raise e.__context__ from None
         raise UserError(_one_line(captured.getvalue())) from None
 
 
 def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -> int:
-    """Call `main` and return the exit code; user errors and warnings are one line on stderr.
+    """Call `main` and return the exit code; prints user errors and warnings in one line each.
 
-    stopped: exception type -> exit code, for endings that are neither success nor user errors.
+    stopped: exception type -> exit code, for a run that was stopped without a user error.
     """
 
     def tell(line: str) -> None:
-        # File names may hold control characters.
+        # Replace control characters, which file names in a message may contain.
         line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", line)
-        # A closed pipe: nobody reads stderr, and the exit code still counts.
+        # Ignore a closed stderr, so that the exit code is still returned.
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
@@ -80,9 +80,9 @@ def run_main(main: Callable[[], Any], stopped: dict[type[BaseException], int]) -
 
 
 def _choices_as_text() -> contextlib.AbstractContextManager:
-    """While it is active, tyro takes any text for a Literal of strings.
+    """Return a context in which tyro accepts any string for a Literal of strings.
 
-    The dataclass checks its choices itself: it knows other spellings of them.
+    The dataclass checks the choices instead, because it also accepts alternative spellings.
     """
     from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
@@ -99,7 +99,7 @@ def _choices_as_text() -> contextlib.AbstractContextManager:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
-    """The flags without --config, and the file that it names."""
+    """Return the flags without --config, and the file that --config names (None without it)."""
     kept, files = list[str](), list[Any]()
     words = iter(argv)
     for word in words:
@@ -116,13 +116,13 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _spell_out(argv: list[str], known: dict[str, Setting]) -> list[str]:
-    """Give tyro a value for each switch that may be None: --no-x becomes `--x False`."""
+    """Give each switch with three states a value: --x -> `--x True`, --no-x -> `--x False`."""
     switches = {flag(s.name) for s in known.values() if s.kind is bool and s.optional}
     out: list[str] = []
     for word, following in itertools.pairwise([*argv, ""]):
         name = word.replace("_", "-")
         positive = "--" + name[5:] if name.startswith("--no-") else name
-        # tyro has no --no-x for a switch with three states.
+        # tyro has no --no-x for a switch that may also be None.
         if positive in switches and following.lower() not in ("true", "false"):
             out += [positive, str(positive == name)]
         elif out and out[-1].replace("_", "-") in switches:
@@ -133,11 +133,11 @@ def _spell_out(argv: list[str], known: dict[str, Setting]) -> list[str]:
 
 
 def _check_words(argv: list[str], known: dict[str, Setting]) -> None:
-    """Refuse unknown flags, switches with a value, and lists that are given twice."""
+    """Raise UserError for unknown flags, switches with a value, and list flags given twice."""
     given = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
     for setting in known.values():
         name = flag(setting.name)
-        # tyro would keep the values after the last one only.
+        # tyro would use only the values after the last occurrence.
         if setting.kind is tuple and (times := given.count(name)) > 1:
             raise UserError(f"{name} is given {times} times; give all its values after one {name}")
     for word, following in itertools.pairwise([*argv, ""]):
@@ -168,7 +168,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
         line = f":{where.line + 1}" if where else ""
         reason = " ".join(str(getattr(e, "problem", None) or e).split())
         raise UserError(f"--config {file}{line}: malformed YAML ({reason})") from None
-    # Bytes that are not UTF-8, an impossible number or date, deep nesting.
+    # PyYAML raises these for invalid UTF-8, invalid numbers or dates, and deep nesting.
     except (ValueError, RecursionError) as e:
         raise UserError(f"--config {file}: malformed YAML ({type(e).__name__}: {e})") from None
     if raw is not None and not isinstance(raw, dict):
@@ -178,7 +178,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
 
 
 def _yaml_values(file: str, known: dict[str, Setting]) -> dict[str, Any]:
-    """The settings in a YAML file, by their names here. A null value counts as not given."""
+    """Read settings from a YAML file: minisft's name -> value. Null values are skipped."""
     values: dict[str, Any] = {}
     for key, value in _read_yaml(file).items():
         if value is None and refusal(str(key)):
@@ -206,12 +206,12 @@ def _yaml_values(file: str, known: dict[str, Setting]) -> dict[str, Any]:
 
 
 def _coerced(value: Any, setting: Setting) -> Any:
-    """A YAML value in the type of its setting where it has that meaning, else unchanged."""
+    """Convert a YAML value to its setting's type where possible; else return it unchanged."""
     scalar = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     if setting.kind is tuple:
         return value if isinstance(value, (list, dict)) else [value]
     if scalar and setting.kind in (int, float, str):
-        # YAML 1.1 reads 2e-4 as a string, and 7 as a number where a name is expected.
+        # YAML 1.1 parses 2e-4 as a string, and a name such as 7 as a number.
         with contextlib.suppress(ValueError, OverflowError):
             number = setting.kind(value)
             if setting.kind is not int or number == float(value):
@@ -220,7 +220,7 @@ def _coerced(value: Any, setting: Setting) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message in one line: its first paragraph, and what the flag expects if given."""
+    """Convert tyro's boxed error to one line: the first paragraph and the flag's help text."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box).replace("─", "-")
     text = re.sub(r"[━-╿]", " ", text.partition("\n")[2])  # the first line is a title
     paragraphs = [" ".join(p.split()) for p in re.split(r"(?m)^\s*-{5,}\s*$", text)]

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json -> `ModelConfig`."""
+"""Parse and validate Hugging Face's config.json into a `ModelConfig`."""
 
 import dataclasses
 import typing
@@ -7,9 +7,9 @@ from typing import Any
 from minisft.config.errors import UserError, wrong
 from minisft.config.model import ModelConfig, RopeConfig
 
-# A damaged config.json must not make the listing of every layer's weights take for ever.
+# An absurd num_hidden_layers in a damaged config.json would make listing the weights endless.
 MAX_LAYERS = 10_000
-# RoPE types, and the parameters that each cannot do without.
+# RoPE type -> parameters that the type requires.
 _ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -24,10 +24,10 @@ _POSITIVE = (
 
 
 def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """The model that config.json describes, in the layout of transformers v4 or v5.
+    """Parse config.json, in the layout of transformers v4 or v5, to a ModelConfig.
 
-    source: the file's name for errors. Raises UserError for another architecture, a RoPE type that
-    is not implemented, a missing field, or a field of the wrong type.
+    source: the file's name for errors. Raises UserError for an unsupported architecture or RoPE
+    type, a missing field, or a field with an invalid value.
     """
     _check_family(raw, source)
     _check_quantization(raw.get("quantization_config"), source)
@@ -60,16 +60,16 @@ def parse_model_config(raw: dict[str, Any], source: str = "config.json") -> Mode
 
 
 def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.json") -> RopeConfig:
-    """The RoPE fields of config.json, v4 (`rope_theta`, `rope_scaling`) or v5 (`rope_parameters`).
+    """Parse config.json's RoPE fields: v4 `rope_theta` and `rope_scaling`, v5 `rope_parameters`.
 
-    A theta inside the dict wins over a top-level one; `type` is the old spelling of `rope_type`.
-    Raises UserError for a type that is not implemented or a parameter that it lacks.
+    A rope_theta inside the dict overrides the top-level rope_theta. `type` is the old spelling of
+    `rope_type`. Raises UserError for an unsupported type or a missing parameter.
     """
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise wrong(f"{source}: rope_scaling", scaling, "a JSON object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    # A list: what JSON gives may have no hash.
+    # Look it up in a list, because a JSON value may be unhashable.
     if rope_type not in list(_ROPE_NEEDS):
         raise wrong(f"{source}: RoPE type", rope_type, f"one of {', '.join(_ROPE_NEEDS)}")
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -92,7 +92,7 @@ def parse_rope(raw: dict[str, Any], max_positions: int, source: str = "config.js
 
 
 def _rope_parameters(scaling: dict[str, Any], source: str) -> dict[str, Any]:
-    """The parameters of a RoPE type, under RopeConfig's names; unknown keys are left out."""
+    """Return the RoPE parameters that RopeConfig has as fields; drop unknown keys."""
     known = {f.name for f in dataclasses.fields(RopeConfig)} - {"rope_type", "rope_theta"}
     given = {k: v for k, v in scaling.items() if k in known and v is not None}
     for key, value in given.items():
@@ -117,7 +117,7 @@ def _check_family(raw: Any, source: str) -> None:
 
 
 def _check_quantization(raw: Any, source: str) -> None:
-    """Accept bitsandbytes' 4-bit formats only; the tensors themselves say which of them it is."""
+    """Raise UserError unless the weights are unquantised or in a 4-bit bitsandbytes format."""
     if not raw:
         return
     if not isinstance(raw, dict):
@@ -130,14 +130,14 @@ def _check_quantization(raw: Any, source: str) -> None:
 
 
 def _read_fields(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """The numbers and switches of ModelConfig; those that have a default there may be left out."""
+    """Read ModelConfig's numbers and bools; fields with a default there may be missing."""
     kinds, values = typing.get_type_hints(ModelConfig), {}
     for field in dataclasses.fields(ModelConfig):
         name, kind = field.name, kinds[field.name]
         if kind not in (bool, int, float):
             continue
         value = _typed(raw, name, kind, source)
-        # These two have no default in ModelConfig: other fields give it (see the caller).
+        # These two may be missing: parse_model_config derives their defaults from other fields.
         if value is not None or name in ("num_key_value_heads", "head_dim"):
             values[name] = value
         elif field.default is dataclasses.MISSING:
@@ -154,7 +154,7 @@ def _typed(raw: dict, key: str, kind: type, source: str) -> Any:
         raise wrong(f"{source}: {key}", value, kind.__name__)
     least = 1 if key in _POSITIVE else 0
     most = MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-    # nan fails both comparisons.
+    # This form of the comparison also rejects nan.
     if kind is not bool and not least <= value <= most:
         raise wrong(f"{source}: {key}", value, f"{least} to {most}")
     return value

@@ -1,4 +1,4 @@
-"""The settings of one LoRA adapter, in PEFT's terms."""
+"""`LoraConfig`: the settings of one LoRA adapter, under PEFT's names."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from minisft.config.model import LINEAR_NAMES
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """One LoRA adapter: rank, scale and where it sits, in PEFT's terms."""
+    """Settings of one LoRA adapter under PEFT's names: rank, scale, adapted modules."""
 
     r: int = 16
     lora_alpha: float = 16
@@ -29,27 +29,27 @@ class LoraConfig:
 
     @property
     def splits_weights(self) -> bool:
-        """Whether A and B start as a part of the weight, which is subtracted from the base."""
+        """Whether A and B start as part of the weight, which is then subtracted from the base."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def scaling(self) -> float:
-        """Scale of the modules that no pattern matches."""
+        """LoRA scale of modules that match no rank_pattern or alpha_pattern."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def rank_of(self, path: str) -> int:
-        """Rank of the module at a path: that of the first pattern that matches it, else r."""
+        """Return a module's rank: that of the first rank_pattern key that matches path, else r."""
         return next((r for key, r in self.rank_pattern if matches(key, path)), self.r)
 
     def scaling_of(self, path: str) -> float:
-        """Scale of the module at a path, from the rank and alpha of that module."""
+        """Return the LoRA scale of the module at a path, from its own rank and alpha."""
         alphas = (a for key, a in self.alpha_pattern if matches(key, path))
         alpha, r = next(alphas, self.lora_alpha), self.rank_of(path)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def matches(key: str, path: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern matches the module at a path: PEFT's rule.
+    """Return whether a key of rank_pattern or alpha_pattern matches a module path, as in PEFT.
 
     Raises UserError for a malformed regular expression.
     """

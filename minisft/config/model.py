@@ -8,9 +8,9 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """RoPE parameters under the names of `rope_parameters` in transformers v5.
+    """RoPE parameters, named as in `rope_parameters` of transformers v5.
 
-    Fields that a type does not use are None. Mathematics: `minisft.rope.rope_inverse_frequencies`.
+    rope_type selects the formula in `minisft.rope.rope_inverse_frequencies`.
     """
 
     rope_type: str = "default"
@@ -29,7 +29,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of a Llama config.json, with the defaults of the architecture filled in."""
+    """The architecture of a Llama model: config.json with missing fields set to defaults."""
 
     vocab_size: int
     hidden_size: int
@@ -49,7 +49,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """`{"self_attn.q_proj": (out, in), ...}` for the seven linears of one layer."""
+        """Return {"self_attn.q_proj": (out, in), ...} for the seven linears of one layer."""
         D, I = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
@@ -63,7 +63,7 @@ class ModelConfig:
         }
 
     def linear_paths(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out_features, in_features) of every linear that LoRA can adapt."""
+        """Return module path -> (out_features, in_features) of every linear that LoRA can adapt."""
         return {
             f"model.layers.{i}.{name}": shape
             for i in range(self.num_hidden_layers)
@@ -71,9 +71,9 @@ class ModelConfig:
         }
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """HF key -> shape of every tensor in a checkpoint: the one declaration of the layout.
+        """Return the shape of every tensor in a checkpoint: Hugging Face key -> shape.
 
-        A tied head has no key: the embedding is stored once.
+        A tied head has no key, because it shares the embedding's tensor.
         """
         D, V = self.hidden_size, self.vocab_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}

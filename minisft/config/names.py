@@ -1,7 +1,7 @@
-"""Hugging Face's names for settings, translated to the names here or refused with a reason.
+"""Translate Hugging Face's names of settings to minisft's, or refuse them with a reason.
 
-The tables are in names.toml; minisft/config/README.md has them for readers, and a test compares
-the two.
+The tables are in names.toml. minisft/config/README.md shows the same tables, and a test compares
+the two files.
 """
 
 import tomllib
@@ -16,7 +16,7 @@ ALIASES: dict[str, str] = _TABLES["aliases"]
 VALUES: dict[str, dict[str, str]] = _TABLES["values"]
 _SPELLINGS: dict[str, dict[str, str]] = _TABLES["spellings"]
 SWITCHES: dict[str, tuple[str, str]] = {k: (s, v) for k, (s, v) in _TABLES["switches"].items()}
-# A name that ends in * stands for all names that begin so.
+# A key that ends in * stands for all names with that prefix.
 REFUSED: dict[str, str] = _TABLES["refused"] | {
     name: group["why"] for group in _TABLES["refused_together"] for name in group["names"]
 }
@@ -24,31 +24,31 @@ _ON, _OFF = ("true", "yes", "1", "on", ""), ("false", "no", "0", "off", "none")
 
 
 def refusal(name: str) -> str:
-    """The reason why the setting of that name (r, hub_token) is refused, or ""."""
+    """Return the reason why a setting (such as hub_token) is refused, or "" if it is not."""
     starred = (why for key, why in REFUSED.items() if key[-1] == "*" and name.startswith(key[:-1]))
     return REFUSED.get(name) or next(starred, "")
 
 
 def respelled(name: str, value: Any) -> Any:
-    """The value of a setting under its current spelling."""
-    # The key of True is "True"; 1 and a list have none.
+    """Return a setting's value with an alternative spelling replaced by the current spelling."""
+    # The tables hold True as "True"; they have no keys for numbers and lists.
     key = value.lower() if isinstance(value, str) else repr(value)
     return _SPELLINGS.get(name, {}).get(key, value)
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known setting that a name most likely means: one that other programs call so, or else
-    the one with the most similar letters."""
+    """Return the known setting that a name most likely means, or None: the setting that other
+    programs call by this name, or else the known name with the closest spelling."""
     guess = _TABLES["guesses"].get(name)
     return guess if guess in known else closest(name, known)
 
 
 def translate(name: str, value: str | None, known: Collection[str]) -> tuple[str, str | None]:
-    """One setting under Hugging Face's name -> (name here, value), or ("", None) to ignore it.
+    """Translate Hugging Face's name of a setting to (minisft's name, value).
 
-    value: its text, None if none was given. known: the names of the settings here. A name that is
-    one of them, or that is not in any table, is returned unchanged. Ignored are switches that are
-    off, and refused names whose value asks for what is done anyway.
+    value: the text given, or None. known: the names of the script's settings. A name in `known`,
+    or in no table, is returned unchanged. Returns ("", None) for a setting to ignore: a switch
+    that is off, or a refused name whose value asks for what minisft does anyway.
     Raises UserError with the reason for a refused name with any other value.
     """
     plain = name.replace("-", "_")
@@ -66,7 +66,7 @@ def translate(name: str, value: str | None, known: Collection[str]) -> tuple[str
             raise wrong(flag(plain), value, "true or false")
         return ("", None) if negated or text in _OFF else switch
     key = plain if refusal(plain) else plain.removeprefix("no_")
-    # Other scripts have few flags, and refuse an unknown name as such.
+    # A script without lora_r does not train: it reports a refused name as an unknown flag.
     if "lora_r" not in known or not (why := refusal(key)):
         return name, value
     if _is_done_anyway(key, (value or "on").lower() if key == plain else "no"):
@@ -82,7 +82,7 @@ def _below_one(text: str | None) -> bool:
 
 
 def _is_done_anyway(name: str, text: str) -> bool:
-    """Whether the value of a refused setting asks for what training does without it."""
+    """Return whether a refused setting's value asks for what training does without it."""
     if text in (*_OFF, "{}", "[]") and name not in _TABLES["on_only"]["names"]:
         return True
     done = _TABLES["accepted"].get(name)
@@ -90,9 +90,9 @@ def _is_done_anyway(name: str, text: str) -> bool:
 
 
 def translate_flags(argv: list[str], known: Collection[str]) -> list[str]:
-    """The command line with every flag under its name here (`translate`).
+    """Return the command line with every flag translated to minisft's name (`translate`).
 
-    Raises UserError if two names give the same setting.
+    Raises UserError if two different flags give the same setting.
     """
     out, typed, rest = [], dict[str, str](), list(argv)
     while rest:
@@ -118,9 +118,9 @@ def translate_flags(argv: list[str], known: Collection[str]) -> list[str]:
 
 
 def _take_value(name: str, rest: list[str], known: Collection[str]) -> str | None:
-    """The value of a flag without "=", if a table needs it: then removed from `rest`.
+    """Return the value of a flag without "=", removed from `rest`, if a table needs the value.
 
-    "" for a switch or a refused name without a value, None for a flag that no table concerns.
+    Returns "" for a switch or a refused name without a value, None for a flag in no table.
     """
     following = rest[0] if rest else "--"
     values = VALUES.get(ALIASES.get(name, name), {})

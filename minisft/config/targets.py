@@ -1,7 +1,7 @@
-"""Which modules an adapter changes: target names, suffixes and patterns -> module paths.
+"""Resolve target names, suffixes and patterns to the module paths that an adapter changes.
 
 The matching rules are PEFT's (a list item equals the path or a dotted suffix of it; a pattern must
-match the full path), so that an exported config has the same meaning in PEFT.
+match the full path), so an exported config has the same meaning in PEFT.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from minisft.config.model import EMBEDDING_NAMES, LINEAR_NAMES, ModelConfig
 ALL_LINEAR = "all-linear"
 PATTERN_PREFIX = "re:"
 PATTERN_EXAMPLE = r"re:.*\.(q_proj|v_proj)"
-# PEFT's names of trained tensors of the embedding: adapter [R, V] and [D, R]; rows [tokens, D].
+# PEFT's keys of the embedding's adapter, A [R, V] and B [D, R], and of trained rows [tokens, D].
 EMBEDDING_A, EMBEDDING_B = (f"model.embed_tokens.lora_embedding_{x}" for x in "AB")
 TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 EMBEDDING_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 def split_targets(lora: LoraConfig) -> LoraConfig:
-    """The same adapter with embed_tokens and lm_head moved from the targets to modules_to_save.
+    """Move embed_tokens and lm_head from target_modules to modules_to_save; return a new config.
 
-    Both are trained as copies, so naming one among the targets means the same as naming it in
-    modules_to_save. The path "model.embed_tokens" counts as embed_tokens; the result has each name
-    once, in the order of EMBEDDING_NAMES.
+    Both modules are trained as copies, so naming them in target_modules or in modules_to_save has
+    the same meaning. The path "model.embed_tokens" counts as embed_tokens. The result has each
+    name once, in the order of EMBEDDING_NAMES.
     Raises UserError if modules_to_save names any other module.
     """
     short = {path: name for name, path in EMBEDDING_PATHS.items()}
@@ -43,13 +43,13 @@ def split_targets(lora: LoraConfig) -> LoraConfig:
 
 
 def match_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    """The module paths that LoRA adapts, in the order of `cfg.linear_paths()`.
+    """Return the module paths that LoRA adapts, in the order of `cfg.linear_paths()`.
 
     Items of target_modules are names or dotted suffixes ("q_proj", "0.mlp.up_proj"), "all-linear",
-    or one "re:PATTERN" that must match a full path; embed_tokens and lm_head are not targets but
-    trained copies (`split_targets`). layers_to_transform and exclude_modules narrow the result.
+    or one "re:PATTERN" that must match a full path. embed_tokens and lm_head are left out, because
+    they are trained as copies. layers_to_transform and exclude_modules narrow the result.
     Raises UserError for an item that matches nothing, a malformed pattern, a pattern that matches a
-    module that LoRA cannot adapt, a layer that does not exist, and if no module is left.
+    module that LoRA cannot adapt, a layer that does not exist, or an empty result.
     """
     lora = split_targets(lora)
     found = _named_targets(lora, cfg)
@@ -84,7 +84,7 @@ def _named_targets(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
 
 def _match_pattern(pattern: str, lora: LoraConfig, cfg: ModelConfig) -> list[str]:
     compiled, linears = _compiled(pattern, "target_modules"), cfg.linear_paths()
-    # PEFT leaves modules_to_save out of the matching.
+    # As in PEFT, a pattern does not match the modules in modules_to_save.
     copies = {EMBEDDING_PATHS[name] for name in lora.modules_to_save}
     matched = [p for p in _module_paths(cfg) if p not in copies and compiled.fullmatch(p)]
     others = [path for path in matched if path not in linears]
@@ -142,9 +142,9 @@ def check_patterns(lora: LoraConfig, cfg: ModelConfig) -> None:
 
 
 def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float], ...]:
-    """(path, scale / lora.scaling) of the adapted modules whose scale differs from lora.scaling.
+    """Return (path, scale / lora.scaling) of adapted modules whose scale is not lora.scaling.
 
-    An adapted embedding is always included.
+    An adapted embedding is included even if its scale equals lora.scaling.
     """
     if not (lora.rank_pattern or lora.alpha_pattern or lora.lora_embeddings):
         return ()
@@ -154,30 +154,30 @@ def scaling_ratios(lora: LoraConfig, cfg: ModelConfig) -> tuple[tuple[str, float
 
 
 def _adapted(lora: LoraConfig, cfg: ModelConfig) -> list[str]:
-    """Paths of the adapted modules: linears, and the embedding with lora_embeddings."""
+    """Return the paths of adapted modules: linears, and the embedding if lora_embeddings."""
     embedding = [EMBEDDING_PATHS["embed_tokens"]] if lora.lora_embeddings else []
     return [*match_targets(lora, cfg), *embedding]
 
 
 def is_special(item: str) -> bool:
-    """Whether a target item is "all-linear" or a "re:PATTERN" and not a module name."""
+    """Return whether a target item is "all-linear" or "re:PATTERN" instead of a module name."""
     return item.lower() == ALL_LINEAR or item.startswith(PATTERN_PREFIX)
 
 
 def is_target(path: str, items: Iterable[str]) -> bool:
-    """Whether a module path equals one of the items or ends in a dot and that item."""
+    """Return whether a module path equals one of the items or ends in a dot and the item."""
     return any(f".{path}".endswith(f".{item}") for item in items)
 
 
 def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every trained tensor, all float32: the one declaration of an adapter.
+    """Return name -> shape of every trained tensor of an adapter; all tensors are float32.
 
-    In order: LoRA pairs "PATH.lora_A.weight" [r, in] and "PATH.lora_B.weight" [out, r], r as
-    rank_pattern gives it, with DoRA "PATH.lora_magnitude_vector" [out]; the embedding's pair
-    [r, vocab] and [hidden, r]; trained token rows [tokens, hidden]; trained copies under their
-    checkpoint names [vocab, hidden]. A tied base has one copy, "model.embed_tokens.weight",
-    whichever of the two names was given.
-    Raises UserError like `match_targets`, and for settings that exclude each other.
+    In order: for each module, "PATH.lora_A.weight" [r, in], "PATH.lora_B.weight" [out, r] (r from
+    rank_pattern) and, with DoRA, "PATH.lora_magnitude_vector" [out]; the embedding's A [r, vocab]
+    and B [hidden, r]; trained token rows [tokens, hidden]; trained copies under their checkpoint
+    names [vocab, hidden]. With a tied base, embed_tokens and lm_head both mean the same copy,
+    "model.embed_tokens.weight".
+    Raises UserError if `match_targets` does, and for settings that exclude each other.
     """
     linears, shapes = cfg.linear_paths(), {}
     for path in match_targets(lora, cfg):
@@ -198,7 +198,7 @@ def adapter_shapes(lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, .
     if lora.trainable_token_indices:
         _check_token_indices(lora, cfg)
         shapes[TOKEN_ROWS] = (len(lora.trainable_token_indices), cfg.hidden_size)
-    # A tied base has one matrix: two names give one entry.
+    # In a tied base both names mean the same matrix, which gets one entry.
     for name in split_targets(lora).modules_to_save:
         path = EMBEDDING_PATHS["embed_tokens" if cfg.tie_word_embeddings else name]
         shapes[f"{path}.weight"] = (cfg.vocab_size, cfg.hidden_size)
@@ -228,13 +228,13 @@ def _check_token_indices(lora: LoraConfig, cfg: ModelConfig) -> None:
 
 
 def _saves_embedding(lora: LoraConfig, cfg: ModelConfig) -> bool:
-    """Whether a trained copy replaces the embedding; with a tied base, a copy of the head does."""
+    """Return whether a trained copy replaces the embedding (in a tied base: or the head)."""
     saved = split_targets(lora).modules_to_save
     return "embed_tokens" in saved or (bool(saved) and cfg.tie_word_embeddings)
 
 
 def _module_paths(cfg: ModelConfig) -> list[str]:
-    """The path of every module of the Hugging Face model, including containers and norms."""
+    """Return the path of every module of the Hugging Face model, including containers, norms."""
     parts = ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm"]
     parts.append(".post_attention_layernorm")
     layers = [f"model.layers.{i}{part}" for i in range(cfg.num_hidden_layers) for part in parts]

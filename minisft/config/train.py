@@ -1,6 +1,6 @@
-"""Every setting of a run: `TrainConfig`, whose fields are the flags of scripts/train.py.
+"""`TrainConfig`, the settings of a training run: its fields are the flags of scripts/train.py.
 
-After the fields: checks that involve two of them, and values derived from several.
+Its methods check combinations of settings, and its properties derive values from settings.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ SaveStrategy = Literal["no", "steps", "epoch", "best"]
 Metric = Literal["loss", "mean_token_accuracy", "entropy"]
 EVAL_METRICS: tuple[str, ...] = get_args(Metric)
 BestMetric = Literal[Metric, "eval_loss", "eval_mean_token_accuracy", "eval_entropy"]
-# Conditions on values.
+# Checks of the values of settings.
 _SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and below 1")
 _RANK = Check(lambda r: 1 <= r <= 65536, "at least 1 and at most 65536")
 _STARTS = Check(
@@ -46,13 +46,13 @@ _STARTS = Check(
 )
 _SOME = Check(lambda n: n == -1 or n > 0, "a positive number, or -1 for epochs")
 _SEED = Check(lambda n: 0 <= n < 2**63, "0 to 2**63 - 1")
-# Items of lists.
+# Descriptions of the items of list settings.
 _COPIES = Items("embed_tokens and/or lm_head", EMBEDDING_NAMES)
-# Integral: numpy's integers are not int.
+# Integral also accepts numpy's integers, which are not int.
 _LAYERS = Items("numbers of layers", also=Integral)
 _TOKENS = Items("token ids", also=Integral)
 _LOGGERS = Items("none, tensorboard, wandb, trackio", ("none", "tensorboard", "wandb", "trackio"))
-# What leaves a setting without effect: an error with a remedy, a warning without.
+# Reasons why a setting has no effect. With a remedy this is an error, without it a warning.
 _FULL = Idle("full_finetuning", (True,), "drop one")
 _PACKING = Idle("packing", (False,), "add --packing")
 _BEST = Idle("keeps_best", (False,), "add --load-best-model-at-end", "--no-load-best-model-at-end")
@@ -69,9 +69,9 @@ _EPSILON = Idle("optim", ("sgd", "adafactor", "lion_8bit"), why="--optim {optim}
 _EPOCHS = Idle("max_steps", (-1,), why="--max-steps {max_steps} is given", unless=True)
 _TRACKIO = Idle("report_to", (("trackio",),), why="trackio writes to its own, $TRACKIO_DIR")
 _UNSAVED = Idle("save_strategy", ("no",), why="--save-strategy no writes no checkpoints")
-# Values of the options warmup_type and decay_type.
+# Allowed values of the schedule options warmup_type and decay_type.
 _WAVES = ("linear", "cosine", "1-sqrt")
-# What --lr-scheduler-kwargs may give to each schedule; the others take nothing.
+# Schedule -> options that --lr-scheduler-kwargs may set; other schedules have no options.
 _SCHEDULE_OPTIONS = {
     "cosine": ("num_cycles",),
     "cosine_with_restarts": ("num_cycles",),
@@ -309,7 +309,7 @@ class TrainConfig:
     def __post_init__(self):
         declared = fields.settings(type(self))
         new = {name: s.normalized(getattr(self, name)) for name, s in declared.items()}
-        # Trainer's report_to="none".
+        # As in Trainer, report_to="none" means no logger.
         new["report_to"] = tuple(name for name in new["report_to"] if name != "none")
         if new["full_finetuning"]:
             new["load_in_4bit"] = False
@@ -317,13 +317,13 @@ class TrainConfig:
             object.__setattr__(self, name, value)
         for name, setting in declared.items():
             setting.check(new[name])
-        # No setting that the user gave is ignored silently.
+        # Report given settings that have no effect, instead of ignoring them.
         for name, why, remedy in fields.idle_settings(self):
             if remedy:
                 given = fields.as_flag(name, new[name])
                 raise UserError(f"{given} has no effect with {why}; {remedy}")
         self._check_evaluation()
-        # These raise for a malformed part: better now than after the base model is loaded.
+        # Evaluate these properties now, so that malformed values fail before the model is loaded.
         _ = self.lora, self.column_map, self.scheduler_options
         read = [Path(name).resolve() for name in (*dict(self.sources), self.eval_dataset)]
         written = self.preview_json
@@ -333,7 +333,7 @@ class TrainConfig:
             )
 
     def _check_evaluation(self) -> None:
-        """Evaluation needs rows; choosing the best model needs evaluations and checkpoints."""
+        """Raise UserError if a setting needs eval rows, evaluations or checkpoints that are off."""
         strategy, best = self.eval_strategy, self.load_best_model_at_end
         chooses_best = {
             "--load-best-model-at-end": best,
@@ -353,10 +353,10 @@ class TrainConfig:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapter's settings, or None with full_finetuning."""
+        """The adapter's settings, or None with --full-finetuning."""
         if self.full_finetuning:
             return None
-        # Every other setting of LoraConfig has the same name here.
+        # Except for r, the fields of LoraConfig have the same names in TrainConfig.
         names = {field.name: field.name for field in dataclasses.fields(LoraConfig)}
         names["r"] = "lora_r"
         given: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in names.items()}
@@ -368,15 +368,15 @@ class TrainConfig:
 
     @property
     def sources(self) -> list[tuple[str, float | None]]:
-        """`--dataset a.jsonl:0.7 b.jsonl:0.3` as [("a.jsonl", 0.7), ("b.jsonl", 0.3)].
+        """The training datasets and their weights: [("a.jsonl", 0.7), ("b.jsonl", 0.3)].
 
-        None where no weights are given. Weights sum to 1.
+        Weights are scaled to sum to 1. Without weights on the command line they are None.
         """
         found: list[tuple[str, float | None]] = []
         for item in self.dataset:
             name, _, text = item.rpartition(":")
             weight = _number(text)
-            # A file name may end in a colon and a number.
+            # An existing file whose name ends in a colon and a number has no weight.
             if not name or weight is None or Path(item).exists():
                 found.append((item, None))
             elif 0 < weight < math.inf:
@@ -392,15 +392,15 @@ class TrainConfig:
 
     @property
     def base_name(self) -> str:
-        """The base model as an adapter records it: the hub id, or the directory's absolute path."""
+        """The base model's name in adapter_config.json: hub id, or absolute path of a directory."""
         path = Path(self.model).expanduser()
         return str(path.resolve()) if path.is_dir() else self.model
 
     @property
     def serves_in_4bit(self) -> bool:
-        """Whether the adapter belongs on the 4-bit base that it was trained through.
+        """Whether the finished adapter is meant for the 4-bit base that it was trained with.
 
-        That base must still hold what the adapter started as; one of PiSSA or OLoRA lacks it.
+        False for PiSSA and OLoRA, which subtract the initial adapter from the base for training.
         """
         return self.load_in_4bit and not (self.lora and self.lora.splits_weights)
 
@@ -412,13 +412,13 @@ class TrainConfig:
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """("eval_loss", False): what decides the best evaluation, and whether greater is better."""
+        """The metric that decides the best evaluation, and whether greater is better."""
         name, greater = self.metric_for_best_model.removeprefix("eval_"), self.greater_is_better
         return f"eval_{name}", name != "loss" if greater is None else greater
 
     @property
     def column_map(self) -> dict[str, str]:
-        """`--columns prompt=question` as {"prompt": "question"}."""
+        """The column renames: `--columns prompt=question` gives {"prompt": "question"}."""
         pairs = [item.split("=", 1) for item in self.columns]
         for item, pair in zip(self.columns, pairs, strict=True):
             if len(pair) != 2 or not all(pair):
@@ -429,7 +429,7 @@ class TrainConfig:
 
     @property
     def scheduler_options(self) -> dict[str, Any]:
-        """`--lr-scheduler-kwargs num_cycles=2` as {"num_cycles": 2.0}, checked for the schedule."""
+        """The checked options of the schedule: `num_cycles=2` gives {"num_cycles": 2.0}."""
         kind, rate = self.lr_scheduler_type, self.learning_rate
         given = dict(_scheduler_option(kind, item) for item in self.lr_scheduler_kwargs)
         needs = f"--lr-scheduler-type {kind} needs --lr-scheduler-kwargs"
@@ -437,7 +437,7 @@ class TrainConfig:
             raise UserError(f"{needs} num_decay_steps=N")
         if kind == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
             raise UserError(f"{needs} min_lr=RATE or min_lr_rate=SHARE, and not both")
-        # transformers' default of lr_end.
+        # In transformers, lr_end is 1e-7 by default.
         ends = {"lr_end": 1e-7} | given if kind == "polynomial" else given
         for name in ("min_lr", "lr_end"):
             if name in ends and not rate > ends[name]:
@@ -447,7 +447,7 @@ class TrainConfig:
 
 
 def _pattern(name: str, items: Names) -> tuple[tuple[str, float], ...]:
-    """`--rank-pattern q_proj=8` as (("q_proj", 8),): ranks are int, alphas float."""
+    """Parse rank_pattern or alpha_pattern: `q_proj=8` -> (("q_proj", 8),); ranks are int."""
     pairs, whole = [], name == "rank_pattern"
     for item in items:
         key, _, text = item.rpartition("=")
@@ -477,7 +477,7 @@ def _number(text: str) -> float | None:
 
 
 def _scheduler_option(kind: str, item: str) -> tuple[str, Any]:
-    """`num_cycles=2` as ("num_cycles", 2.0)."""
+    """Parse and check one schedule option: `num_cycles=2` -> ("num_cycles", 2.0)."""
     name, _, text = item.partition("=")
     known, number = _SCHEDULE_OPTIONS.get(kind, ()), _number(text)
     if name not in known:

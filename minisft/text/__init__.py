@@ -1,1 +1,1 @@
-"""From messages to token ids: tokenizer, chat templates, loss masks."""
+"""Convert chats and text to token ids: tokenizer, chat templates, loss masks."""

@@ -1,7 +1,7 @@
-"""Render chat templates: messages to text, and the character spans of assistant turns.
+"""Render chats with their template, and find the character spans of assistant turns.
 
-The text equals that of transformers 5.23 `apply_chat_template(tokenize=False)`. A template sees
-plain JSON values only, and is rendered under the limits of `sandbox.py`.
+The text equals that of transformers 5.23 `apply_chat_template(tokenize=False)`. A template gets
+only plain JSON values, and is rendered under the limits of `sandbox.py`.
 """
 
 import functools
@@ -19,8 +19,8 @@ from jinja2.parser import Parser
 from minisft.config.errors import UserError
 from minisft.text.sandbox import BoundedEnvironment, compile_template, render_bounded
 
-# Written around a generation block while spans are recorded. Plane-16 private use: Unicode never
-# assigns these characters, so ordinary text does not contain them.
+# Marks around a generation block while spans are recorded. They are private-use characters, which
+# Unicode never assigns, so ordinary text does not contain them.
 _OPEN, _CLOSE = "\U0010fdd2", "\U0010fdd3"
 _OPEN_NAME, _CLOSE_NAME = "__generation_open__", "__generation_close__"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # keys that data sets use
@@ -36,16 +36,16 @@ def render(
     add_generation_prompt: bool = False,
     variables: dict[str, Any] | None = None,
 ) -> str:
-    """Return the text of one chat.
+    """Render one chat with a template and return the text.
 
-    special_tokens: {"bos_token": "<s>", ...}, visible to the template by name. variables: further
-    names, which override special tokens. Inputs are never changed.
-    Raises UserError with the template's own reason if it refuses the chat, and if it is malformed,
+    special_tokens: {"bos_token": "<s>", ...}, visible to the template by name. variables: more
+    template variables, which override special tokens. Inputs are never changed.
+    Raises UserError if the template rejects the chat (with the template's reason), is malformed,
     does something unsafe, or exceeds a limit of the sandbox.
     """
     if not messages:
         raise UserError("the conversation is empty; expected at least one message")
-    # Arrow and some APIs write None for an absent key, but templates test whether a key exists.
+    # Arrow and some APIs store None for an absent key, but templates test whether the key exists.
     chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
     names = {
         **special_tokens,
@@ -67,10 +67,10 @@ def assistant_spans(
     documents: list[dict] | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return (text, spans): the rendered chat, and the characters its generation blocks wrote.
+    """Return (text, spans): the rendered chat, and the spans of its generation blocks.
 
-    text equals `render(...)`. spans are (start, end) in text, in order, end exclusive.
-    Raises UserError as `render` does, and if the template has no generation block.
+    text equals `render(...)`. A span is (start, end) in characters of text; end is exclusive.
+    Raises UserError if `render` does, or if the template has no generation block.
     """
     if not has_generation_block(template):
         raise UserError(
@@ -78,7 +78,7 @@ def assistant_spans(
             "mark it in the template, or train on prompt and completion columns"
         )
     given = json.dumps([messages, tools, documents, variables], ensure_ascii=False, default=str)
-    # A message with one of the marks could move the boundaries of what is trained.
+    # A message that contains a mark could change which text is trained.
     if _OPEN in given or _CLOSE in given:
         raise UserError(
             "a message contains U+10FDD2 or U+10FDD3; these private-use characters are reserved, "
@@ -104,12 +104,12 @@ def assistant_spans(
 
 
 def has_generation_block(template: str) -> bool:
-    """Return whether the template marks the assistant's part with `{% generation %}`."""
+    """Return whether the template marks the assistant's text with `{% generation %}`."""
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def _with_reasoning(message: dict) -> dict:
-    """Return the message with its reasoning under both names that templates read."""
+    """Return the message with its reasoning text under both keys that chat templates read."""
     found = next((message[k] for k in _REASONING if message.get(k) is not None), None)
     if found is None:
         return message
@@ -117,7 +117,7 @@ def _with_reasoning(message: dict) -> dict:
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy in plain JSON types: other objects have methods that a template could call."""
+    """Return a copy in plain JSON types: a template could call the methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, dict):
@@ -128,16 +128,16 @@ def _plain(value: Any) -> Any:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: renders its content in a scope of its own.
+    """The tag `{% generation %}...{% endgeneration %}`: renders its content in a new scope.
 
-    Two variables are written around the content. They are undefined, and so render as nothing,
+    Two variables are written around the content. They are undefined and render as an empty string,
     unless `assistant_spans` sets them.
     """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own spelling
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
-        """Return the syntax node of one block."""
+        """Parse one generation block into a syntax node."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         marks = [jinja2.nodes.Name(name, "load", lineno=line) for name in (_OPEN_NAME, _CLOSE_NAME)]
@@ -156,7 +156,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return plain JSON: jinja2's own filter escapes HTML characters."""
+    """Return the value as JSON without HTML escapes, which jinja2's own filter would add."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -165,7 +165,7 @@ def _tojson(
 # Compiling a template takes about 100 times as long as rendering a short chat.
 @functools.lru_cache(maxsize=128)
 def _compile(template: str) -> jinja2.Template:
-    """Compile a template in an environment of its own."""
+    """Compile a template in a new environment that serves this template only."""
     environment = BoundedEnvironment(
         [_GenerationTag, "jinja2.ext.loopcontrols"], filters={"tojson": _tojson}
     )

@@ -1,9 +1,9 @@
 """Encode text and rendered chats to token ids, map character spans to tokens, and decode.
 
-A user may write "<|eot_id|>" in a message, and the template must not turn that into a control
-token. So `mark_special_text` wraps such strings before rendering, and the text around a wrapped
-one, up to the next real special token, is encoded with special tokens switched off. A chat without
-such strings is encoded in one call, with the same ids.
+A user may write "<|eot_id|>" in a message, and this must not become a control token. So
+`mark_special_text` wraps such strings before rendering. The text around a wrapped string, up to
+the nearest real special tokens, is encoded with special tokens switched off. A chat without such
+strings is encoded in one call.
 """
 
 import itertools
@@ -18,23 +18,23 @@ from minisft.config.errors import UserError
 from minisft.text.tokenizer import Tokenizer
 
 Span = tuple[int, int]  # (start, end) in characters of a text, end exclusive
-# Around a special token's string that came from a message. Plane-16 private use, never assigned.
+# Private-use marks around a special token's string in a message; Unicode never assigns them.
 TEXT_OPEN, TEXT_CLOSE = "\U0010fdd0", "\U0010fdd1"
 PART_CHARS = 2_000_000  # encoded in one call, which takes about 100 bytes per character
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Return the token ids of one string, with what tokenizer.json adds (a BOS) if asked for."""
+    """Return a string's token ids. add_special_tokens: add what tokenizer.json asks for (a BOS)."""
     return tokenizer.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 def decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
-    """Return the text of token ids; special tokens appear as their strings unless skipped."""
+    """Decode token ids to text; special tokens appear as their strings unless skipped."""
     return tokenizer.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def _parts(texts: list[str]) -> Iterator[list[str]]:
-    """Yield consecutive texts with at most PART_CHARS characters in total, or one longer text."""
+    """Split texts into lists of at most PART_CHARS characters; a longer text is a list alone."""
     part: list[str] = []
     room = PART_CHARS
     for text in texts:
@@ -48,7 +48,7 @@ def _parts(texts: list[str]) -> Iterator[list[str]]:
 
 
 def mark_special_text(tokenizer: Tokenizer, value: Any) -> Any:
-    """Return a JSON value with TEXT_OPEN and TEXT_CLOSE around special tokens in its strings.
+    """Wrap each special token in the strings of a JSON value in TEXT_OPEN and TEXT_CLOSE.
 
     Dict keys are not searched. Raises UserError if a string contains one of the two characters.
     """
@@ -67,7 +67,7 @@ def mark_special_text(tokenizer: Tokenizer, value: Any) -> Any:
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Return the token ids of a rendered chat. No BOS is added: the template writes its own.
+    """Return the token ids of a rendered chat. No BOS is added, because templates write it.
 
     Text between TEXT_OPEN and TEXT_CLOSE never becomes a special token.
     """
@@ -77,13 +77,13 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 def encode_batch(
     tokenizer: Tokenizer, texts: list[tuple[str, list[Span] | None]], *, add_special_tokens: bool
 ) -> list[tuple[list[int], list[int] | None]]:
-    """Return (ids, mask) of each (text, spans), in order, using all cores; no padding, no cutting.
+    """Encode texts on all cores: (text, spans) -> (ids, mask), in order, without truncation.
 
-    mask is 1 on tokens inside the spans, None if the spans are. As in transformers, the first span
-    that starts at no token ends the marking, and a span that ends at none reaches to the end of the
-    text. add_special_tokens: add what the post-processor adds; else texts are rendered chats.
+    mask is 1 on tokens inside the spans; it is None if spans is None. As in transformers, a span
+    whose start has no token is ignored with all later spans; a span whose end has no token extends
+    to the end of the text. add_special_tokens: run the post-processor; False for rendered chats.
     """
-    # The fast variant does not track character offsets, which only spans need.
+    # encode_batch_fast does not track character offsets, which only spans need.
     fast = all(spans is None for _, spans in texts)
     encode = tokenizer.backend.encode_batch_fast if fast else tokenizer.backend.encode_batch
     plain = [t for t, _ in texts if add_special_tokens or TEXT_OPEN not in t]
@@ -104,7 +104,7 @@ def encode_batch(
 
 
 class _Piece(NamedTuple):
-    """A part of a chat that is encoded in one call."""
+    """A piece of a chat that is encoded in one call."""
 
     start: int  # its first character in the chat without TEXT_OPEN and TEXT_CLOSE
     stop: int
@@ -115,9 +115,8 @@ class _Piece(NamedTuple):
 def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:
     backend, pieces, start = tokenizer.backend, [], 0
     for text, as_text in _split_marked(tokenizer, rendered):
-        # With prepend_scheme "first", the backend adds a word boundary to the start of its input.
-        # A piece from the middle of the chat has none, so it is encoded after a newline, whose
-        # tokens are then skipped.
+        # With prepend_scheme "first", the backend would add a word boundary to a piece from the
+        # middle of the chat. A newline before the piece prevents this; its tokens are skipped.
         anchored = start > 0 and getattr(backend.pre_tokenizer, "prepend_scheme", "") == "first"
         lead = "\n" if anchored and as_text else ""
         backend.encode_special_tokens = as_text  # True: encode their strings as ordinary text
@@ -132,9 +131,9 @@ def _encode_pieces(tokenizer: Tokenizer, rendered: str) -> list[_Piece]:
 
 
 def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]:
-    """Split a chat into [(text without marks, as_text)]; as_text: it contained a mark.
+    """Split a rendered chat at its real special tokens: [(text without marks, as_text)].
 
-    The text between two real special tokens is not split further.
+    as_text: the text contained a mark. Adjacent pieces with equal as_text are joined.
     """
     marked = re.compile(
         f"(?P<text>{TEXT_OPEN}.*?{TEXT_CLOSE})|(?P<special>{tokenizer.special_text.pattern})",
@@ -146,7 +145,7 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
         if match is not None and match["special"] is None:
             continue
         text = rendered[begin : match.start() if match else len(rendered)]
-        # A template that slices a message may leave one mark without the other: still text.
+        # A template that slices a message may leave only one mark of a pair; one mark is enough.
         as_text = TEXT_OPEN in text or TEXT_CLOSE in text
         pieces.append((text.replace(TEXT_OPEN, "").replace(TEXT_CLOSE, ""), as_text))
         if match is not None:
@@ -157,27 +156,28 @@ def _split_marked(tokenizer: Tokenizer, rendered: str) -> list[tuple[str, bool]]
 
 
 def _mask(pieces: list[_Piece], text: str, spans: list[Span], length: int) -> list[int]:
-    """Return the mask of an encoded text of `length` tokens; see `encode_batch`."""
+    """Return the 0/1 mask of a text's `length` tokens: 1 inside the spans (see `encode_batch`)."""
     mask = [0] * length
     for start, end in spans:
         first = _token_at(pieces, _unmarked(text, start))
         last = _token_at(pieces, _unmarked(text, end) - 1)
         if first is None:
             break
-        # transformers treats an end at token 0 like an end at no token.
+        # As transformers does: a span that ends at token 0 extends to the end of the text.
         stop = last + 1 if last else length
         mask[first:stop] = [1] * (stop - first)
     return mask
 
 
 def _unmarked(text: str, position: int) -> int:
-    """Return the position in the text without TEXT_OPEN and TEXT_CLOSE."""
+    """Convert a position in the marked text to the matching position in the same text with
+    TEXT_OPEN and TEXT_CLOSE removed."""
     before = text[:position]
     return position - before.count(TEXT_OPEN) - before.count(TEXT_CLOSE)
 
 
 def _token_at(pieces: list[_Piece], char: int) -> int | None:
-    """Return the index, among all tokens, of the one that covers this character, or None."""
+    """Return the index in the chat of the token that covers character `char`, or None."""
     offset = 0
     for piece in pieces:
         if piece.start <= char < piece.stop:

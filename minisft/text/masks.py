@@ -1,8 +1,8 @@
-"""Find the characters of a rendered chat that are trained: the assistant's turns.
+"""Find the character spans of a rendered chat that are trained: the assistant's turns.
 
-There are three ways: the template's own `{% generation %}` blocks (`chat.assistant_spans`); for a
-template without them, renderings of the chat's prefixes (`prefix_spans`); or the text between two
-marker strings (`marker_spans`).
+There are three ways: the template's `{% generation %}` blocks (`chat.assistant_spans`); for a
+template without these blocks, rendering prefixes of the chat (`prefix_spans`); or the text from a
+response marker to the next instruction marker (`marker_spans`).
 """
 
 import re
@@ -24,7 +24,7 @@ _REMEDY = (
 
 
 class TurnShape(NamedTuple):
-    """What the template writes around an answer, found by rendering a probe chat of one turn."""
+    """The strings that a template writes around an answer, inferred from a probe chat."""
 
     header: str  # between the end of the user's turn and the answer
     end: str  # the end-of-turn token or text after the answer, without trailing whitespace
@@ -48,8 +48,8 @@ def turn_shape(render: Render, special: Special) -> TurnShape:
         longer = render([*chat, ask], False)
     except UserError:
         longer = text
-    # A template may write an EOS after the full chat (Phi-3). It is not the end of the turn, so
-    # only what also precedes a next message counts, up to the last complete special token.
+    # A template may write an EOS at the end of the chat (Phi-3), which is not part of the turn. So
+    # use only text that is also written before a next message, up to its last special token.
     shared = after[: _common(after, longer[start + len(answer) :])]
     tokens = list(special.finditer(shared))
     end = shared[: tokens[-1].end()] if tokens else shared
@@ -59,12 +59,12 @@ def turn_shape(render: Render, special: Special) -> TurnShape:
 def prefix_spans(
     render: Render, messages: Chat, shape: TurnShape, special: Special
 ) -> tuple[str, list[Span]]:
-    """Return (text, spans) of a chat: the assistant's turns with their end-of-turn tokens.
+    """Render a chat and return (text, spans of the assistant's turns with end-of-turn tokens).
 
-    A turn starts where the preceding messages, rendered with the generation prompt, stop being a
-    prefix of the full text. It ends where the rendering up to and including the turn does, without
-    whitespace after the end-of-turn token.
-    Raises UserError if the template renders the start of the chat differently once more follows.
+    A turn starts where the full text first differs from the preceding messages rendered with the
+    generation prompt. It ends where the rendering of the messages up to and including it ends,
+    without whitespace after the end-of-turn token.
+    Raises UserError if a turn has no clear span because its text depends on later messages.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
     if len(turns) > MAX_DERIVED_TURNS:
@@ -86,28 +86,28 @@ def prefix_spans(
 def _turn_start(
     render: Render, chat: Chat, i: int, text: str, shape: TurnShape, special: Special
 ) -> int:
-    """Return the first character of message i, an answer, in the text of the full chat."""
+    """Return the position of the first character of answer chat[i] in the full chat's text."""
     if i == 0:
         found = text.find(shape.header) if shape.header else -1
         if found < 0:
             raise UserError(f"the chat begins with an answer whose start is not found; {_REMEDY}")
         return found + len(shape.header)
     before, asked = render(chat[:i], False), render(chat[:i], True)
-    # Not `before` itself: a template may write an EOS where the chat ends.
+    # Use the common prefix, not all of `before`, which may end with an EOS that `asked` lacks.
     shared = _common(before, asked)
     if not text.startswith(asked[:shared]):
         raise UserError(
             f"the chat template renders the messages before message {i} differently when it "
             f"follows, so the assistant's part is unknown; {_REMEDY}"
         )
-    # Without a generation prompt, the header is the one of the probe chat.
+    # The template has no generation prompt, so use the header that the probe chat showed.
     if asked == before:
         return shared + (len(shape.header) if text.startswith(shape.header, shared) else 0)
     start = _common(asked, text)
     for token in special.finditer(text, shared):
         if token.start() >= start:
             break
-        # asked and text differ inside this token: the turn starts with it.
+        # `asked` and `text` differ inside this token, so the turn starts with the token.
         if start < token.end():
             return token.start()
     return start
@@ -116,17 +116,17 @@ def _turn_start(
 def _turn_end(
     render: Render, chat: Chat, i: int, text: str, start: int, shape: TurnShape, special: Special
 ) -> int:
-    """Return the end of message i, an answer that starts at `start`, in the text of the chat."""
+    """Return the end of answer chat[i], which starts at `start`, in the full chat's text."""
     upto = render(chat[: i + 1], False)
     if text.startswith(upto) and len(upto) > start:
         turn = text[start : len(upto)]
         end = turn.rfind(shape.end) + len(shape.end) if shape.end in turn else len(turn)
         if _in_message(turn, 0, end):
             end = len(turn)
-        # Whitespace after the turn, and an EOS that ends the full chat, are not part of it.
+        # Exclude whitespace after the turn, and an EOS that the template writes after the chat.
         return start + (len(turn) if special.sub("", turn[end:]).strip() else end)
-    # The template renders the last turn of a chat differently. Then the next end-of-turn token is
-    # the end, unless the next message may be written into the same turn, as a tool's result is.
+    # The template renders the last turn of a chat differently, so search for the next end-of-turn
+    # token, unless the next message (a tool's, for example) may be written into the same turn.
     follows = chat[i + 1]["role"] if i + 1 < len(chat) else "user"
     known = special.search(shape.end) and follows in ("user", "system", "developer")
     found = _find(text, shape.end, start) if known else -1
@@ -139,19 +139,19 @@ def _turn_end(
 
 
 def answers(messages: Chat) -> Chat:
-    """Return the assistant's messages."""
+    """Return the messages of a chat that the assistant wrote."""
     return [message for message in messages if message["role"] in ASSISTANT]
 
 
 def is_trained(message: dict) -> bool:
-    """Return False if the message opts out: `weight` 0 (OpenAI's format), or `train` false."""
+    """Return False if a message has `weight` 0 (OpenAI's format) or `train` false, else True."""
     return message.get("weight") != 0 and message.get("train") is not False
 
 
 def without_marked(spans: list[Span], messages: Chat) -> list[Span]:
-    """Return the spans of the answers that are trained (`is_trained`). spans: those of all.
+    """Drop the spans of answers that opt out of training (`is_trained`). spans: one per answer.
 
-    Raises UserError if there are not as many spans as answers, so that they cannot be paired.
+    Raises UserError if an answer opts out and the counts of spans and answers differ.
     """
     trained = [is_trained(message) for message in answers(messages)]
     if all(trained):
@@ -166,7 +166,7 @@ def without_marked(spans: list[Span], messages: Chat) -> list[Span]:
 
 
 def marker_spans(text: str, instruction_part: str, response_part: str) -> list[Span]:
-    """Return the spans from each response marker to the next instruction marker or the end."""
+    """Return the spans of text from each response marker to the next instruction marker or end."""
     spans: list[Span] = []
     at = 0
     while (found := _find(text, response_part, at)) >= 0:
@@ -182,8 +182,8 @@ def marker_spans(text: str, instruction_part: str, response_part: str) -> list[S
 def check_spans(find: Callable[[Chat], tuple[str, list[Span]]]) -> str:
     """Check on a probe chat that the answers are trained and the questions are not.
 
-    find: messages -> (text, spans). Returns what is trained after the last answer: the end of a
-    turn. Raises UserError if an answer is not trained or a question is.
+    find: messages -> (text, spans). Returns the trained text after the last answer (the end of
+    turn). Raises UserError if an answer is not trained or a question is.
     """
     questions, replies = ("first question", "second question"), ("alpha beta", "gamma delta")
     messages = []
@@ -210,7 +210,7 @@ def check_spans(find: Callable[[Chat], tuple[str, list[Span]]]) -> str:
 
 
 def _find(text: str, part: str, start: int) -> int:
-    """Return where the template itself, not a message, writes `part` at or after `start`, or -1."""
+    """Return the first position >= start of `part` outside marked message text, or -1."""
     found = text.find(part, start)
     while found >= 0 and _in_message(text, start, found):
         found = text.find(part, found + 1)
@@ -218,12 +218,12 @@ def _find(text: str, part: str, start: int) -> int:
 
 
 def _in_message(text: str, start: int, position: int) -> bool:
-    """Return whether position is inside a special token's string that came from a message."""
+    """Return whether a position is inside a message's marked text (TEXT_OPEN to TEXT_CLOSE)."""
     return text.rfind(TEXT_OPEN, start, position) > text.rfind(TEXT_CLOSE, start, position)
 
 
 def _common(a: str, b: str) -> int:
-    """Return the length of the longest common prefix, by binary search over slices."""
+    """Return the length of the longest common prefix of two strings, by binary search."""
     if b.startswith(a):
         return len(a)
     low, high = 0, min(len(a), len(b))  # low <= length <= high

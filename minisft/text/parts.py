@@ -1,9 +1,9 @@
-"""Message contents that are lists of parts: `[{"type": "text", "text": "..."}]`.
+"""Handle message contents that are lists of parts: `[{"type": "text", "text": "..."}]`.
 
-A template that reads such a list gets it unchanged, and renders it as in transformers. A template
-written for strings prints the list as Python or JSON, omits it, or fails; for it, the texts are
-joined to one string. Which kind a template is, is found by rendering the chat with a marker in
-place of each part's text.
+A template that supports such lists gets them unchanged, and renders them as in transformers. A
+template written for strings would print a list as Python or JSON, omit it, or fail; for these
+templates, the texts of the parts are concatenated. To find out whether a template supports lists,
+the chat is rendered with a marker in place of each part's text.
 """
 
 import json
@@ -14,21 +14,21 @@ from minisft.config.errors import UserError
 
 
 def part_type(part: dict) -> Any:
-    """Return the type of a part that is an object; "text" if it names none."""
+    """Return the type of a content part given as a dict; "text" if it has no type."""
     return "text" if part.get("type") is None else part["type"]
 
 
 def part_text(part: str | dict) -> str | None:
-    """Return the text of a part, or None if it is of another type."""
+    """Return the text of a content part, or None if the part is not of type "text"."""
     if isinstance(part, str):
         return part
     return part["text"] if part_type(part) == "text" else None
 
 
 def join_unread(messages: list[dict], render: Callable[[list[dict]], str]) -> list[dict]:
-    """Return the messages, with the parts that `render` does not write joined to a string.
+    """Return the messages; content lists that the template does not read become strings.
 
-    Raises UserError, naming the part, if a content that must be joined has a part without text.
+    Raises UserError if such a list has a part that is not text. render: messages -> text.
     """
     listed = {i for i, message in enumerate(messages) if isinstance(message.get("content"), list)}
     if not listed:
@@ -36,7 +36,7 @@ def join_unread(messages: list[dict], render: Callable[[list[dict]], str]) -> li
     probe = [_marked(m, i) if i in listed else m for i, m in enumerate(messages)]
     try:
         text = render(probe)
-    # If the chat fails for another reason than its lists, the caller's rendering reports it.
+    # If lists are not the reason for the error, the caller gets it again and reports it.
     except UserError:
         text = ""
     return [
@@ -50,7 +50,7 @@ def _marker(message: int, part: int) -> str:
 
 
 def _marked(message: dict, i: int) -> dict:
-    """Return message i, a marker in place of each part's text or string under its type's name."""
+    """Return message i with a marker in place of the string in each part, part[part["type"]]."""
     parts = []
     for j, part in enumerate(message["content"]):
         if isinstance(part, str):
@@ -62,7 +62,7 @@ def _marked(message: dict, i: int) -> dict:
 
 
 def _is_read(parts: list, i: int, text: str) -> bool:
-    """Return whether the text has every marker of message i, and no printed list or object."""
+    """Return whether text has all markers of message i, and no list or dict as Python or JSON."""
     printed = [parts, *(part for part in parts if isinstance(part, dict))]
     forms = [f(x) for x in printed for f in (str, _json)]
     markers = [m for j in range(len(parts)) if (m := _marker(i, j)) in _json(parts)]
@@ -74,7 +74,7 @@ def _json(value: Any) -> str:
 
 
 def _joined(message: dict, i: int) -> dict:
-    """Return message i with the texts of its parts joined to one string."""
+    """Return message i with the texts of its parts concatenated to one string."""
     texts = []
     for j, part in enumerate(message["content"]):
         text = part_text(part)

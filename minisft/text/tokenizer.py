@@ -1,7 +1,7 @@
-"""Load and export tokenizer directories, without transformers but with the same token ids.
+"""Load and export tokenizer directories without transformers, but with the same token ids.
 
-`tokenizer.json` decides the ids. tokenizer_config.json adds named special tokens, tokens missing
-in tokenizer.json, chat templates and, for tokenizers of the Llama-2 style, another pre-tokenizer.
+tokenizer.json defines the ids. tokenizer_config.json adds named special tokens, tokens missing in
+tokenizer.json, chat templates and, for Llama-2 style tokenizers, a different pre-tokenizer.
 """
 
 import json
@@ -20,9 +20,9 @@ from minisft.files.disk import load_json_object
 SPECIAL_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
-# Built-in chat templates, for bases that ship none: the name of a file in templates/ -> the special
-# tokens that it writes as strings, which the tokenizer must have. `alpaca` and `plain` write only
-# the tokenizer's own BOS and EOS, so they fit every base.
+# Built-in chat templates, for base models without one: name of a file in templates/ -> special
+# tokens that the template writes and the tokenizer must have. `alpaca` and `plain` write only the
+# tokenizer's BOS and EOS, so they work with every base model.
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -33,7 +33,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
-    """A `tokenizers` pipeline with its special tokens, chat templates and files."""
+    """A tokenizer: the `tokenizers` pipeline, special tokens, chat templates and source files."""
 
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # "bos_token" -> "<s>"; only those that are defined
@@ -56,7 +56,7 @@ class Tokenizer:
         return self.chat_templates.get("default")
 
     def template_for(self, tools: list | None) -> str:
-        """Return the chat template for a chat with these tools; UserError if there is none."""
+        """Return the template for a chat with these tools; raises UserError if there is none."""
         if tools is not None and "tool_use" in self.chat_templates:
             return self.chat_templates["tool_use"]
         if self.chat_template is None:
@@ -69,9 +69,9 @@ class Tokenizer:
 
     @cached_property
     def special_text(self) -> re.Pattern[str]:
-        """Matches any special token's string in a text, with the whitespace that it absorbs."""
+        """A pattern that matches any special token, with the whitespace that the token absorbs."""
         special = [t for t in self.backend.get_added_tokens_decoder().values() if t.special]
-        # The first alternative that matches wins, so a token comes before its own substrings.
+        # A regular expression takes the first alternative that matches, so longer tokens go first.
         special.sort(key=lambda t: len(t.content), reverse=True)
         return re.compile(
             "|".join(
@@ -83,7 +83,7 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of special tokens."""
+        """The ids of all special tokens."""
         decoder = self.backend.get_added_tokens_decoder()
         return frozenset(i for i, token in decoder.items() if token.special)
 
@@ -93,9 +93,9 @@ class Tokenizer:
 
 
 def tokenizer_of(adapter: Path, base: Path) -> Path:
-    """Return the directory of an adapter's tokenizer: the adapter's, its run's, or the base's.
+    """Return the first directory with a tokenizer.json: adapter, its run, or else the base.
 
-    The adapter's own comes first because its chat template may differ from that of the base.
+    The adapter is tried first because its chat template may differ from the base's.
     """
     run = [adapter.parent] if adapter.name.startswith("checkpoint-") else []
     return next((p for p in (adapter, *run) if (p / "tokenizer.json").exists()), base)
@@ -104,19 +104,19 @@ def tokenizer_of(adapter: Path, base: Path) -> Path:
 def load_tokenizer(directory: Path | str, *, chat_template: str = "") -> Tokenizer:
     """Load a tokenizer from tokenizer.json and the small files next to it.
 
-    chat_template: a template file or the name of a built-in one, replacing the directory's own.
+    chat_template: a file or a built-in template's name, which replaces the directory's templates.
     Raises UserError for a missing or malformed file, or an added token with conflicting ids.
     """
     directory = Path(directory)
     files = _read_files(directory)
     backend = _load_backend(files, directory)
     config = load_json_object(directory / _CONFIG) if _CONFIG in files else {}
-    # As transformers does: special_tokens_map.json belongs to the older form of the config.
+    # transformers too reads special_tokens_map.json only next to the older form of the config.
     if _MAP in files and "added_tokens_decoder" not in config:
         config = config | load_json_object(directory / _MAP)
     special_tokens = {n: _content(config[n]) for n in SPECIAL_NAMES if config.get(n)}
-    # transformers v5 ignores the normalizer and pre-tokenizer of such a file. The ids differ from
-    # those of tokenizer.json alone, for instance in text that starts with two spaces.
+    # For Llama-2 style tokenizers, transformers v5 ignores the normalizer and pre-tokenizer of
+    # tokenizer.json, which changes the ids of, for example, text that starts with two spaces.
     if _is_llama2_style(config, files["tokenizer.json"]):
         scheme = "always" if config.get("legacy") else "first"
         scheme = "never" if config.get("add_prefix_space") is False else scheme
@@ -133,7 +133,7 @@ def load_tokenizer(directory: Path | str, *, chat_template: str = "") -> Tokeniz
 
 
 def _load_backend(files: dict[str, bytes], directory: Path) -> tokenizers.Tokenizer:
-    """Parse tokenizer.json, and switch off the truncation and padding that it may ask for."""
+    """Parse tokenizer.json, with its truncation and padding switched off."""
     if "tokenizer.json" not in files:
         remedy = "is this a model directory? A tokenizer.model alone must be converted first"
         raise UserError(f"{directory}: no tokenizer.json; expected a fast tokenizer ({remedy})")
@@ -150,17 +150,17 @@ def _load_backend(files: dict[str, bytes], directory: Path) -> tokenizers.Tokeni
 
 
 def _chosen_template(name: str, special: set[str]) -> str:
-    """Return the template that --chat-template names. special: the tokenizer's special tokens."""
+    """Return the text of the template that --chat-template names. special: the special tokens."""
     path = Path(name)
     if name in BUILT_IN:
-        # Else it would become tokens of text, and the end of a turn would not stop generation.
+        # A token that is not special would be split into text, and would not stop generation.
         if missing := [token for token in BUILT_IN[name] if token not in special]:
             raise UserError(
                 f"--chat-template {name} writes {', '.join(missing)}, which this tokenizer does "
                 "not have as special tokens; use alpaca or plain, which end a turn with its own EOS"
             )
-        # The files have no line break but those that a template writes, at their end too: runs save
-        # the text, and its bytes are part of the key under which tokenised rows are cached.
+        # Do not reformat the template files or add a final newline: runs save the text, and the
+        # cache key of tokenised rows depends on its bytes.
         return (Path(__file__).parent / "templates" / f"{name}.jinja").read_bytes().decode()
     if not path.is_file():
         raise UserError(
@@ -184,14 +184,14 @@ def _read_files(directory: Path) -> dict[str, bytes]:
 
 
 def _content(token: Any) -> str:
-    """Return the string of a special token, which is stored plain or as an AddedToken object."""
+    """Return the string of a special token, which is stored as a string or an AddedToken dict."""
     return token["content"] if isinstance(token, dict) else str(token)
 
 
 def _is_llama2_style(config: dict, tokenizer_json: bytes) -> bool:
-    """Return whether transformers v5 rebuilds the pipeline from vocabulary and merges.
+    """Return whether transformers v5 rebuilds this tokenizer from its vocabulary and merges.
 
-    It does so for LlamaTokenizer, but not for byte-level files such as Llama-3's.
+    transformers does so for LlamaTokenizer, except for byte-level tokenizers such as Llama-3's.
     """
     declared = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     return declared == "LlamaTokenizer" and b'"ByteLevel"' not in tokenizer_json
@@ -200,13 +200,13 @@ def _is_llama2_style(config: dict, tokenizer_json: bytes) -> bool:
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: dict, special_tokens: dict[str, str], source: Path
 ) -> None:
-    """Add the tokens that the config declares and tokenizer.json lacks: by id, then by name."""
+    """Add tokens that the config declares and tokenizer.json lacks: first those with an id."""
     present = backend.get_added_tokens_decoder()
     declared = {int(i): t for i, t in (config.get("added_tokens_decoder") or {}).items()}
     for index, token in sorted(declared.items()):
         fields = {k: v for k, v in token.items() if not k.startswith("__")}
         added = AddedToken(**fields)
-        # repr() lists the content and every flag: a token whose flags differ is replaced.
+        # Compare repr(), which shows the content and all flags; replace a token that differs.
         if index in present and repr(present[index]) == repr(added):
             continue
         backend.add_tokens([added])
@@ -225,9 +225,9 @@ def _add_tokens(
 
 
 def _templates(files: dict[str, bytes], config: dict, directory: Path) -> dict[str, str]:
-    """Return the directory's chat templates by name.
+    """Return the chat templates of a tokenizer directory: name -> text.
 
-    Template files override the config key, which is a string or a list of {name, template}.
+    Template files override chat_template in the config: a string or a list of {name, template}.
     """
     found = {}
     for name in files:
@@ -248,16 +248,16 @@ def _templates(files: dict[str, bytes], config: dict, directory: Path) -> dict[s
 
 def _decode_utf8(data: bytes, path: Path) -> str:
     try:
-        # As Python's text mode, which transformers uses: a template's line ends become "\n".
+        # Convert line ends to "\n", as transformers does by reading templates in text mode.
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
 
 
 def export_tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the files to write next to an adapter or merged model: relative name -> content.
+    """Return the tokenizer files of an adapter or merged model: relative name -> content.
 
-    AutoTokenizer.from_pretrained reads them without a config.json. Chat templates are written to
+    AutoTokenizer.from_pretrained loads them without a config.json. Chat templates are written to
     chat_template.jinja and additional_chat_templates/NAME.jinja, not to tokenizer_config.json.
     """
     copied = ("tokenizer.json", _CONFIG, _MAP)
