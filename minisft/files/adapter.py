@@ -59,8 +59,8 @@ def save_adapter(
 
     tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, of any float dtype, on any
     device; written as float32. With a tied base, the one trained copy is written under both keys.
-    base_4bit: quantisation of the adapter's base (`quant_state.kinds`), "" if not in 4 bits; stored in
-    the metadata, for `base_in_4bit` and `other_4bit`.
+    base_4bit: quantisation of the adapter's base (`quant_state.kinds`), "" if not in 4 bits; stored
+    in the metadata, for `base_in_4bit` and `other_4bit`.
     Each file is written atomically, the config last.
     Raises UserError if the directory cannot be written, ValueError if the tensors do not fit.
     """
@@ -87,7 +87,7 @@ def save_adapter(
 def base_in_4bit(directory: str | Path) -> bool | None:
     """Return whether the adapter belongs on a 4-bit base; None if the file does not record it.
 
-    Files written by PEFT do not record it. Raises UserError if the weights file is missing or malformed.
+    PEFT's files do not record it. Raises UserError if the weights file is missing or malformed.
     """
     stated = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(FOUR_BIT_KEY)
     return None if stated is None else stated == "true"

@@ -100,8 +100,8 @@ def save_shards(
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
-    dtype: dtype to store; None: each tensor's own dtype. A tensor larger than max_bytes is stored in
-    a separate shard. `tensors` may be a generator: at most one shard is in host memory at a time.
+    dtype: dtype to store; None: each tensor's dtype. A tensor larger than max_bytes is stored in a
+    separate shard. `tensors` may be a generator: at most one shard is in host memory at a time.
     """
     parts: list[tuple[Path, list[str]]] = []
     count, total = 0, 0

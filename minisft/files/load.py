@@ -73,8 +73,8 @@ def load_base(
     the decoded values. initial_lora: Base.initial_lora of the run to resume; if empty, the initial
     A and B of PiSSA and OLoRA are computed. directory: result of an earlier call of `find_base`.
     With config.dry_run, everything is checked but all tensors are on torch's meta device. Raises
-    UserError for a 4-bit base whose weights would change, a missing or damaged file, or an
-    unavailable device, dtype or optimizer.
+    UserError for a 4-bit base whose weights would change, for missing or invalid files, and in the
+    cases of `find_base` and `check_patterns`.
     """
     started = time.perf_counter()
     directory = directory or find_base(config)

@@ -58,7 +58,7 @@ class QuantState(NamedTuple):
         }
 
     def keys(self, weight: str) -> list[str]:
-        """Return the keys of all tensors of the matrix with key `weight`, the packed weights first."""
+        """Return the keys of all tensors of the matrix named `weight`, the packed weights first."""
         return [weight, *(f"{weight}.{member}" for member in self.members())]
 
 
@@ -137,7 +137,7 @@ def check_members(weight: str, state: QuantState, infos: Mapping[str, TensorInfo
     """Check the dtypes and shapes of one matrix's tensors against its quant state.
 
     infos: key -> TensorInfo of every tensor in the checkpoint.
-    Raises UserError for the first tensor that is missing, unexpected, or has another dtype or shape.
+    Raises UserError for the first tensor that is missing, unexpected, or of another dtype or shape.
     """
     members = state.members()
     for member in _MEMBERS:
@@ -175,7 +175,7 @@ def assemble(weight: str, state: QuantState, tensors: Mapping[str, Tensor]) -> N
     if (parts["quant_map"] - code).abs().max() > 1e-6:
         raise _damaged(f"{weight}.quant_map is not the code of {state.quant_type}")
     matrix = _matrix(state, packed, parts)
-    # nested_code * nested_absmax + nested_offset can overflow although each factor is finite.
+    # nested_code * nested_absmax + nested_offset can overflow although its parts are finite.
     if not scales(matrix).isfinite().all():
         raise _damaged(f"{weight}.absmax decodes to scales that are not finite")
     return matrix
@@ -203,7 +203,7 @@ def _matrix(state: QuantState, packed: Tensor, parts: dict[str, Tensor]) -> NF4W
 
 
 def to_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the safetensors tensors of one matrix by key. dtype: the model's compute dtype."""
+    """Return the tensors to store for one matrix, by key. dtype: the model's, for the quant state."""
     raw = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,

@@ -33,7 +33,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*
 def resolve_model(name: str, revision: str | None = None) -> Path:
     """Return the local directory of a model; a hub id is downloaded into the hub's cache.
 
-    A local directory needs no network. Raises UserError if `name` is neither a directory nor a hub id.
+    A local directory needs no network. Raises UserError if `name` is not a directory or hub id.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -114,8 +114,8 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
 def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4Weight]]:
     """Yield (HF key, weight as stored, on CPU) one at a time, file by file.
 
-    Host memory then holds one weight at a time if the caller does not keep them, plus scales that
-    are stored in the files before their 4-bit matrix. Raises UserError naming a damaged file.
+    Host memory holds one weight at a time, if the caller keeps no reference, plus any scales that
+    are stored before their 4-bit matrix. Raises UserError naming a damaged file.
     """
     four_bit = checkpoint.four_bit
     owners = {key: weight for weight, state in four_bit.items() for key in state.keys(weight)}
@@ -155,7 +155,7 @@ def to_device(
 
 @contextmanager
 def quantising(name: str, file: Path | None = None) -> Iterator[None]:
-    """Turn a ValueError of `quantize` into a UserError that names the weight, and `file` if given."""
+    """Turn a ValueError of `quantize` into a UserError that names the weight, and any `file`."""
     try:
         yield
     except ValueError as e:
