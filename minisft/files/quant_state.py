@@ -203,7 +203,7 @@ def _matrix(state: QuantState, packed: Tensor, parts: dict[str, Tensor]) -> NF4W
 
 
 def to_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors to store for one matrix, by key. dtype: the model's, for the quant state."""
+    """Return the tensors that store one matrix, by key. dtype: the model's, for its JSON."""
     raw = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
