@@ -1,1 +1,1 @@
-"""From rows to token arrays: read, tokenise, label, pack, cache, preview (see README.md)."""
+"""Convert dataset rows to token arrays: read, tokenise, label, pack, cache, preview (README.md)."""

@@ -1,4 +1,4 @@
-"""A user's `batch_fn` (data collator) applied to rows of a TokenizedDataset."""
+"""Apply a user's `batch_fn` (data collator) to rows of a TokenizedDataset."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from torch import Tensor
 from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
 
-# A data collator: [{"input_ids", "labels", "attention_mask"}, ...] of one micro-batch's rows -> the
-# same three as [rows, length] tensors or lists, padded where the mask is 0 (no mask: no padding),
-# as transformers' DataCollatorForSeq2Seq and DataCollatorForLanguageModeling(mlm=False) return
-# them. It must be a function of its input alone, or resuming changes the run.
+# A data collator takes a micro-batch's rows, [{"input_ids", "labels", "attention_mask"}, ...], and
+# returns the same three keys as [rows, length] tensors or lists, padded where the mask is 0 (no
+# mask: no padding), like transformers' DataCollatorForSeq2Seq or DataCollatorForLanguageModeling(
+# mlm=False). Its result must depend on its input only; otherwise resuming changes the run.
 BatchFn = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """A batch_fn as a function of (dataset, rows of each batch), for `Batches.collate`."""
+    """Adapt a batch_fn to `Batches.collate`, which passes a dataset and the rows of each batch."""
 
     batch_fn: BatchFn
     vocab_size: int  # the ids and labels that batch_fn returns must be below it
 
     def __call__(self, dataset: TokenizedDataset, batches: list[list[int]]) -> TokenizedDataset:
-        """Return the rows of all batches after batch_fn, in order and without its padding.
+        """Return the rows that batch_fn makes of all batches, in order, with the padding removed.
 
-        Raises UserError, naming what is wrong, if batch_fn fails or its result is not a batch of
-        this model's ids.
+        Raises UserError that states the problem if batch_fn fails, or returns a malformed batch or
+        ids that the model does not have.
         """
         rows: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
@@ -39,7 +39,7 @@ class Collator:
                 mask = [1] * (stop - start)
                 examples.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
             ids, labels, mask = _tensors(_call(self.batch_fn, examples), self.vocab_size)
-            # Micro-batches hold no padding: rows are concatenated, so it is removed again here.
+            # Rows are concatenated in a micro-batch, so remove the padding that batch_fn added.
             rows += [(i[m], t[m]) for i, t, m in zip(ids, labels, mask, strict=True) if m.any()]
         if not rows:
             raise UserError("batch_fn left no row in a batch; expected at least one token")
@@ -58,8 +58,8 @@ def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[st
         try:
             return batch_fn(examples)
         except ValueError:
-            # A collator that makes its own labels (DataCollatorForLanguageModeling) cannot pad
-            # given ones. Where every token is trained, the labels say nothing: try without them.
+            # DataCollatorForLanguageModeling creates labels and cannot pad labels in its input. If
+            # every token is trained, the labels equal the ids, so call it again without labels.
             if any(row["labels"] != row["input_ids"] for row in examples):
                 raise
             return batch_fn([{k: v for k, v in row.items() if k != "labels"} for row in examples])
@@ -74,7 +74,7 @@ def _call(batch_fn: BatchFn, examples: list[dict[str, list[int]]]) -> Mapping[st
 
 
 def _tensors(made: Mapping[str, Any], vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, labels, bool attention_mask), each [rows, length], of batch_fn's result."""
+    """Convert batch_fn's result to (input_ids, labels, bool attention_mask), all [rows, length]."""
     try:
         ids = torch.as_tensor(made["input_ids"])
         labels = torch.as_tensor(made["labels"])

@@ -1,7 +1,7 @@
-"""Detect the format of a dataset from its columns, and read a row of each format as an Example.
+"""Detect the format of a dataset from its columns, and convert rows of each format to an Example.
 
-A row is a UserError if a value is missing, null or of another type, a chat is empty, a role is
-unknown or content is not text. It names the column; `minisft.data.tokenize` adds file and row.
+The readers raise UserError if a value is missing, null or of the wrong type, a chat is empty, a
+role is unknown or content is not text. It names the column; `data.tokenize` adds file and row.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from minisft.config.errors import UserError, closest
 from minisft.text.parts import part_text, part_type
 
-# Format -> the columns that it needs; the first that has all of its columns is taken.
+# Format -> its required columns. Detection takes the first format whose columns all exist.
 FORMATS = {
     "input_ids": ("input_ids",),
     "prompt-completion": ("prompt", "completion"),
@@ -30,9 +30,9 @@ ROLES = (
     "observation",
 )  # fmt: skip
 MEDIA = ("image", "audio", "video")  # in the types and keys of a content's parts
-# The ShareGPT spelling (`from`/`value`) comes with role names that chat templates do not know.
+# ShareGPT messages (`from`/`value`) use role names that chat templates do not know; rename them.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-# Other names of our columns in common datasets, for the suggestion in an error.
+# Our column name -> names that common datasets use instead, to suggest a rename in an error.
 _LIKELY = {
     "prompt": ("question", "instruction", "query", "input"),
     "completion": ("answer", "response", "output", "target", "chosen"),
@@ -41,7 +41,7 @@ _LIKELY = {
 
 
 class Example(NamedTuple):
-    """One row of any format: text if the fields are strings, a chat if they are message lists."""
+    """One row of any format: prompt and completion are strings (text) or message lists (chat)."""
 
     prompt: str | list[dict] | None  # context, not trained by default; None: no prompt
     completion: str | list[dict]  # what is trained: all of the text or chat if prompt is None
@@ -50,9 +50,9 @@ class Example(NamedTuple):
 
 
 def detect_format(columns: Iterable[str], *, text_field: str = "text", source: str = "") -> str:
-    """Return the first of FORMATS whose columns are all there.
+    """Return the first of FORMATS whose required columns are all in `columns`.
 
-    Raises UserError with the columns found, the nearest guess, and the flag that fixes it.
+    Otherwise raises UserError with the columns found and the flag that would most likely fix it.
     """
     columns = list(columns)
     for format in FORMATS:
@@ -67,13 +67,13 @@ def detect_format(columns: Iterable[str], *, text_field: str = "text", source: s
 
 
 def missing_columns(format: str, columns: Iterable[str], *, text_field: str = "text") -> list[str]:
-    """Return the columns that a format needs and that are missing."""
+    """Return the columns that `format` requires and `columns` lacks."""
     needed = (text_field,) if format == "text" else FORMATS[format]
     return [name for name in needed if name not in set(columns)]
 
 
 def _remedy(columns: list[str]) -> str:
-    """The flag that most likely makes these columns a known format."""
+    """Suggest the flag that most likely maps these columns to a known format."""
 
     def guess(ours: str, taken: str | None = None) -> str | None:
         likely = [c for c in columns if c.lower() in (ours, *_LIKELY[ours])]
@@ -93,12 +93,12 @@ def _remedy(columns: list[str]) -> str:
 
 
 def read_text(record: dict, *, text_field: str = "text") -> Example:
-    """Read a row of plain text: Example(None, str)."""
+    """Convert a row of plain text to Example(None, text)."""
     return Example(None, _string(record, text_field))
 
 
 def read_prompt_completion(record: dict) -> Example:
-    """Read a row of prompt and completion, both strings or both message lists."""
+    """Convert a row whose prompt and completion are both strings or both message lists."""
     prompt, completion = (_present(record, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Example(_string(record, "prompt"), _string(record, "completion"))
@@ -113,16 +113,16 @@ def read_prompt_completion(record: dict) -> Example:
 
 
 def read_messages(record: dict) -> Example:
-    """Read a chat from `messages` (or `conversations`), role/content or from/value."""
+    """Convert a row whose `messages` (or `conversations`) have keys role/content or from/value."""
     other = "messages" not in record and "conversations" in record
     name = "conversations" if other else "messages"
     return Example(None, _messages(_present(record, name), name), **_chat_extras(record))
 
 
 def read_sharegpt(record: dict) -> Example:
-    """Read a chat from `conversations` of from/value, and an optional `system` text.
+    """Convert a ShareGPT row: `conversations` with keys from/value, and an optional `system` text.
 
-    from/value become role/content, human and gpt become user and assistant.
+    The keys become role and content; the roles human and gpt become user and assistant.
     """
     chat = _messages(_present(record, "conversations"), "conversations")
     if record.get("system"):
@@ -133,7 +133,7 @@ def read_sharegpt(record: dict) -> Example:
 
 
 def read_alpaca(record: dict) -> Example:
-    """Read `instruction`, `input` (may be empty or missing) and `output` as one turn of a chat.
+    """Convert `instruction`, `input` (may be empty or missing) and `output` to one turn of a chat.
 
     The user's message is the instruction and, after an empty line, the input; a `system` text comes
     first. The output is the completion.
@@ -149,7 +149,7 @@ def read_alpaca(record: dict) -> Example:
 
 
 def is_empty(example: Example) -> bool:
-    """Return True if the completion, text or last assistant message is blank."""
+    """Return True if the completion is blank: its text, or its last message (an assistant's)."""
     if isinstance(example.completion, str):
         return not example.completion.strip()
     last = example.completion[-1]
@@ -174,7 +174,7 @@ def _chat_extras(record: dict) -> dict[str, Any]:
     variables = record.get("chat_template_kwargs")
     if variables is not None and not isinstance(variables, dict):
         raise UserError(f"chat_template_kwargs is {_kind(variables)}; expected an object")
-    # Some templates write a tool preamble for [], none for None.
+    # Some templates write a tool preamble for an empty list, but not for None.
     return {"tools": tools or None, "variables": variables}
 
 
@@ -231,9 +231,9 @@ def _check_part(part: dict, name: str) -> None:
 
 
 def _may_be_silent(message: dict) -> bool:
-    """Whether a message may lack content: an assistant's or tool's with another key, such as calls.
+    """Return True if a message needs no content: an assistant's or tool's with another key.
 
-    A misspelt `content` does not count as another key.
+    For example tool_calls. A misspelt `content` does not count as another key.
     """
     others = [key for key, value in message.items() if value is not None and key != "role"]
     meant = "content" not in message and closest("content", others)
@@ -254,7 +254,7 @@ def _string(record: dict, name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The kind of a JSON value and the start of its text, for messages."""
+    """Describe a JSON value for an error message: its type and the start of its repr."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}

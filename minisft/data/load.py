@@ -1,6 +1,6 @@
-"""The datasets of a run: read, checked against the model, tokenised or taken from a cache.
+"""Load the datasets of a run: read and tokenise them, or take them from a cache; check token ids.
 
-A dry run takes a sample of each source.
+A dry run reads only a sample of each source.
 """
 
 import dataclasses
@@ -52,15 +52,15 @@ def load_data(
     """Read, render, tokenise and (with --packing) pack the rows of a run.
 
     vocab_size: rows of the embedding. out: directory for tokens that do not fit in memory; a dry
-    run uses a temporary one. say: prints a line. Raises UserError if nothing is left to train.
+    run uses a temporary directory. say: prints a line. Raises UserError if no token is trained.
     """
     _check_vocabulary(config, tokenizer, vocab_size)
     scratch = Path(tempfile.gettempdir()) if config.dry_run else out
     load = functools.partial(load_rows, config, tokenizer, vocab_size, scratch=scratch, say=say)
-    # A preview file without --preview holds all rows.
+    # --preview-json without --preview writes all rows to the file, so it needs more than a sample.
     sampled = config.dry_run and (config.preview or not config.preview_json)
     train_set = load(limit=max(SAMPLE_ROWS, config.preview) if sampled else None)
-    # Packing makes fewer rows than it reads, and some may be dropped: then read all of them.
+    # Packing merges rows and malformed rows may be dropped: if too few are left, read all rows.
     if is_sample(train_set) and len(train_set) < config.preview:
         train_set = load()
     eval_set = None
@@ -70,15 +70,15 @@ def load_data(
         return Data(train_set, eval_set, hash="")
     hash = data_hash(train_set)
     weights = [weight for _, weight in config.sources]
-    # Weights change the order of the rows and nothing in the arrays, but a checkpoint of other
-    # weights must not be resumed.
+    # Source weights change only the order of the rows, not the arrays. They are hashed so that a
+    # checkpoint from a run with other weights cannot be resumed.
     if any(weights):
         hash = hashlib.sha256(f"{hash} {weights}".encode()).hexdigest()
     return Data(train_set, eval_set, hash)
 
 
 def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has ids beyond the embedding, used by these rows or not."""
+    """Raise UserError if any tokenizer id exceeds the embedding, even if no row uses that id."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     token, last = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
     if last >= vocab_size:
@@ -99,12 +99,12 @@ def load_rows(
     say: Callable[[str], None],
     for_eval: bool = False,
 ) -> TokenizedDataset:
-    """Return all sources of --dataset as one TokenizedDataset, concatenated.
+    """Tokenise all sources of --dataset and return them concatenated in one TokenizedDataset.
 
-    for_eval: the rows of --eval-dataset instead, not packed. scratch: a directory for tokens that
-    do not fit in memory. limit: rows to read of each source. With --dataset-cache-dir, arrays that
-    an earlier run made from the same input are loaded. vocab_size: rows of the embedding. say:
-    prints a line. Raises UserError naming the source, and the malformed row.
+    for_eval: use --eval-dataset instead, without packing. scratch: a directory for tokens that do
+    not fit in memory. limit: number of rows to read from each source. With --dataset-cache-dir,
+    arrays that an earlier run cached for the same input are loaded. vocab_size: rows of the
+    embedding. say: prints a line. Raises UserError naming the source, and the malformed row.
     """
     names = [config.eval_dataset] if for_eval else [name for name, _ in config.sources]
     settings = data_settings(config, config.packing and not for_eval)
@@ -114,7 +114,7 @@ def load_rows(
             raise UserError(
                 f"{source['source']}: keeps none of its {source['rows_read']} rows; leave it out"
             )
-    # Rows of token ids bypass the tokenizer. On a GPU such an id ends in a device assert.
+    # A dataset of token ids bypasses the tokenizer; on a GPU, an id too large is a device assert.
     highest = dataset.stats["max_token_id"]
     if highest >= vocab_size:
         raise UserError(
@@ -138,7 +138,7 @@ def _load(
         cache = Path(config.dataset_cache_dir)
         with writing_tokens(cache):
             check_writable(cache)
-        # A sample (limit) is never cached: its key would be that of all rows.
+        # Do not cache a sample (limit): the cache key does not include the limit.
         entry = cache / cache_key(names, config, tokenizer, settings) if limit is None else None
     if entry is not None and (found := load_tokens(entry)) is not None:
         say(f"tokenised rows of {', '.join(names)}: from {entry}")
@@ -148,7 +148,7 @@ def _load(
             name,
             split=config.dataset_split,
             columns=config.column_map,
-            # Several sources, and eval rows, may have our column names already.
+            # With several sources or an eval set, some may already use our column names.
             columns_optional=len(names) > 1 or name == config.eval_dataset,
             skip_bad=config.skip_bad,
         )
@@ -164,7 +164,7 @@ def _load(
 
 
 def data_settings(config: TrainConfig, packing: bool) -> Settings:
-    """Return the part of a run's settings that shapes the token arrays."""
+    """Return the settings of a run that affect the token arrays."""
     return Settings(
         format=None if config.dataset_format == "auto" else config.dataset_format,
         text_field=config.dataset_text_field,
@@ -182,7 +182,7 @@ def data_settings(config: TrainConfig, packing: bool) -> Settings:
 def cache_key(
     names: list[str], config: TrainConfig, tokenizer: Tokenizer, settings: Settings
 ) -> str:
-    """Return the SHA-256 (hex) of everything that shapes the token arrays, our code included."""
+    """Return the SHA-256 (hex) of everything that affects the token arrays, including our code."""
     code = hashlib.sha256()
     for room in ("text", "data"):
         files = (Path(__file__).parents[1] / room).rglob("*")
@@ -205,7 +205,7 @@ def cache_key(
 
 
 def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data:
-    """Return the data with its eval rows collated; training rows are collated step by step."""
+    """Apply batch_fn to the eval rows and return the data; training rows are collated per step."""
     if collator is None:
         return data
     if config.packing:
@@ -219,14 +219,14 @@ def collated(data: Data, config: TrainConfig, collator: Collator | None) -> Data
 
 
 def is_sample(dataset: TokenizedDataset) -> bool:
-    """Return True if some rows of its sources were not read."""
+    """Return True if some rows of the dataset's sources were not read (a dry run's sample)."""
     return any(source["rows_read"] < source["rows_total"] for source in dataset.stats["sources"])
 
 
 def estimated_rows(dataset: TokenizedDataset, what: str = "rows") -> list[int]:
-    """Estimate the rows of each source once all of it is read, from the share that is kept so far.
+    """Estimate the number of rows of each source if all of it were read, by scaling up the sample.
 
-    what: "rows" of the result, or "rows_kept", before they are packed.
+    what: "rows" counts rows of the result; "rows_kept" counts rows before packing.
     """
     return [
         math.ceil(source[what] * source["rows_total"] / max(1, source["rows_read"]))
@@ -235,20 +235,20 @@ def estimated_rows(dataset: TokenizedDataset, what: str = "rows") -> list[int]:
 
 
 def most_tokens(data: Data, batches: Batches, steps: int) -> int:
-    """Return the tokens of the largest micro-batch among the first steps, of the rows read."""
+    """Return the tokens of the largest micro-batch in the first `steps` steps on the rows read."""
     schedule = dataclasses.replace(batches.schedule, num_rows=len(data.train), shares=())
     most = 0
     for step in range(min(steps, schedule.steps_per_epoch, _SAMPLE_STEPS)):
         rows = [row for batch in schedule.rows(step) for row in batch]
         lengths = data.train.row_lengths[rows].tolist()
-        # The lengths stand for the rows: only their sums are wanted.
+        # Pass the lengths in place of the rows: only the sum of each micro-batch is needed.
         cuts = cut_by_tokens(lengths, lengths, batches.max_tokens)
         most = max(most, *map(sum, cuts))
     return most
 
 
 def check_rows(config: TrainConfig, data: Data) -> None:
-    """Raise UserError if there are fewer rows, before packing, than one batch takes."""
+    """Raise UserError if the dataset has fewer rows, before packing, than one batch."""
     rows = sum(estimated_rows(data.train, "rows_kept"))
     if rows < config.per_device_train_batch_size:
         raise UserError(
@@ -259,7 +259,7 @@ def check_rows(config: TrainConfig, data: Data) -> None:
 
 
 def num_shared(train: TokenizedDataset, other: TokenizedDataset) -> int:
-    """Return how many documents of `other` are among the training documents, token for token."""
+    """Return how many documents of `other` have the same tokens as some training document."""
     if train.digests is None or other.digests is None:
         return 0
     return int(np.isin(other.digests.numpy(), train.digests.numpy()).sum())

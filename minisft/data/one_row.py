@@ -1,4 +1,4 @@
-"""One row to documents: its text, then token ids with a label each, cut to max_length."""
+"""Convert one row to documents: render its text, label its token ids, cut them to max_length."""
 
 import json
 import re
@@ -21,10 +21,10 @@ Piece = tuple[np.ndarray, np.ndarray]  # (ids, labels) of a document, int32 [n] 
 
 
 class Rendered(NamedTuple):
-    """The strings of one row, and what was noticed while rendering it."""
+    """The rendered text of one row, its trained spans, and flags for warnings about it."""
 
     text: str  # all of the row: prompt and completion
-    # A chat carries its template's special tokens; a text gets those of the tokenizer.
+    # True: the template already wrote the special tokens. False: the tokenizer adds its own.
     is_chat: bool
     prompt: str | None  # the prompt alone, where the row has one
     spans: list[Span] | None  # characters of `text` that are trained; None: all of them
@@ -35,7 +35,7 @@ class Rendered(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One tokenised row, and the names of what `stats` counts in it."""
+    """One tokenised row, and flags that `data.stats` counts over all rows."""
 
     ids: np.ndarray  # int32 [n]
     labels: np.ndarray  # int32 [n]; IGNORED where not trained
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 def render_example(example: Example, settings: Settings, tokenizer: Tokenizer) -> Rendered:
-    """Return the strings of a row: text with EOS appended, or a chat rendered by its template.
+    """Render a row: append EOS to a text, or apply the chat template to a chat.
 
     Raises UserError if the template fails or the text cannot be tokenised.
     """
@@ -54,7 +54,7 @@ def render_example(example: Example, settings: Settings, tokenizer: Tokenizer) -
     prompt, completion = example.prompt, example.completion
     assert prompt is None or isinstance(prompt, str)
     eos = tokenizer.special_tokens["eos_token"]
-    # Without a trained EOS the model never learns to stop. Rows that end in one keep it single.
+    # Without a trained EOS the model never learns to stop. Do not add a second one.
     completion += "" if completion.endswith(eos) else eos
     text = _encodable((prompt or "") + completion)
     return Rendered(text, False, prompt, _part_spans(text, settings))
@@ -95,15 +95,15 @@ def _part_spans(text: str, settings: Settings) -> list[Span] | None:
 
 
 def _encodable(text: str) -> str:
-    """Return the text; raises UserError if it cannot be tokenised."""
-    # One text of 105 M characters took 11.6 GB to tokenise.
+    """Return `text` unchanged; raise UserError if it cannot be tokenised."""
+    # Limit the length: tokenising one text of 105 M characters took 11.6 GB of memory.
     if len(text) > sandbox.MAX_CHARS:
         raise UserError(
             f"the text has {len(text):,} characters; at most {sandbox.MAX_CHARS:,} of one row are "
             "tokenised: split it into several rows"
         )
     try:
-        # JSON can spell half of a surrogate pair ("\ud83d"); UTF-8, and so the tokenizer, cannot.
+        # JSON can contain half of a surrogate pair ("\ud83d"), which cannot be encoded as UTF-8.
         if not text.isascii():
             text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -114,13 +114,13 @@ def _encodable(text: str) -> str:
     return text
 
 
-# Names that a row's chat_template_kwargs may set but that are not template variables.
+# Keys of chat_template_kwargs that are arguments of rendering, not variables of the template.
 _RENDER_NAMES = ("chat_template", "tools", "documents", "add_generation_prompt")
 _REFUSED_NAMES = ("messages", "continue_final_message", "tokenize", "return_dict")
 
 
 def _render_arguments(example: Example, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
-    """(template, arguments of `chat.render`) of a row."""
+    """Return the chat template of a row, and the keyword arguments of `chat.render`."""
     variables = dict(example.variables or {})
     if refused := [name for name in _REFUSED_NAMES if name in variables]:
         raise UserError(f"chat_template_kwargs sets {refused[0]!r}, which a row cannot choose")
@@ -147,7 +147,7 @@ def _render(
 def _leaves_out_tools(
     example: Example, messages: list[dict], tokenizer: Tokenizer, text: str
 ) -> bool:
-    """Whether the chat, rendered as `text`, is the same without the row's tools."""
+    """Return True if the row has tools and rendering without them also gives `text`."""
     variables = dict(example.variables or {})
     if not variables.pop("tools", example.tools):
         return False
@@ -161,7 +161,7 @@ def _leaves_out_tools(
 def _assistant_spans(
     example: Example, messages: list[dict], tokenizer: Tokenizer
 ) -> tuple[str, list[Span]]:
-    """(rendered chat, the characters of the assistant's turns)."""
+    """Return the rendered chat and the character spans of the assistant's turns."""
     template, arguments = _render_arguments(example, tokenizer)
     del arguments["add_generation_prompt"]
     marked = mark_special_text(tokenizer, messages)
@@ -180,18 +180,18 @@ def _renderer(template: str, arguments: dict[str, Any]) -> masks.Render:
     )
 
 
-# Rendering the probe chat for every row would double the rendering; rows share their arguments.
+# Cached because most rows have equal arguments: a probe chat per row would double the rendering.
 @lru_cache(maxsize=64)
 def _turn_shape(template: str, arguments: str, special: re.Pattern[str]) -> masks.TurnShape:
-    """`masks.turn_shape` of a template under a row's render arguments (JSON, to be hashable)."""
+    """Call `masks.turn_shape` for a template and render arguments (JSON, to be hashable)."""
     return masks.turn_shape(_renderer(template, json.loads(arguments)), special)
 
 
 def end_of_turn(settings: Settings, tokenizer: Tokenizer) -> str | None:
-    """Return what ends a trained turn with assistant_only_loss, else None.
+    """Return the text that ends a trained turn if assistant_only_loss is set, else None.
 
-    Checks the masks on a probe chat before the first row; raises UserError if an answer would not
-    be trained or a question would be.
+    Checks the masks on a probe chat; raises UserError if the answer in it would not be trained, or
+    the question would be.
     """
     if not settings.assistant_only_loss or settings.format == "input_ids":
         return None
@@ -204,10 +204,10 @@ def end_of_turn(settings: Settings, tokenizer: Tokenizer) -> str | None:
 
 
 def read_ids(record: dict, completion_only_loss: bool) -> Document:
-    """Return a row that is tokenised already: its labels, or its ids under its masks.
+    """Convert a row that holds token ids; without labels, they are the ids that its masks select.
 
-    Padding, where attention_mask is 0, is removed. Raises UserError for a column that is not a
-    list of integers in range, as long as input_ids.
+    Padding (attention_mask 0) is removed. Raises UserError for a column that is not a list of
+    integers in range, or not as long as input_ids.
     """
     ids = _int_array(record, "input_ids", None)
     unread_mask = False
@@ -259,15 +259,15 @@ def label_row(
     settings: Settings,
     tokenizer: Tokenizer,
 ) -> Document:
-    """Return a row's ids with their labels: IGNORED in the prompt and where mask is False.
+    """Label the ids of a row: IGNORED in the prompt (completion_only_loss) and where mask is False.
 
-    ids int32 [n]; mask bool [n], None: all True; prompt: ids of the prompt tokenised alone.
+    ids: int32 [n]. mask: bool [n]; None: all True. prompt: ids of the prompt tokenised alone.
     """
     labels = ids.copy()
     lost_prompt_tokens = False
     if prompt is not None:
         # The prompt may tokenise differently alone than as a prefix of the row ("th" + "e" is one
-        # token), so it ends where the two token sequences part. TRL does the same.
+        # token), so it ends where the two token sequences first differ. TRL does the same.
         shared = min(len(prompt), len(ids))
         differs = np.flatnonzero(prompt[:shared] != ids[:shared])
         prompt_length = int(differs[0]) if len(differs) else shared
@@ -290,9 +290,9 @@ def label_row(
 
 
 def _ends_in_special(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) -> bool:
-    """Whether the last trained non-blank token is a special token; True if none is trained."""
+    """Return True if the last trained non-blank token is special, or if no token is trained."""
     trained = ids[labels != IGNORED]
-    # A template may write a line end after the end-of-turn token: look past up to three blanks.
+    # A template may write a newline after the end-of-turn token: skip up to three blank tokens.
     for i in trained[:-5:-1].tolist():
         if i in tokenizer.special_ids:
             return True
@@ -302,9 +302,9 @@ def _ends_in_special(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer) 
 
 
 def fit(document: Document, settings: Settings, where: str, counts: Counts) -> list[Piece]:
-    """Return the document cut as `overlong` says: uncut, cut, in pieces, or nothing (dropped).
+    """Apply --overlong to a document; return it uncut, truncated, or split, or [] if dropped.
 
-    where: names the row in the UserError of overlong "error". counts: gets what happened.
+    where: names the row in the UserError of overlong "error". counts: updated with the outcome.
     """
     ids, labels = document.ids, document.labels
     length = settings.max_length or max(1, len(ids))
@@ -323,7 +323,7 @@ def fit(document: Document, settings: Settings, where: str, counts: Counts) -> l
     starts = range(0, len(ids), length) if settings.overlong == "split" and too_long else [0]
     pieces = [(ids[a : a + length], labels[a : a + length]) for a in starts]
     if settings.packing is None:
-        # A row whose only label is on its first token has no target, but TRL keeps it: so do we.
+        # A row whose only label is on its first token has no target. Keep it, as TRL does.
         pieces = [piece for piece in pieces if (piece[1] != IGNORED).any()]
     if not pieces:
         reason = "nothing to train within max_length" if too_long else "nothing to train"

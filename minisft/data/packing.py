@@ -1,7 +1,7 @@
-"""Packing: several documents in one row of at most max_length tokens, as TRL 1.16 packs them.
+"""Pack several documents into each row of at most max_length tokens, as TRL 1.16 does.
 
-Written here so that a run does not need TRL. Row for row equal to trl.pack_dataset
-(tests/parity/test_data_trl.py), which keeps losses comparable.
+Reimplemented so that a run does not need TRL. The rows equal those of trl.pack_dataset
+(tests/parity/test_data_trl.py), so losses are comparable with TRL.
 """
 
 import bisect
@@ -21,7 +21,7 @@ def write_packed(
     max_length: int,
     strategy: str | None,
 ) -> None:
-    """Write at most GROUP_ROWS documents, (ids, labels) each, as packed rows; None: one a row."""
+    """Write at most GROUP_ROWS documents (ids, labels) as packed rows; strategy None: one a row."""
     ids, labels = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     offsets = [0, *itertools.accumulate(len(d[0]) for d in documents)]
     rows = [[piece] for piece in itertools.pairwise(offsets)]
@@ -30,7 +30,7 @@ def write_packed(
 
 
 def _pack_group(offsets: list[int], max_length: int, strategy: str) -> list[list[tuple[int, int]]]:
-    """The rows of one group: (start, stop) of each fragment; offsets: of n documents, n + 1."""
+    """Pack n documents with n + 1 offsets; return per row the (start, stop) of each fragment."""
     if strategy == "wrapped":
         return [[piece] for piece in _cut(offsets[0], offsets[-1], max_length)]
     pieces = [_cut(a, b, max_length) for a, b in itertools.pairwise(offsets)]
@@ -45,13 +45,13 @@ def _cut(start: int, stop: int, length: int) -> list[tuple[int, int]]:
 
 
 def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Bins of indices: longest first, each into the open bin with the least sufficient space.
+    """Pack lengths into bins, longest first, each into the tightest fit; return indices per bin.
 
-    n log n in the number of lengths.
+    Takes O(n log n) time for n lengths.
     """
     bins: list[list[int]] = []
     spaces: list[int] = []  # distinct spaces of open bins, ascending
-    # space -> its bins, oldest first: among bins with equal space TRL takes the first that had it.
+    # Free space -> bins that have it, oldest first. TRL too fills the oldest of equal bins first.
     waiting: dict[int, deque[list[int]]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(spaces, lengths[i])

@@ -1,4 +1,4 @@
-"""Rows as the loss sees them: their text with the trained tokens marked, their ids, and totals."""
+"""Show dataset rows: text with the trained tokens marked, token ids, and totals."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Style = tuple[str, str]  # before and after trained tokens
 
 
 def terminal_style() -> Style:
-    """Return what is printed before and after trained tokens: green where stdout has colour."""
+    """Return the marks to print around trained tokens: green on a terminal, else [[ and ]]."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return _GREEN, _PLAIN
     return "[[", "]]"
@@ -27,11 +27,11 @@ def terminal_style() -> Style:
 def _stretches(
     dataset: TokenizedDataset, span: tuple[int, int], tokenizer: Tokenizer, style: Style
 ) -> Iterator[tuple[str, list[int], Style]]:
-    """(text, ids, marks) of each run of tokens of a document; no marks if it is not trained."""
+    """Yield (text, ids, marks) of each run of trained or untrained (empty marks) tokens."""
     ids, labels = (a[slice(*span)].tolist() for a in (dataset.input_ids, dataset.labels))
     start = 0
     for i in range(1, len(ids) + 1):
-        # The first token of a document has nothing before it: never a target, whatever its label.
+        # The first token of a document has no context, so it is not a target, whatever its label.
         trained = start > 0 and labels[start] != IGNORED
         if i == len(ids) or (labels[i] != IGNORED) != trained:
             text = decode(tokenizer, ids[start:i], skip_special_tokens=False)
@@ -40,7 +40,7 @@ def _stretches(
 
 
 def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style: Style) -> str:
-    """Return one untruncated row: a heading, then the text and the ids of each document."""
+    """Format one row without truncation: a heading, then the text and the ids of each document."""
     documents = dataset.row_documents(row)
     text, num_trained = "", 0
     for number, (a, b) in enumerate(documents):
@@ -57,7 +57,7 @@ def preview_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer, style
 
 
 def preview_short(dataset: TokenizedDataset, tokenizer: Tokenizer, style: Style) -> str:
-    """Return the first document on one line, long stretches shortened."""
+    """Format the first document as one line, shortening long runs of text."""
     line = ""
     for piece, _, (on, off) in _stretches(dataset, dataset.row_documents(0)[0], tokenizer, style):
         if len(piece) > _SHORT:
@@ -69,7 +69,7 @@ def preview_short(dataset: TokenizedDataset, tokenizer: Tokenizer, style: Style)
 
 
 def printable(text: str) -> str:
-    """Return the text with escapes for terminal controls and what stdout cannot encode."""
+    """Return the text with terminal controls, and characters that stdout cannot encode, escaped."""
     text = "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
@@ -78,7 +78,7 @@ def printable(text: str) -> str:
 
 
 def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
-    """Return lines on a dataset: its totals, the format of each source, and warnings."""
+    """Describe a dataset in lines to print: totals, the format of each source, and warnings."""
     sources = stats["sources"]
     names = " + ".join(source["source"] for source in sources)
     lines = [f"{what}    {names}: {_totals(stats)}"]
@@ -94,7 +94,7 @@ def describe_data(what: str, stats: dict[str, Any]) -> list[str]:
 
 
 def _totals(stats: dict[str, Any]) -> str:
-    """Rows read, kept, dropped, cut; tokens and the share of them that is trained."""
+    """Format the totals of a dataset: rows read and dropped, tokens, share of trained tokens."""
     text = _counted(stats["rows_kept"], "row")
     if stats["rows_read"] != stats["rows_kept"]:
         text += f" of {stats['rows_read']:,} read"
@@ -125,7 +125,7 @@ def _write_json(dataset: TokenizedDataset, tokenizer: Tokenizer, num_rows: int, 
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         out.write('{"rows": [')
-        # Row by row: the rows may be larger than memory.
+        # Write row by row, because the rows may be larger than memory.
         for row in range(num_rows):
             out.write(",\n" if row else "\n")
             json.dump(_json_row(dataset, row, tokenizer), out, ensure_ascii=False)
@@ -148,9 +148,9 @@ def _json_row(dataset: TokenizedDataset, row: int, tokenizer: Tokenizer) -> dict
 def show_preview(
     data: TokenizedDataset, tokenizer: Tokenizer, count: int, file: str, say: Callable[[str], None]
 ) -> None:
-    """Print `count` whole rows (--preview), or the first on one line; --preview-json: a file.
+    """Print the first `count` rows (--preview), or one line of row 0 if count is 0.
 
-    count 0 writes all rows to the file. say: prints a line.
+    file: if not "", write these rows (all if count is 0) to it as JSON. say: prints a line.
     """
     style, shown = terminal_style(), min(count, len(data))
     if count == 0:

@@ -1,7 +1,7 @@
-"""Files to rows: .jsonl, .json, .csv, .parquet and datasets of the Hugging Face hub.
+"""Read rows from .jsonl, .json, .csv and .parquet files and datasets of the Hugging Face hub.
 
-Lines of a .jsonl file, row groups of a .parquet file and hub datasets are read when a row is asked
-for, so such a source may be larger than memory; .json and .csv files are read into memory.
+.jsonl files, .parquet files and hub datasets are read when a row is accessed, so they may be larger
+than memory; .json and .csv files are loaded into memory.
 """
 
 import bisect
@@ -29,7 +29,7 @@ _CHUNK = 1000  # parquet rows that are converted to dicts together
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of one source as dicts; `rows[i]` has its columns under our names."""
+    """The rows of one source as dicts; `rows[i]` is row i with its columns renamed to our names."""
 
     source: str  # file name or hub id, for messages
     records: Any  # a sequence: records[i] is the dict of row i, under the file's column names
@@ -50,7 +50,7 @@ class Rows:
         return rest | {ours: record[name] for ours, name in self.renames.items() if name in record}
 
     def where(self, i: int) -> str:
-        """Return the place of row i (counted from 0) for a message: "data.jsonl:4 (row 3)"."""
+        """Return the location of row i (from 0) for an error, such as "data.jsonl:4 (row 3)"."""
         line = f":{self.lines[i]}" if self.lines is not None else ""
         return f"{self.source}{line} (row {i})"
 
@@ -96,7 +96,7 @@ def read_rows(
 
 @contextmanager
 def _reading(where: str | Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the place."""
+    """Turn an OSError into a UserError that starts with `where`, a file or file:line."""
     try:
         yield
     except OSError as e:
@@ -124,9 +124,9 @@ def _renamed(rows: Rows, columns: dict[str, str], optional: bool) -> Rows:
 
 
 class _Lines:
-    """The objects of a .jsonl file, parsed when asked for; only their offsets are in memory.
+    """The objects of a .jsonl file, parsed on access; only their byte offsets are in memory.
 
-    Not the datasets library: its errors do not name the line of a malformed row.
+    The datasets library is not used because its errors do not name the line of a malformed row.
     """
 
     def __init__(self, path: Path):
@@ -170,7 +170,7 @@ def _read_jsonl(path: Path, skip_bad: bool) -> Rows:
 
 
 def _parse_line(raw: bytes, where: str, offset: int) -> dict | None:
-    """The object of a line, None if it is blank; offset: of the line in the file."""
+    """Parse one line of JSON; return None if it is blank. offset: byte where the line starts."""
     if not (text := _decode(raw, where, offset).strip()):
         return None
     try:
@@ -185,7 +185,7 @@ def _parse_line(raw: bytes, where: str, offset: int) -> dict | None:
 
 
 def _decode(raw: bytes, where: str | Path, offset: int = 0) -> str:
-    """The text of UTF-8 bytes from this offset of a file, without the byte order mark at 0."""
+    """Decode UTF-8 bytes read at byte `offset` of a file; drop a byte order mark at offset 0."""
     mark = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
     try:
         return raw[mark:].decode("utf-8")
@@ -262,7 +262,7 @@ def _checked_header(header: list[str], path: Path) -> list[str]:
                 f"{path}: the header is one field, {header[0]!r}; is the file separated by "
                 f"{separator!r}? Save it with commas ({header[0].replace(separator, ',')})"
             )
-    # pandas writes its index under an empty name, and reads it back under this one.
+    # pandas writes its index under an empty name, and reads that column back as "Unnamed: 0".
     if len(header) > 1 and not header[0]:
         header[0] = "Unnamed: 0"
     if len(set(header)) != len(header) or "" in header:
@@ -314,7 +314,7 @@ class _ParquetRows:
 
 @contextmanager
 def _parquet(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors, and what pyarrow finds wrong with a file, into a UserError."""
+    """Turn `errors`, and errors of pyarrow, into a UserError that names the file."""
     import pyarrow
 
     try:
@@ -333,7 +333,7 @@ def _read_parquet(path: Path) -> Rows:
 def _read_hub(source: str, split: str) -> Rows:
     import datasets  # seconds to import, so only here
 
-    # Without a network it logs a page of retries; the error below says it in one line.
+    # Without a network, the hub client logs a page of retries before our one-line error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         dataset: Any = datasets.load_dataset(source, split=split)

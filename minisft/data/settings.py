@@ -1,4 +1,4 @@
-"""Settings that shape the token arrays, and their values for one source."""
+"""Settings that affect the token arrays, and their values for one source."""
 
 from dataclasses import dataclass, replace
 
@@ -10,9 +10,9 @@ from minisft.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes the token arrays besides the rows and the tokenizer; part of the cache key.
+    """Settings that affect the token arrays, and so the cache key.
 
-    Raises UserError if the parts contradict another setting.
+    Raises UserError if instruction_part or response_part conflicts with another setting.
     """
 
     format: str | None = None  # one of formats.FORMATS; None detects it
@@ -39,7 +39,7 @@ class Settings:
 
 
 def settings_of_source(settings: Settings, rows: Rows, tokenizer: Tokenizer) -> Settings:
-    """Return the settings with the source's format and completion_only_loss filled in.
+    """Return the settings with format and completion_only_loss resolved for one source.
 
     Raises UserError if the source's columns do not fit the settings.
     """

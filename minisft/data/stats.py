@@ -1,4 +1,4 @@
-"""What happened to the rows of a dataset: counts, warnings, and the error if none is trained."""
+"""Statistics of a dataset's rows: counts, warnings, and the error if nothing is left to train."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from minisft.data.token_files import TokenWriter
 
 @dataclass
 class Counts:
-    """Numbers of rows: dropped by reason, and noticed by name (see WARNINGS)."""
+    """Counts of rows: dropped ones by reason, and those with a property by its name (WARNINGS)."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
     longest: int = 0  # tokens of the longest row, before it is cut
 
     def add(self, other: Counts) -> None:
-        """Add the counts of another part of the rows."""
+        """Add the counts `other`, of another group of rows, to these."""
         self.dropped.update(other.dropped)
         self.seen.update(other.seen)
         self.longest = max(self.longest, other.longest)
@@ -31,7 +31,7 @@ class Counts:
 def source_stats(
     rows: Rows, settings: Settings, end_of_turn: str | None, counts: Counts, num_rows: int
 ) -> dict[str, Any]:
-    """Return the statistics of one source; num_rows: rows of the result, packed ones if packing."""
+    """Return the statistics of one source. num_rows: its rows in the result (packed if packing)."""
     return {
         "source": rows.source,
         "format": settings.format,
@@ -51,10 +51,10 @@ def dataset_stats(
     settings: Settings,
     template: str | None,
 ) -> dict[str, Any]:
-    """Return the statistics of a dataset, as run.json records them.
+    """Return the statistics of a dataset, as recorded in run.json.
 
-    sources: `source_stats` of each. template: the chat template. `TokenWriter.finish` adds the
-    numbers of tokens.
+    sources: `source_stats` of each source. template: the chat template. `TokenWriter.finish` adds
+    the numbers of tokens.
     """
     found = dict.fromkeys(source["format"] for source in sources)
     seen = counts.seen
@@ -91,7 +91,7 @@ def dataset_stats(
     return stats
 
 
-# What was noticed in n of the kept rows, and what to do about it.
+# Name in Counts.seen -> warning about n of the rows that are not dropped, with a remedy.
 WARNINGS = {
     "lost_prompt_tokens": (
         "in {n} of {kept} rows the prompt's last tokens change when the completion follows, and "
@@ -131,14 +131,14 @@ WARNINGS = {
 
 
 def _newline_hint(part: str) -> str:
-    # In bash "\n" between plain quotes stays a backslash and an n, so the part is never found.
+    # In bash, "\n" in plain quotes is a backslash and an n, so such a part matches no text.
     return "; bash writes a line end as $'...\\n'" if "\\n" in part else ""
 
 
 def check_instruction_part(settings: Settings, counts: Counts, source: str) -> None:
-    """Raise UserError if no kept row of a source has the instruction part in its text.
+    """Raise UserError if --instruction-part occurs in no rendered row of a source.
 
-    Everything after the first response part would be trained, the user's words too.
+    Otherwise everything after the first response part would be trained, including user messages.
     """
     part = settings.instruction_part
     if part and counts.seen["kept"] and not counts.seen["instruction"]:
@@ -149,7 +149,7 @@ def check_instruction_part(settings: Settings, counts: Counts, source: str) -> N
 
 
 def nothing_to_train(stats: dict[str, Any], settings: Settings) -> UserError:
-    """Return the error for a dataset without a single target: what was dropped, and the remedy."""
+    """Return the UserError for a dataset without trained tokens: rows dropped, and the remedy."""
     names = ", ".join(source["source"] for source in stats["sources"])
     dropped = "".join(f", {n} dropped ({reason})" for reason, n in stats["dropped"].items())
     cut = settings.max_length is not None and stats["longest"] > settings.max_length

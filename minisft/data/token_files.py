@@ -1,7 +1,7 @@
-"""Token arrays of a dataset: in memory, or in memory-mapped files that a cache keeps between runs.
+"""Token arrays of a dataset, in memory or in memory-mapped files, which may be a cache entry.
 
-A cache entry is a directory named by the hash of everything that shapes its arrays. It appears
-under that name only when it is complete.
+A cache entry is a directory named by the hash of everything that affects its arrays. It is renamed
+to that name only when it is complete.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from minisft.batches import IGNORED, TokenizedDataset
 from minisft.config.errors import UserError
 from minisft.files.disk import file_digest
 
-# A file each, under the name of its field of TokenizedDataset.
+# Dtypes of the arrays, each stored in a file named like its field of TokenizedDataset.
 _TOKENS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4")}
 _HASHED = {**_TOKENS, "document_offsets": np.dtype("<i8"), "row_offsets": np.dtype("<i8")}
 _ARRAYS = {**_HASHED, "digests": np.dtype("<i8"), "row_targets": np.dtype("<i8")}
@@ -32,7 +32,7 @@ HELD_BYTES = 64 * 2**20  # of tokens and labels in memory, before they go to fil
 
 
 def data_hash(dataset: TokenizedDataset) -> str:
-    """Return the sha256 (hex) of the token arrays and their offsets: equal iff the data is."""
+    """Return the SHA-256 (hex) of the token arrays and offsets: equal data has equal hashes."""
     if dataset.hash is not None:
         return dataset.hash
     arrays = {name: np.ascontiguousarray(getattr(dataset, name).numpy()) for name in _HASHED}
@@ -44,21 +44,21 @@ def _combined(sums: dict[str, str]) -> str:
 
 
 class TokenWriter:
-    """Takes rows of documents in order; `finish` returns the TokenizedDataset.
+    """Collects the rows of a dataset in order; `finish` returns them as a TokenizedDataset.
 
-    scratch: a directory. Beyond HELD_BYTES tokens go to files there as they come and are
-    memory-mapped at the end, so that 8 bytes per row and document stay in memory; the files are
-    unlinked by then. entry: a path that does not exist yet, where the files stay instead.
-    Without both, everything stays in memory.
+    scratch: a directory. Beyond HELD_BYTES, tokens are written to files there, so memory holds only
+    a few integers per row and document; `finish` maps the files and unlinks them. entry: path of a
+    new cache entry, where the files remain instead. Without scratch and entry, everything stays in
+    memory.
     """
 
     def __init__(self, scratch: Path | None = None, entry: Path | None = None):
         self._entry = entry
         home = scratch if entry is None else entry.parent
-        # The process id keeps two runs that share a cache or a scratch directory apart.
+        # The process id avoids name clashes between runs that share a cache or scratch directory.
         name = f".{entry.name if entry else 'rows'}.{os.getpid()}.{id(self)}.tmp"
         self._partial = None if home is None else home / name
-        # array: 8 bytes a number, where a list of Python integers takes 36.
+        # An array takes 8 bytes per number; a list of Python integers takes 36.
         self._document_offsets, self._row_offsets = array("q", [0]), array("q", [0])
         self._digests, self._row_targets = array("q"), array("q")
         self._blocks: dict[str, list[np.ndarray]] = {name: [] for name in _TOKENS}
@@ -70,14 +70,14 @@ class TokenWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows added so far."""
+        """The number of rows added so far."""
         return len(self._row_offsets) - 1
 
     def add(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Add one row: (ids, labels) of its documents, int32 both. May write to disk."""
+        """Add one row, given (ids, labels), both int32, of its documents. May write to disk."""
         before = self.num_trained
         for ids, labels in documents:
-            # The first token of a document has nothing before it, so it is never a target.
+            # The first token of a document has no context, so it is never a target.
             self.num_trained += int((labels[1:] != IGNORED).sum())
             self.num_tokens += len(ids)
             self.max_token_id = max(self.max_token_id, int(ids.max(initial=-1)))
@@ -104,16 +104,16 @@ class TokenWriter:
         self._held = 0
 
     def seen(self, ids: np.ndarray) -> None:
-        """Count a document that was read; its hash finds duplicates, here and in other datasets."""
+        """Record the hash of a document, to find duplicates in this dataset and in others."""
         digest = hashlib.blake2b(ids.data, digest_size=8).digest()
         self._digests.append(int.from_bytes(digest, "little", signed=True))
 
     def num_duplicates(self) -> int:
-        """How many of the documents seen equal an earlier one."""
+        """Return how many of the documents passed to `seen` equal an earlier one."""
         return len(self._digests) - len(np.unique(np.frombuffer(self._digests, dtype=np.int64)))
 
     def finish(self, stats: dict[str, Any]) -> TokenizedDataset:
-        """Return the dataset. `stats` goes with it, completed by the numbers of tokens."""
+        """Return the dataset, with `stats` and the numbers of tokens as its statistics."""
         stats = stats | {
             "num_tokens": self.num_tokens,
             "num_trained_tokens": self.num_trained,
@@ -144,7 +144,7 @@ class TokenWriter:
             (self._partial / _META).write_text(json.dumps({"stats": stats, "sha256": sums}))
             if self._entry is None:
                 dataset = _map(self._partial)
-                # The mappings keep the files' blocks until the process ends, however it ends.
+                # The mappings keep the deleted files' data until the process ends or is killed.
                 shutil.rmtree(self._partial)
                 return replace(dataset, entry=None)
             shutil.rmtree(self._entry, ignore_errors=True)
@@ -152,7 +152,7 @@ class TokenWriter:
             return _map(self._entry)
 
     def abandon(self) -> None:
-        """Remove what was written, after an error."""
+        """Delete the files written so far; called after an error."""
         for file in self._files.values():
             file.close()
         if self._partial is not None:
@@ -172,7 +172,7 @@ def writing_tokens(directory: Path) -> Iterator[None]:
 
 
 def load_tokens(entry: Path) -> TokenizedDataset | None:
-    """Return a cache entry, its tokens mapped; None if it is missing, incomplete or damaged."""
+    """Memory-map a cache entry; return None if it is missing, incomplete or damaged."""
     try:
         sums = json.loads((entry / _META).read_text(encoding="utf-8"))["sha256"]
         if any(file_digest(entry / name) != sums[name] for name in _HASHED):

@@ -1,7 +1,7 @@
-"""Rows of several sources to one TokenizedDataset: rows in groups, worker processes, packing.
+"""Tokenise the rows of several sources into one TokenizedDataset, optionally packed.
 
 The result is deterministic: the same rows, tokenizer and settings give the same arrays. Sources may
-be larger than memory. No row is dropped or cut without being counted in `stats`.
+be larger than memory. Every row that is dropped or cut is counted in `stats`.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def tokenize(
     num_proc: int = 1,
     limit: int | None = None,
 ) -> TokenizedDataset:
-    """Return token ids and labels of every row of the sources, in order, as TRL 1.16 makes them.
+    """Return token ids and labels of every row of the sources, in order, equal to TRL 1.16's.
 
-    Without packing a row of the result is one document. Rows longer than max_length are treated as
-    `overlong` says once labelled, and dropped if no trained label is left (packing keeps those).
-    Rows with a blank completion are dropped; skip_bad drops malformed rows too. With packing, each
-    group of 1000 documents of a source is packed by itself. writer: where the tokens go (default:
-    memory). num_proc: processes that render and tokenise; the result does not depend on it. limit:
-    rows to read of each source. Raises UserError naming the row, and if nothing is left to train.
+    Without packing, each row of the result is one document. `overlong` is applied to labelled rows
+    longer than max_length; without packing, rows without a trained label are then dropped. Rows
+    with a blank completion are dropped; skip_bad drops malformed rows too. Packing never crosses
+    groups of 1000 documents or sources. writer: stores the tokens (default: in memory). num_proc:
+    processes that render and tokenise; the result does not depend on it. limit: rows to read per
+    source. Raises UserError naming a malformed row, or if nothing is left to train.
     """
     writer = writer or TokenWriter()
     counts, stats_of_sources = Counts(), []
@@ -81,7 +81,7 @@ def tokenize(
 def _write_source(
     groups: Iterator[_Group], settings: Settings, writer: TokenWriter, counts: Counts
 ) -> None:
-    """Write the documents of a source as rows; adds to counts."""
+    """Write the documents of one source as rows, packed if settings.packing; update `counts`."""
     waiting: list[Piece] = []
     max_length = settings.max_length or 0  # packing has one
     for documents, group_counts in groups:
@@ -97,19 +97,19 @@ def _write_source(
 
 
 class _Job(NamedTuple):
-    """One source and what its rows are tokenised with; sent once to each worker process."""
+    """The arguments to tokenise one source; sent once to each worker process."""
 
     rows: Rows
     tokenizer: Tokenizer
     settings: Settings  # from `settings_of_source`: format and completion_only_loss are known
 
 
-# The documents of some consecutive rows, in row order, with their counts.
+# The documents of consecutive rows, in row order, and the counts for these rows.
 _Group = tuple[list[Piece], Counts]
 
 
 def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
-    """Return rows begin..stop of a source as documents; UserError naming a malformed row."""
+    """Tokenise rows begin..stop-1 of a source; raise UserError naming a malformed row."""
     counts = Counts()
     counts.seen["read"] = stop - begin
     rows = _read(job, begin, stop, counts)
@@ -128,14 +128,14 @@ def _tokenize_group(job: _Job, begin: int, stop: int) -> _Group:
 
 
 def _malformed(job: _Job, row: int, error: UserError | str, counts: Counts) -> None:
-    """Count a malformed row as dropped with skip_bad, else raise a UserError that names it."""
+    """Count a malformed row as dropped if skip_bad is set, else raise UserError naming the row."""
     if not job.settings.skip_bad:
         raise UserError(f"{job.rows.where(row)}: {error}") from None
     counts.dropped["malformed"] += 1
 
 
 def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
-    """Row number -> Example, or Document for rows that hold token ids."""
+    """Read rows begin..stop-1; return row number -> Example, or Document if rows are token ids."""
     settings, rows = job.settings, job.rows
     readers = {
         "text": lambda r: formats.read_text(r, text_field=settings.text_field),
@@ -161,7 +161,7 @@ def _read(job: _Job, begin: int, stop: int, counts: Counts) -> dict[int, Any]:
 
 
 def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tuple[int, Document]]:
-    """(row, document) in row order; texts go to the tokenizer in batches, which use all cores."""
+    """Tokenise examples in one batch, on all cores; return (row number, Document) in row order."""
     settings, tokenizer = job.settings, job.tokenizer
     rendered: dict[int, one_row.Rendered] = {}
     for i, example in examples.items():
@@ -181,7 +181,7 @@ def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tup
         ids, mask = next(encoded)
         prompt = next(prompts)[0] if row.prompt is not None else None
         untrained = mask is not None and settings.assistant_only_loss and not mask.any()
-        # Every answer may be marked as not to train: such a row is dropped later, not an error.
+        # A chat whose every answer is marked as untrained is dropped later; it is not malformed.
         if untrained and not row.untrained_answer:
             why = (
                 "assistant_only_loss finds no assistant token in this chat; does it hold an "
@@ -196,7 +196,7 @@ def _encode(job: _Job, examples: dict[int, Example], counts: Counts) -> list[tup
 def _encode_all(
     tokenizer: Tokenizer, texts: list[one_row.Rendered]
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """(ids, mask) of each text; mask (None: all trained) is True on tokens that the spans cover."""
+    """Return (ids, mask) of each text; mask is True on tokens in its spans, None if all trained."""
     encoded = {}
     for is_chat in (False, True):
         mine = [(text.text, text.spans) for text in texts if text.is_chat == is_chat]
@@ -209,7 +209,7 @@ def _encode_all(
 
 
 def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:
-    """The groups of a source in order, tokenised in this process or by num_proc workers."""
+    """Yield the groups of a source in order, tokenised in this process or by num_proc workers."""
     num_rows = len(job.rows) if limit is None else min(limit, len(job.rows))
     ranges = [(a, min(a + GROUP_ROWS, num_rows)) for a in range(0, num_rows, GROUP_ROWS)]
     if num_proc <= 1 or len(ranges) <= 1:
@@ -226,7 +226,7 @@ def _groups(job: _Job, num_proc: int, limit: int | None) -> Iterator[_Group]:
 
 
 def _groups_of_workers(job: _Job, num_proc: int, ranges: list[tuple[int, int]]) -> Iterator[_Group]:
-    # spawn: a forked process would share the threads and the CUDA context of this one.
+    # Use spawn: a forked worker would inherit this process's CUDA context and locked mutexes.
     with ProcessPoolExecutor(
         num_proc,
         mp_context=multiprocessing.get_context("spawn"),
@@ -237,7 +237,7 @@ def _groups_of_workers(job: _Job, num_proc: int, ranges: list[tuple[int, int]]) 
         try:
             for begin, stop in ranges:
                 pending.append(pool.submit(_work, begin, stop))
-                # Bounds the finished groups that wait in memory for the slowest one.
+                # Bound the number of finished groups that wait in memory for a slower one.
                 if len(pending) > 2 * num_proc:
                     yield pending.popleft().result()
             while pending:
@@ -246,13 +246,13 @@ def _groups_of_workers(job: _Job, num_proc: int, ranges: list[tuple[int, int]]) 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-# The job of a worker process; empty elsewhere. Pickled once per worker instead of once per group.
+# The job of this worker process (else empty). A global: pickled once per worker, not per group.
 _worker_job: list[_Job] = []
 
 
 def _start_worker(job: _Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    # Ctrl-C is sent to the whole process group: the run handles it, and then ends its workers.
+    # Ctrl-C reaches the whole process group. Ignore it here: the main process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_job[:] = [job]
 

@@ -1,4 +1,4 @@
-"""The demo: a tiny base model and a small chat dataset, bundled with minisft (see README.md)."""
+"""Settings and paths of the demo: a tiny base model and a small chat dataset (see README.md)."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ HERE = Path(__file__).parent
 
 
 def demo_model() -> str:
-    """Returns the directory of the demo's base model."""
+    """Return the directory of the demo's base model."""
     return str(HERE / "base")
 
 
 def demo_config() -> TrainConfig:
-    """Returns the settings of scripts/train.py without flags: under a minute on two CPU cores."""
+    """Return the settings of scripts/train.py without flags: under a minute on two CPU cores."""
     return TrainConfig(
         model=demo_model(),
         dataset=(str(HERE / "chat_train.jsonl"),),
@@ -26,13 +26,13 @@ def demo_config() -> TrainConfig:
 
 
 def holds_demo_run(output_dir: str) -> bool:
-    """Whether output_dir holds a run of the demo, by the settings in its run.json."""
-    # These settings distinguish a demo run from other runs of its base; the rest may differ.
+    """Return True if the run.json in output_dir has the settings of a demo run."""
+    # These settings identify a demo run among runs on its base model; others may differ.
     names = ("model", "dataset", "eval_dataset", "learning_rate", "num_train_epochs", "max_steps")
     demo = demo_config()
     try:
         record = json.loads((Path(output_dir) / "run.json").read_text(encoding="utf-8"))
-        # Through JSON, which turns tuples into lists.
+        # Convert to JSON and back so that tuples become lists, as in run.json.
         expected = json.loads(json.dumps([getattr(demo, name) for name in names]))
         return [record["config"][name] for name in names] == expected
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,1 +1,1 @@
-"""Bytes in and out: safetensors, base models, checkpoints, adapters, exports."""
+"""Read and write files: safetensors, base models, checkpoints, adapters, exports."""

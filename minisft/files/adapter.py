@@ -1,9 +1,9 @@
-"""LoRA adapters on disk, in the layout of PEFT 0.21: a complete writer and a strict reader.
+"""Write and strictly read LoRA adapters in the layout of PEFT 0.21.
 
 A directory holds adapter_config.json, adapter_model.safetensors and README.md. A tensor's key is
-"base_model.model." + its name in minisft; there is no other mapping. PEFT loads some damaged
-adapters with a warning or silently (a missing tensor stays zero, one without the prefix is
-ignored): the reader here is written by this project because it must refuse them.
+"base_model.model." + its name in minisft; there is no other mapping. PEFT's reader is not used: it
+loads some damaged adapters silently or with a warning (a missing tensor stays zero, a tensor
+without the prefix is ignored). This reader refuses them.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from minisft.variants.pissa import initial_half, is_pair
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-# Metadata of the weights file, for what PEFT's config has no field.
+# Metadata keys of the weights file, for facts that have no field in PEFT's config.
 DIGEST_KEY = "minisft_digest"
 FOUR_BIT_KEY = "minisft_load_in_4bit"
 KIND_KEY = "minisft_base_4bit"  # the kind of 4 bits: `quant_state.kinds`
@@ -55,12 +55,12 @@ def save_adapter(
     revision: str | None = None,
     base_4bit: str = "",
 ) -> None:
-    """Write the weights and the config of an adapter that PEFT, transformers and vLLM load.
+    """Write the weights and the config of an adapter, loadable by PEFT, transformers and vLLM.
 
     tensors: exactly the names and shapes of `adapter_shapes(lora, cfg)`, of any float dtype, on any
     device; written as float32. With a tied base, the one trained copy is written under both keys.
-    base_4bit: quantisation of the base that the adapter belongs on (`quant_state.kinds`), "" for
-    none; stored in the metadata, for `base_in_4bit` and `other_4bit`.
+    base_4bit: quantisation of the adapter's base (`quant_state.kinds`), "" if not in 4 bits; stored
+    in the metadata, for `base_in_4bit` and `other_4bit`.
     Each file is written atomically, the config last.
     Raises UserError if the directory cannot be written, ValueError if the tensors do not fit.
     """
@@ -80,24 +80,24 @@ def save_adapter(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", **metadata})
-    # Last: the digest in the weights file exposes an old config next to new weights after a crash.
+    # Written last: after a crash, the digest in the weights file does not match an old config.
     write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def base_in_4bit(directory: str | Path) -> bool | None:
-    """Return whether the adapter belongs on a base in 4 bits; None if the file does not say.
+    """Return whether the adapter belongs on a 4-bit base; None if the file does not record it.
 
-    Files that PEFT wrote do not. Raises UserError if the weights file is missing or malformed.
+    PEFT's files do not record it. Raises UserError if the weights file is missing or malformed.
     """
     stated = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(FOUR_BIT_KEY)
     return None if stated is None else stated == "true"
 
 
 def other_4bit(directory: str | Path, served: str) -> str:
-    """Return a warning if the adapter was trained on another kind of 4 bits than `served`, else "".
+    """Return a warning if the adapter was trained on a 4-bit kind other than `served`, else "".
 
-    served: `quant_state.kinds` of the base that it is about to be used on, "" for none. There is no
-    warning if the file does not say what the adapter was trained on.
+    served: `quant_state.kinds` of the base to use the adapter with, "" if not in 4 bits. Returns ""
+    if the file does not record the kind of the base that the adapter was trained on.
     """
     trained = read_header(Path(directory) / WEIGHTS_NAME).metadata.get(KIND_KEY, served)
     if not served or trained == served:
@@ -107,9 +107,9 @@ def other_4bit(directory: str | Path, served: str) -> str:
 
 
 def read_initial_lora(file: Path, prefix: str) -> dict[str, Tensor]:
-    """Return A0 and B0 of a PiSSA or OLoRA adapter, under the names of A and B.
+    """Return the initial A and B of a PiSSA or OLoRA adapter, under the names of A and B.
 
-    file: an adapter's weights, whose keys start with `prefix`. See `minisft.variants.pissa`.
+    file: the adapter's weights, whose keys start with `prefix`. See `minisft.variants.pissa`.
     """
     tensors = ((key.removeprefix(prefix), tensor) for key, tensor in iter_tensors(file))
     return {name: initial_half(name, tensor) for name, tensor in tensors if is_pair(name)}
@@ -121,8 +121,8 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
     tensors: the names and shapes of `adapter_shapes(lora, cfg)`, float32 on CPU, owning their
     memory (float16 and bfloat16 files are upcast). Only adapter_config.json and
     adapter_model.safetensors are opened.
-    Raises UserError naming the field or tensor for anything that would change or lose part of the
-    adapter. Warns about harmless defects: a surplus target, a tensor without a known meaning.
+    Raises UserError naming the field or tensor if part of the adapter would change or be lost.
+    Warns about harmless defects: a target without tensors, a tensor without a known meaning.
     """
     directory = Path(directory)
     source, path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
@@ -158,7 +158,7 @@ def load_adapter(directory: str | Path, cfg: ModelConfig) -> tuple[LoraConfig, d
 
 
 def _digest(config: dict[str, Any]) -> str:
-    """sha256 over the fields of adapter_config.json that change the result, in any order."""
+    """Return the SHA-256 (hex) of the adapter_config.json fields that change the output."""
     targets = config["target_modules"]
     fields = {
         "alpha_pattern": config.get("alpha_pattern") or {},
@@ -169,17 +169,17 @@ def _digest(config: dict[str, Any]) -> str:
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "use_rslora": bool(config.get("use_rslora")),
     }
-    # Only when set: adapters written before these options existed keep their digests.
+    # Digested only if set, so that adapters from before these options existed keep their digests.
     fields |= {key: config[key] for key in _DIGESTED_IF_SET if config.get(key)}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
-    """Name in minisft -> key in the file; a key without the prefix keeps its full name."""
+    """Return name in minisft -> key in the file; a key without the prefix is its own name."""
     names: dict[str, str] = {}
     for key in header.tensors:
-        # PEFT drops the adapter's name, "default", on saving; some other tools leave it in.
+        # PEFT removes the adapter's name, "default", from keys on saving; some other tools do not.
         name = re.sub(r"\.(lora_[AB]|modules_to_save)\.default\.", r".\1.", key)
         name = name.removeprefix(KEY_PREFIX).replace(".modules_to_save.", ".")
         if not key.startswith(KEY_PREFIX) and (".lora_" in key or name in (EMBED_KEY, HEAD_KEY)):
@@ -196,9 +196,9 @@ def _keys_by_name(header: Header, path: Path) -> dict[str, str]:
 
 
 def _without_dead_targets(lora: LoraConfig, keys: Iterable[str], source: Path) -> LoraConfig:
-    """Drop target names that have no tensor in any layer: PEFT leaves their modules unadapted.
+    """Remove target names without a tensor in any layer (PEFT does not adapt them), with a warning.
 
-    An exclusion that explains the missing tensors is dropped too, without a warning.
+    If exclude_modules explains the missing tensors, remove the exclusion too, without a warning.
     """
     if not lora.target_modules or is_special(lora.target_modules[0]):
         return lora
@@ -222,7 +222,7 @@ def _last(path: str) -> str:
 
 
 def _check_names(keys: dict[str, str], expected: Shapes, cfg: ModelConfig, path: Path) -> None:
-    """Refuse a missing tensor, and a surplus one whose loss would change the result."""
+    """Raise UserError for a missing tensor, or a surplus one that would change the output."""
     surplus = [name for name in keys if name not in expected]
     base = cfg.weight_shapes().keys() | {HEAD_KEY}
     copied = "model.embed_tokens.base_layer.weight" if EMBEDDING_A in expected else ""
@@ -251,7 +251,7 @@ def _check_names(keys: dict[str, str], expected: Shapes, cfg: ModelConfig, path:
 
 
 def _lora_problem(name: str, expected: Container[str], cfg: ModelConfig) -> str:
-    """Why a LoRA tensor that the config does not declare cannot be ignored."""
+    """Return the reason why a LoRA tensor that the config does not declare is an error."""
     module, _, kind = name.partition(".lora_")
     restore = f"in {CONFIG_NAME}. Restore the original config"
     if name in (EMBEDDING_A, EMBEDDING_B):
@@ -290,13 +290,13 @@ def _check_shapes(
 
 
 def _check_digest(raw: dict[str, Any], lora: LoraConfig, header: Header, source: Path) -> None:
-    """Refuse a config that was edited after training.
+    """Raise UserError if the config was edited after training.
 
-    A changed lora_alpha fits every shape; only the digest that minisft writes reveals it.
+    A changed lora_alpha fits every tensor shape, so only the digest in the weights file reveals it.
     """
     targets = raw["target_modules"]
     live = targets if isinstance(targets, str) else list(lora.target_modules)
-    # Both: a target without tensors may have been added since (harmless), or been there at writing.
+    # Accept both: a target without tensors is harmless, whether added before or after saving.
     digests = {_digest(raw | {"target_modules": live}), _digest(raw)}
     if header.metadata.get(DIGEST_KEY, _digest(raw)) not in digests:
         raise UserError(

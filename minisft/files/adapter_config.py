@@ -1,7 +1,7 @@
-"""adapter_config.json in the layout of PEFT 0.21: written complete, read strictly.
+"""Write and strictly parse adapter_config.json in the layout of PEFT 0.21.
 
-Anything but plain LoRA, DoRA and the options of `LoraConfig` is refused by the field's name, where
-PEFT would ignore an unknown field with a warning and compute another model.
+Parsing raises UserError for a field that asks for more than LoRA, DoRA and the options of
+`LoraConfig`. PEFT would ignore an unknown field with a warning and compute another model.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from minisft.files.disk import load_json_object, naming
 
 CONFIG_NAME = "adapter_config.json"
 
-# What PEFT 0.21.2 writes for a plain adapter, besides the fields that `adapter_config_dict` fills.
+# Fields that PEFT 0.21.2 writes for plain LoRA and that `adapter_config_dict` does not fill.
 _PLAIN_FIELDS: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "bias": "none",
     "corda_config": None, "eva_config": None, "fan_in_fan_out": False, "inference_mode": True,
@@ -34,7 +34,7 @@ _PLAIN_FIELDS: dict[str, Any] = {
     "peft_version": "0.21.2", "qalora_group_size": 16, "target_parameters": None,
     "task_type": "CAUSAL_LM", "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
-# Fields that `parse_adapter_config` reads, then those that do not change what the adapter computes.
+# First the fields that `parse_adapter_config` reads, then fields that do not affect the output.
 _KNOWN_FIELDS = {
     "lora_alpha", "lora_dropout", "modules_to_save", "r", "target_modules", "use_rslora",
     "ensure_weight_tying", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform",
@@ -42,7 +42,7 @@ _KNOWN_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
     "qalora_group_size", "revision",
 }  # fmt: skip
-# Initialisations that leave the base weights as they are; others train against a changed base.
+# Accepted values. Other init_lora_weights, such as PiSSA, change the base weights.
 _PLAIN_VALUES = {
     "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal"),
     "peft_type": ("LORA",), "task_type": ("CAUSAL_LM",),
@@ -52,7 +52,7 @@ _PLAIN_VALUES = {
 def adapter_config_dict(
     lora: LoraConfig, cfg: ModelConfig, base_model_name_or_path: str, revision: str | None = None
 ) -> dict[str, Any]:
-    """Return the content of adapter_config.json: every key that PEFT 0.21.2 writes, and no other.
+    """Return the content of adapter_config.json, with exactly the keys that PEFT 0.21.2 writes.
 
     "all-linear" becomes the seven suffixes and "re:PATTERN" the bare pattern; embed_tokens and
     lm_head are in modules_to_save only.
@@ -73,7 +73,7 @@ def adapter_config_dict(
     return _PLAIN_FIELDS | {
         "base_model_name_or_path": base_model_name_or_path,
         "ensure_weight_tying": cfg.tie_word_embeddings and bool(lora.modules_to_save),
-        # As an integer where it is one: some readers require that.
+        # Some readers require an integer, so 16.0 is written as 16.
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": list(lora.modules_to_save) or None,
@@ -94,7 +94,7 @@ def adapter_config_dict(
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     """Return the JSON object in adapter_config.json, its fields unchecked.
 
-    For facts that `load_adapter` does not return, such as base_model_name_or_path and revision.
+    Gives access to fields that `load_adapter` does not return, such as base_model_name_or_path.
     Raises UserError if the file is missing, malformed, or not an object.
     """
     return load_json_object(Path(directory) / CONFIG_NAME)
@@ -103,8 +103,8 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
 def parse_adapter_config(raw: dict[str, Any], source: Path) -> LoraConfig:
     """Convert the fields of adapter_config.json to a LoraConfig.
 
-    Raises UserError naming `source` and the field, for a malformed value and for every variant of
-    LoRA that is not implemented.
+    Raises UserError naming `source` and the field for a malformed value, or for a variant of LoRA
+    that is not implemented.
     """
     with naming(source):
         _refuse_variants(raw)
@@ -123,8 +123,8 @@ def parse_adapter_config(raw: dict[str, Any], source: Path) -> LoraConfig:
             trainable_token_indices=_parse_numbers(raw, "trainable_token_indices"),
             exclude_modules=_parse_names(raw, "exclude_modules"),
         )
-        # Before the targets are set: in a file, embed_tokens among the targets means LoRA on the
-        # embedding, while `split_targets` would make it a trained copy.
+        # Call split_targets before the targets are set: it would turn the target embed_tokens into
+        # a trained copy, but in a PEFT file that target means LoRA on the embedding.
         lora = split_targets(lora)
         targets = _parse_names(raw, "target_modules")
     linears = tuple(t for t in targets if t not in ("embed_tokens", "model.embed_tokens"))
@@ -132,7 +132,7 @@ def parse_adapter_config(raw: dict[str, Any], source: Path) -> LoraConfig:
 
 
 def _names_or_pattern(items: tuple[str, ...]) -> str | list[str]:
-    """PEFT's form of target or excluded modules: a list of names, or one pattern as a string."""
+    """Convert target or excluded modules to PEFT's form: a list of names, or one pattern (str)."""
     if items and items[0].startswith(PATTERN_PREFIX):
         return items[0].removeprefix(PATTERN_PREFIX)
     return list(items)
@@ -144,7 +144,7 @@ def _refuse_variants(raw: dict[str, Any]) -> None:
     for key, value in raw.items():
         if key in _KNOWN_FIELDS:
             continue
-        # Not `not value`: 0 can be a layer or a count, so it does not mean "unset".
+        # `not value` would also match 0, which can be a layer or a count and does not mean "unset".
         empty = value is None or value is False or value in ({}, [])
         if (empty and key != "peft_type") or value in _PLAIN_VALUES.get(key, ()):
             continue
@@ -178,7 +178,7 @@ def _parse_pattern(raw: dict[str, Any], key: str) -> tuple[tuple[str, Any], ...]
 
 
 def _parse_numbers(raw: dict[str, Any], key: str) -> tuple[int, ...]:
-    """Layer indices, or token ids: a number, a list, or {"embed_tokens": list}."""
+    """Parse layer indices or token ids, given as a number, a list, or {"embed_tokens": list}."""
     value = raw.get(key)
     numbers = [value] if type(value) is int else value or []
     if isinstance(numbers, dict) and set(numbers) == {"embed_tokens"}:
@@ -195,7 +195,7 @@ def _parse_names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     if isinstance(names, str):
         is_all = are_targets and names.lower() == ALL_LINEAR
         return (ALL_LINEAR if is_all else PATTERN_PREFIX + names,)
-    # PEFT takes every item of a list literally, so the two special forms are not allowed in one.
+    # PEFT takes list items literally, so a list may not contain "all-linear" or a pattern.
     ok = _are_names(names) and not (are_targets and (not names or any(map(is_special, names))))
     _expect(ok, raw, key, "a list of names or a pattern")
     return tuple(names)

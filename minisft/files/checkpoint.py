@@ -1,10 +1,10 @@
-"""Training checkpoints that are complete or absent.
+"""Save, verify, load and rotate training checkpoints.
 
 OUTPUT_DIR/checkpoint-N/ holds the model files (an adapter that PEFT loads, or model.safetensors),
 optimizer.safetensors (for AdamW exp_avg.NAME and exp_avg_sq.NAME, float32), trainer_state.json, and
-manifest.json with the SHA-256 of each file. It is written under a temporary name, synced, and
-renamed, so a directory with the final name is complete. safetensors and JSON only. No random state
-is stored: every random draw is a function of (seed, step, row).
+manifest.json with the SHA-256 of each file. The directory is written under a temporary name,
+synced, and renamed, so a directory with the final name is complete. No random state is stored:
+every random draw is a function of (seed, step, row).
 """
 
 import os
@@ -46,7 +46,7 @@ def save_checkpoint(
     """Write checkpoint-{state.step} and return its path.
 
     write_model(directory) writes the trained tensors; facts (JSON) go into trainer_state.json.
-    Raises UserError if the disk is full or read-only: older checkpoints stay as they were.
+    Raises UserError if the disk is full or read-only; older checkpoints are not affected.
     """
     final = output_dir / f"checkpoint-{state.step}"
     temporary = output_dir / f"{_TEMPORARY}{state.step}-{os.getpid()}"
@@ -58,8 +58,8 @@ def save_checkpoint(
             save_file(_optimizer_tensors(state), temporary / OPTIMIZER, {"format": "pt"})
             counters = {name: getattr(state, name) for name in _COUNTERS}
             write_json(temporary / TRAINER_STATE, {**counters, **facts})
-            # The rename proves that a checkpoint was complete when it was written. The digests also
-            # detect what happens later: a flipped bit, a partial copy, a file edited or replaced.
+            # The rename guarantees that a checkpoint is complete when written. The digests also
+            # detect later damage: a flipped bit, a partial copy, a file edited or replaced.
             files = sorted(temporary.iterdir())
             write_json(temporary / MANIFEST, {"files": {p.name: file_digest(p) for p in files}})
             for path in (*files, temporary / MANIFEST, temporary):
@@ -73,7 +73,7 @@ def save_checkpoint(
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return trainer_state.json of a verified checkpoint: counters, and the facts saved with them.
+    """Return the content of a checkpoint's trainer_state.json: counters, and facts saved with them.
 
     Raises UserError if a field that `load_checkpoint_` or resuming needs is missing or malformed.
     """
@@ -90,8 +90,8 @@ def load_checkpoint_(
 ) -> None:
     """Fill `state` from a verified checkpoint.
 
-    model_file holds each trained tensor as prefix + name. halves: the names whose tensor in the
-    file also holds what they started from (PiSSA). Raises UserError naming what does not fit.
+    model_file holds each trained tensor under the key prefix + name. halves: names whose tensor in
+    the file also holds its initial value (PiSSA). Raises UserError for a missing or misshapen one.
     """
     facts = read_facts(path)
     for name in _COUNTERS:
@@ -103,7 +103,7 @@ def load_checkpoint_(
 def load_trained_(
     path: Path, state: State, model_file: str, prefix: str, halves: Collection[str] = ()
 ) -> None:
-    """Fill only the trained tensors, from the best checkpoint; UserError if it is damaged."""
+    """Load only the trained tensors, from the best checkpoint; raise UserError if it is damaged."""
     if problem := verify(path):
         where = f"{path}, the best checkpoint"
         raise UserError(f"{where}, cannot be loaded: {problem}. The last one is complete")
@@ -113,9 +113,9 @@ def load_trained_(
 def find_checkpoint(output_dir: Path, which: str, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that --resume-from-checkpoint selects: `auto` or a path.
 
-    auto: the newest that verifies; `say` reports each damaged one that is skipped. None if there is
-    no checkpoint at all. Raises UserError if there are some and none verifies, because starting
-    from step 0 would discard them, and for a path that does not verify.
+    auto: the newest undamaged checkpoint, or None if there is no checkpoint; `say` reports damaged
+    checkpoints that are skipped. Raises UserError if the path, or every checkpoint, is damaged:
+    starting again from step 0 would discard the checkpoints.
     """
     if which != "auto":
         path, problem, remedy = Path(which), "no such directory", "give a checkpoint-N directory"
@@ -144,7 +144,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def what_is_kept(output_dir: Path) -> str:
-    """Return a sentence on how a run that ends early can be continued."""
+    """Return a sentence for the user that says how to continue a run that ended early."""
     if not list_checkpoints(output_dir):
         return "There is no checkpoint yet: the same command starts again"
     return "Earlier checkpoints are intact: resume with --resume-from-checkpoint auto"
@@ -153,8 +153,9 @@ def what_is_kept(output_dir: Path) -> str:
 def set_aside_newer(output_dir: Path, step: int) -> list[str]:
     """Rename the checkpoints beyond `step` to abandoned-checkpoint-N; return their old names.
 
-    They are damaged, or from a trajectory abandoned by resuming at `step`: neither `auto` nor
-    `rotate` may mistake them for the newest of this one.
+    They are damaged, or were written by training that was discarded when the run resumed at `step`.
+    Renamed, they cannot be mistaken by `auto` or `rotate` for the newest checkpoint of the resumed
+    run.
     """
     newer = [p for p in list_checkpoints(output_dir) if _number(p) > step]
     for path in newer:
@@ -183,7 +184,7 @@ def verify(path: Path) -> str:
 
 
 def clean_temporaries(output_dir: Path) -> None:
-    """Remove what an interrupted save or export left behind."""
+    """Delete temporary files that an interrupted save or export left in output_dir."""
     for path in output_dir.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
     for pattern in (".*.tmp", ".part-*.safetensors"):
@@ -192,13 +193,13 @@ def clean_temporaries(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int, best_step: int = 0) -> None:
-    """Remove the oldest checkpoints beyond `limit` (0: no limit), never the newest or the best."""
+    """Delete the oldest checkpoints beyond `limit` (0: no limit), never the newest or the best."""
     paths = list_checkpoints(output_dir)
     best = [p for p in paths[:-1] if _number(p) == best_step]
     others = [p for p in paths[:-1] if p not in best]
     kept = limit - len(best) - 1  # of the others
     for path in others[: len(others) - max(0, kept)] if limit else []:
-        # Renamed first: a kill during the deletion must not leave half a checkpoint-N.
+        # Rename before deleting: if killed halfway, no incomplete checkpoint-N remains.
         doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -209,11 +210,11 @@ def _number(path: Path) -> int:
 
 
 def _optimizer_tensors(state: State) -> dict[str, Any]:
-    """Views of the optimizer's state, as KIND.NAME where a buffer matches the trained one."""
+    """Return views of the optimizer's buffers: KIND.NAME per tensor, or KIND for other layouts."""
     trained = state.trainable
     out = {}
     for kind, moment in state.moments.items():
-        # 8-bit and factored moments have layouts of their own: they are stored as they are.
+        # 8-bit and factored moments do not have the layout of the trained buffer: store them whole.
         if moment.numel() != trained.buffer.numel() or moment.dtype != torch.float32:
             out[kind] = moment
             continue

@@ -1,4 +1,4 @@
-"""The device and dtype of a run, and the memory in use."""
+"""Resolve --device and --dtype, and measure the memory in use."""
 
 import math
 import re
@@ -13,10 +13,10 @@ from minisft.config.errors import UserError
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far: allocated on the GPU, or resident for the process on CPU."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or the process's RSS on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Not getrusage on Linux: its peak includes the memory of the process that started this one.
+    # On Linux, getrusage's peak includes memory of the parent process, so read VmHWM instead.
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"VmHWM:\s+(\d+) kB", status):
@@ -26,7 +26,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the memory in use: allocated on the GPU, or resident on CPU (nan if unknown)."""
+    """Return the memory in use in GiB: allocated on the GPU, or RSS on CPU (nan if unknown)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
     try:
@@ -39,7 +39,7 @@ def memory_gib(device: torch.device) -> float:
 def resolve_device(name: str) -> torch.device:
     """Return --device as a torch.device; auto selects a GPU if there is one.
 
-    Raises UserError for another kind of device, and for a GPU that torch does not see.
+    Raises UserError for a device other than CPU or CUDA, and for a GPU that torch does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +65,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    # GPUs before compute capability 8.0 only emulate bfloat16.
+    # GPUs below compute capability 8.0 only emulate bfloat16, so use float16 on them.
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16

@@ -1,4 +1,4 @@
-"""Atomic, durable writes, and JSON files that are read with one-line errors."""
+"""Write files atomically and durably, and read JSON files with one-line errors."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def load_json(path: Path) -> Any:
     except json.JSONDecodeError as e:
         reason = f"malformed JSON ({e.msg.removesuffix(' at')}); fix it"
         raise UserError(f"{path}:{e.lineno}: {reason}, or copy or download it again") from None
-    # Valid syntax can still fail: a number with more than 4,300 digits, or very deep nesting.
+    # Valid JSON can still fail to parse: numbers of more than 4,300 digits, or deep nesting.
     except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
@@ -65,7 +65,7 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def naming(source: Path) -> Iterator[None]:
-    """Prefix the message of a UserError with the file or directory that it is about."""
+    """Prefix the message of a UserError with `source`, the file or directory that it is about."""
     try:
         yield
     except UserError as e:
@@ -84,18 +84,18 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; on success, replace `path` with its file.
+    """Yield a temporary path next to `path`; on success, rename the file written there to `path`.
 
-    A reader finds the old file or the complete new one, also after a crash or a power cut. On
-    failure the temporary file is removed and `path` stays as it was. Raises UserError naming `path`
-    if it cannot be written.
+    A reader finds the old file or the complete new file, even after a crash or a power cut. On
+    failure the temporary file is removed and `path` is unchanged. Raises UserError naming `path` if
+    it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             yield temporary
-            # The data must reach the disk before the rename: a file system may reorder the two, and
-            # a power cut would leave the final name on an empty file.
+            # Sync before the rename: a file system may reorder the two, and after a power cut the
+            # final name would be an empty file.
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)  # a rename is durable once its directory is
@@ -107,8 +107,8 @@ def atomically(path: Path) -> Iterator[Path]:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory next to `out`; rename it to `out` on success.
 
-    On failure it is removed. Raises UserError if `out` exists and is not empty, before or after the
-    files are written, and for anything that cannot be written.
+    On failure the temporary directory is removed. Raises UserError if a file cannot be written, or
+    if `out` exists and is not empty, before or after the files are written.
     """
     refuse_existing(out)
     final = Path(os.path.abspath(out))  # `out` may be "." or end in "..": then it has no name
@@ -136,7 +136,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file's content as hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""The result of a run, in the files that other programs load."""
+"""Write the result of a run (adapter or model) to files that other programs load."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -23,12 +23,12 @@ from minisft.variants.pissa import exported_lora, exported_tensors
 
 
 def trained_file(lora: LoraConfig | None) -> tuple[str, str]:
-    """(file, key prefix) under which a checkpoint or a result keeps the trained tensors."""
+    """Return the (file name, key prefix) of the trained tensors in a checkpoint or a result."""
     return ("adapter_model.safetensors", "base_model.model.") if lora else ("model.safetensors", "")
 
 
 def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainConfig) -> None:
-    """Write the trained tensors in float32: a PEFT adapter, or (no LoRA) one model.safetensors."""
+    """Write the trained tensors in float32: a PEFT adapter, or model.safetensors without LoRA."""
     if base.lora:
         save_adapter(
             directory, exported_tensors(trainable.views, base.initial_lora),
@@ -42,8 +42,8 @@ def write_trained(directory: Path, trainable: Flat, base: Base, config: TrainCon
 def model_card(base: str, facts: dict[str, Any], base_4bit: str = "") -> str:
     """Return README.md of an adapter: YAML front matter for the hub, then the facts as tables.
 
-    base: its hub id or path. The scalars of `facts`, such as data_hash, form the table "Run"; a
-    dict, such as config or losses, becomes a table of its own under its key.
+    base: hub id or path of the base model. Scalars in `facts`, such as data_hash, form the table
+    "Run"; each dict in `facts`, such as config or losses, becomes a separate table.
     base_4bit: the quantisation of the base (`quant_state.kinds`), "" if it is not in 4 bits.
     """
     front = {
@@ -76,9 +76,9 @@ def write_model_files(
     dtype: torch.dtype,
     files: dict[str, bytes],
 ) -> None:
-    """Write the files of a transformers directory other than weights: `files`, then config.json.
+    """Write `files` and the config.json and generation_config.json of a transformers directory.
 
-    base_directory: of the model whose config.json and generation_config.json these follow.
+    base_directory: directory of the base model, from which the two configs are copied and updated.
     """
     write_files(directory, files)
     raw = load_json(base_directory / "config.json")
@@ -100,8 +100,8 @@ def save_shards(
 ) -> None:
     """Write named tensors as model.safetensors, or as shards of at most max_bytes with an index.
 
-    dtype: that of the files; None keeps each tensor's own. A tensor larger than max_bytes is a
-    shard of its own. `tensors` may be a generator: at most one shard is in host memory at a time.
+    dtype: dtype to store; None: each tensor's dtype. A tensor larger than max_bytes is stored in a
+    separate shard. `tensors` may be a generator: at most one shard is in host memory at a time.
     """
     parts: list[tuple[Path, list[str]]] = []
     count, total = 0, 0
@@ -140,7 +140,7 @@ def _shards(
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Write files by name (name -> content) into a directory."""
+    """Write `files` (relative path -> content) into a directory."""
     for name, data in files.items():
         path = directory / name
         with writing(path):
@@ -149,6 +149,6 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def to_json_line(value: dict[str, Any]) -> str:
-    """One line of JSON; numbers that are not finite become null: JSON has no spelling for them."""
+    """Return one line of JSON; NaN and infinite numbers become null, as JSON cannot hold them."""
     clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in value.items()}
     return json.dumps(clean) + "\n"

@@ -1,4 +1,4 @@
-"""The base model of a run: frozen weights on the device, and the state that training changes."""
+"""Load the base model of a run: frozen weights on the device, and the initial training state."""
 
 import time
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from minisft.variants import pissa
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a run: config, frozen weights, and how to compute with them."""
+    """The base model of a run: its frozen weights, and the settings to compute with them."""
 
     directory: Path
     frozen: dict[str, Tensor | NF4Weight]
@@ -36,27 +36,27 @@ class Base:
     lora: LoraConfig | None
     load_seconds: float = 0.0
     load_peak_gib: float = 0.0  # on the device, or of the process on CPU
-    # A0 and B0 of PiSSA and OLoRA under the names of A and B, on CPU (`minisft.variants.pissa`).
+    # Initial A and B of PiSSA and OLoRA, under the names of A and B, on CPU (`variants.pissa`).
     initial_lora: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def cfg(self) -> ModelConfig:
-        """The shape of the model."""
+        """The architecture of the model: sizes, number of layers, tying."""
         return self.compute.model
 
 
 def base_4bit(config: TrainConfig, base: Base) -> str:
-    """`quant_state.kinds` of the base that the adapter belongs on; "" if that is not in 4 bits."""
+    """Return `quant_state.kinds` of the base to use the adapter with; "" if it is not in 4 bits."""
     if not config.serves_in_4bit:
         return ""
     return kinds(w for w in base.frozen.values() if isinstance(w, NF4Weight))
 
 
 def find_base(config: TrainConfig) -> Path:
-    """The directory of the base model, downloaded if it is a hub id.
+    """Return the directory of the base model; download it if config.model is a hub id.
 
-    Raises UserError for a device, dtype or optimizer that this machine does not have, before
-    anything is downloaded.
+    Before the download, raises UserError for a device, dtype or optimizer that is not available
+    on this machine.
     """
     device = resolve_device(config.device)
     resolve_dtype(config.dtype, device)
@@ -67,14 +67,14 @@ def find_base(config: TrainConfig) -> Path:
 def load_base(
     config: TrainConfig, initial_lora: Mapping[str, Tensor] = {}, directory: Path | None = None
 ) -> tuple[Base, State]:
-    """Load weights to the device one tensor at a time; trained ones are views of a flat buffer.
+    """Load a base model; return its frozen weights (Base) and the initial training state.
 
-    A trained copy of a weight that is stored in 4 bits starts from its decoded values.
-    initial_lora: Base.initial_lora of the run that is resumed; without it, what PiSSA and OLoRA
-    start from is computed. directory: the result of `find_base`, if it was called already.
-    With config.dry_run everything is checked, and tensors are on torch's meta device.
-    Raises UserError for a 4-bit checkpoint whose weights would change, and as `find_base`,
-    `check_patterns` and the readers do.
+    The trained tensors are views of one flat buffer. A trained copy of a 4-bit weight starts from
+    the decoded values. initial_lora: Base.initial_lora of the run to resume; if empty, the initial
+    A and B of PiSSA and OLoRA are computed. directory: result of an earlier call of `find_base`.
+    With config.dry_run, everything is checked but all tensors are on torch's meta device. Raises
+    UserError for a 4-bit base whose weights would change, for missing or invalid files, and in the
+    cases of `find_base` and `check_patterns`.
     """
     started = time.perf_counter()
     directory = directory or find_base(config)
@@ -127,8 +127,8 @@ def load_weights_(
 ) -> dict[str, Tensor | NF4Weight]:
     """Fill the trained tensors from the checkpoint; return the frozen weights on the same device.
 
-    four_bit: names of the weights to keep in 4 bits. initial_lora is filled where a part is
-    computed (`take_part_`).
+    four_bit: names of the weights to hold in 4 bits. initial_lora: initial A and B of PiSSA and
+    OLoRA; missing tensors are computed and added (`take_part_`).
     """
     device = trainable.buffer.device
     frozen: dict[str, Tensor | NF4Weight] = {}
@@ -163,9 +163,9 @@ def take_part_(
     initial_lora: dict[str, Tensor],
     seed: int,
 ) -> Tensor:
-    """Start A and B of a linear as a part of its weight; return the rest of the weight, float32.
+    """Set A and B of a linear from its weight W (PiSSA, OLoRA); return W - scaling * B A, float32.
 
-    A part that `initial_lora` does not hold is computed and put there.
+    A and B are copied from `initial_lora`; if they are missing there, they are computed and added.
     """
     A_name, B_name = (f"{path}.lora_{x}.weight" for x in "AB")
     A_RI, B_OR = trainable.views[A_name], trainable.views[B_name]
@@ -179,7 +179,7 @@ def take_part_(
 
 
 def open_base(directory: Path, config: TrainConfig) -> Checkpoint:
-    """The checked headers of a run's base; UserError for a 4-bit one whose weights would change."""
+    """Open and check a run's base; raise UserError if 4-bit weights in it would have to change."""
     checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
     problem = remedy = ""
     if config.full_finetuning:

@@ -1,6 +1,6 @@
-"""4-bit matrices in safetensors files, in the layout of bitsandbytes: checked, read and written.
+"""Check, read and write 4-bit matrices in safetensors files, in the layout of bitsandbytes.
 
-A matrix P.weight [O, I] of n = O * I weights in b = ceil(n / blocksize) blocks is several tensors:
+Tensors that store a matrix P.weight [O, I] of n = O * I weights in b = ceil(n / blocksize) blocks:
 
 P.weight                                 uint8 [ceil(n / 2), 1], or the same bytes as another dtype
 P.weight.absmax                          float32 [b]; uint8 [b] with double quantisation
@@ -9,7 +9,7 @@ P.weight.nested_absmax                   float32 [ceil(b / 256)], with double qu
 P.weight.nested_quant_map                float32 [256], with double quantisation only
 P.weight.quant_state.bitsandbytes__nf4   JSON as uint8 (or __fp4)
 
-Error messages here name the tensor; the caller adds the file (`disk.naming`).
+Error messages of this module name the tensor; the caller adds the file name (`disk.naming`).
 """
 
 import json
@@ -38,7 +38,7 @@ _MAX_JSON_BYTES = 65536
 
 
 class QuantState(NamedTuple):
-    """The JSON of one 4-bit matrix."""
+    """The parsed quant state (JSON metadata) of one 4-bit matrix."""
 
     quant_type: str  # "nf4" or "fp4"
     blocksize: int
@@ -46,7 +46,7 @@ class QuantState(NamedTuple):
     nested_offset: float | None  # None: single quantisation
 
     def members(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return (dtype, shape) of each tensor that accompanies the packed weights."""
+        """Return member name -> (dtype, shape) of the tensors stored with the packed weights."""
         blocks = math.ceil(self.shape[0] * self.shape[1] / self.blocksize)
         single = {"absmax": (torch.float32, (blocks,)), "quant_map": (torch.float32, (16,))}
         if self.nested_offset is None:
@@ -58,12 +58,12 @@ class QuantState(NamedTuple):
         }
 
     def keys(self, weight: str) -> list[str]:
-        """Return the keys of all tensors of the matrix `weight`, the packed weights first."""
+        """Return the keys of all tensors of the matrix named `weight`, the packed weights first."""
         return [weight, *(f"{weight}.{member}" for member in self.members())]
 
 
 def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
-    """Return the kinds of 4 bits, as "nf4 with double quantisation" or "A and B"; "" for none."""
+    """Describe the 4-bit kinds of matrices, e.g. "nf4 with double quantisation"; "" if none."""
     found = {
         f"{m.quant_type} with {'single' if m.nested_offset is None else 'double'} quantisation"
         for m in matrices
@@ -72,11 +72,11 @@ def kinds(matrices: Iterable[NF4Weight | QuantState]) -> str:
 
 
 def find_states(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Return the key of the quant state of each 4-bit matrix, by the matrix's key.
+    """Return key of the matrix -> key of its quant state, for every 4-bit matrix.
 
     infos: key -> TensorInfo of every tensor in the checkpoint.
-    Raises UserError for a second state of one matrix, a kind other than nf4 and fp4, a state that
-    cannot be JSON text, and a scale or code whose matrix has no state.
+    Raises UserError for a matrix with two states, a kind other than nf4 and fp4, a state whose
+    dtype or shape is invalid, and a scale or code whose matrix has no state.
     """
     states: dict[str, str] = {}
     known = [_PREFIX + code for code in CODES]
@@ -119,7 +119,7 @@ def parse_state(name: str, text: bytes) -> QuantState:
     ]
     offset: Any = raw.get("nested_offset")
     if any(key.startswith("nested_") for key in raw):
-        # Finite in float32; false for NaN.
+        # The comparison requires a value that is finite in float32, and is False for NaN.
         finite = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
         checks += [
             ("nested_blocksize", raw.get("nested_blocksize") == NESTED_BLOCK, str(NESTED_BLOCK)),
@@ -134,10 +134,10 @@ def parse_state(name: str, text: bytes) -> QuantState:
 
 
 def check_members(weight: str, state: QuantState, infos: Mapping[str, TensorInfo]) -> None:
-    """Compare the headers of one matrix's tensors with its quant state.
+    """Check the dtypes and shapes of one matrix's tensors against its quant state.
 
     infos: key -> TensorInfo of every tensor in the checkpoint.
-    Raises UserError for the first tensor that is missing, surplus, or of another dtype or shape.
+    Raises UserError for the first tensor that is missing, unexpected, or of another dtype or shape.
     """
     members = state.members()
     for member in _MEMBERS:
@@ -162,9 +162,9 @@ def check_members(weight: str, state: QuantState, infos: Mapping[str, TensorInfo
 
 
 def assemble(weight: str, state: QuantState, tensors: Mapping[str, Tensor]) -> NF4Weight:
-    """Build one matrix from its tensors (by key, all on one device), and check its scales.
+    """Build one matrix from its tensors (by key, all on one device), and check their values.
 
-    Raises UserError for a value that is not finite, or a code that is not the state's.
+    Raises UserError for a non-finite value, or a quant_map that does not match the quant type.
     """
     packed = tensors[weight].contiguous().view(-1).view(torch.uint8)
     parts = {member: tensors[f"{weight}.{member}"] for member in state.members()}
@@ -175,14 +175,14 @@ def assemble(weight: str, state: QuantState, tensors: Mapping[str, Tensor]) -> N
     if (parts["quant_map"] - code).abs().max() > 1e-6:
         raise _damaged(f"{weight}.quant_map is not the code of {state.quant_type}")
     matrix = _matrix(state, packed, parts)
-    # Finite parts can still overflow: nested_code * nested_absmax + nested_offset.
+    # nested_code * nested_absmax + nested_offset can overflow although its parts are finite.
     if not scales(matrix).isfinite().all():
         raise _damaged(f"{weight}.absmax decodes to scales that are not finite")
     return matrix
 
 
 def unfilled(state: QuantState) -> NF4Weight:
-    """Return a matrix of that state on torch's meta device: shapes and dtypes without values."""
+    """Return a matrix with the layout of `state` on torch's meta device: no values."""
     num_bytes = math.ceil(state.shape[0] * state.shape[1] / 2)
     packed = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
     parts = {
@@ -203,7 +203,7 @@ def _matrix(state: QuantState, packed: Tensor, parts: dict[str, Tensor]) -> NF4W
 
 
 def to_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of one matrix by key, for a safetensors file. dtype: the model's."""
+    """Return the tensors that store one matrix, by key. dtype: the model's, for its JSON."""
     raw = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,

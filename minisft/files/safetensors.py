@@ -1,7 +1,7 @@
-"""Safetensors files: checked headers, streamed tensors, and an atomic, deterministic writer.
+"""Read safetensors files with checked headers, and write them atomically and deterministically.
 
-Layout: 8 bytes of header length (little endian), a JSON header, then the tensor bytes. The
-safetensors library checks a header against its file; duplicate keys are checked here.
+File layout: 8 bytes of header length (little endian), a JSON header, then the tensor bytes. The
+safetensors library checks the header against the file; this module also refuses duplicate keys.
 """
 
 import json
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a header; its bytes are file[start:stop]."""
+    """The entry of one tensor in a header; its bytes are file[start:stop]."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A checked safetensors header: tensors in file order, and the free metadata."""
+    """A checked safetensors header: tensors in file order, and the free-form metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -49,14 +49,14 @@ def read_header(path: str | Path) -> Header:
     Raises UserError naming the file if it is missing, truncated or malformed: the tensors must tile
     the file exactly, each with as many bytes as its dtype and shape imply.
     """
-    # Opened here first: for a directory the library would say "no such device". Opened by the
-    # library before the JSON is parsed: it refuses what the rest of this function relies on.
+    # open() first: for a directory, the library's message would be "no such device". Then let the
+    # library validate the header, because the code after this relies on a valid one.
     with _refusing(path), open(path, "rb") as file, safe_open(path, framework="pt"):
         header_bytes = int.from_bytes(file.read(8), "little")
         text = file.read(header_bytes)
     try:
         raw = json.loads(text, object_pairs_hook=_unique)
-    # RecursionError: the library skips unknown fields, however deep they are nested.
+    # RecursionError can occur because the library accepts unknown fields nested to any depth.
     except (ValueError, RecursionError) as e:
         raise _invalid(path, e) from None
     metadata = raw.pop("__metadata__", None) or {}
@@ -74,11 +74,11 @@ def read_header(path: str | Path) -> Header:
 def iter_tensors(
     path: str | Path, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, CPU tensor) of one file, one tensor at a time, with the dtypes of the file.
+    """Yield (name, CPU tensor) of one file, one tensor at a time, in the dtypes stored there.
 
     `names` selects and orders the tensors; None means all, in file order. A tensor may be a view of
-    the memory-mapped file: clone it if it must outlive a change of the file.
-    Raises UserError naming the file (see `read_header`), or a name that it does not hold.
+    the memory-mapped file: clone it if the file may change later.
+    Raises UserError if the file is invalid (see `read_header`) or lacks one of `names`.
     """
     header = read_header(path)
     wanted = list(header.tensors) if names is None else list(names)
@@ -96,8 +96,8 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
     tensors: on any device, of any dtype in DTYPES. Equal tensors and metadata give equal bytes.
     Raises UserError if the file cannot be written (disk full, no such directory).
     """
-    # Not the library's writer: it orders the metadata at random, so equal content gives different
-    # bytes and digests. Wide dtypes come first, as in the library, so every tensor is aligned.
+    # The library's writer is not used: it orders metadata at random, so equal content would give
+    # different digests. As in the library, wide dtypes come first so that every tensor is aligned.
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -116,7 +116,7 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The library keeps the last of two tensors with one name; the other one would be lost silently.
+    # Given two tensors with one name, the library would silently discard the first.
     keys = dict(pairs)
     if len(keys) < len(pairs):
         raise ValueError("a key appears twice")

@@ -1,8 +1,8 @@
-"""Model checkpoints: config.json and safetensors, read one tensor at a time.
+"""Read model checkpoints (config.json and safetensors), one tensor at a time.
 
-Local directories and hub ids, single files and shards with an index. Names, shapes and dtypes are
-checked against config.json before any weights are read. Linears may be in the 4-bit formats of
-bitsandbytes: the tensors in the files decide, whatever config.json says.
+Supports local directories and hub ids, single files and shards with an index. Names, shapes and
+dtypes are checked against config.json before any weights are read. Linears may be in bitsandbytes'
+4-bit formats; these are detected from the tensors in the files, not from config.json.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*
 def resolve_model(name: str, revision: str | None = None) -> Path:
     """Return the local directory of a model; a hub id is downloaded into the hub's cache.
 
-    A local directory needs no network. Raises UserError if `name` is neither.
+    A local directory needs no network. Raises UserError if `name` is not a directory or hub id.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -49,7 +49,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    # Without this, a failed download prints a page of retries before the one line that matters.
+    # Otherwise a failed download logs a page of retries before our one-line error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
@@ -60,7 +60,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
 
 
 def load_model_config(directory: Path) -> ModelConfig:
-    """Parse config.json of a checkpoint directory; add the eos ids of generation_config.json."""
+    """Parse config.json of a checkpoint directory, and add EOS ids from generation_config.json."""
     path = Path(directory) / "config.json"
     cfg = parse_model_config(load_json(path), str(path))
     generation = Path(directory) / "generation_config.json"
@@ -75,10 +75,10 @@ def load_model_config(directory: Path) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where each tensor of a checkpoint is stored.
+    """The file of each tensor of a model checkpoint, with the model config and 4-bit quant states.
 
-    cfg is config.json's, except for `tie_word_embeddings` where the files contradict it. four_bit:
-    the quant state of each matrix stored in 4 bits, by its key; its scales are in `places` too.
+    cfg: from config.json; tie_word_embeddings is False if the files hold two different tensors.
+    four_bit: key -> quant state of each matrix in 4 bits; `places` also holds its scales.
     """
 
     places: Places
@@ -87,10 +87,10 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
-    """Find every tensor, and check it against config.json by the files' headers and quant states.
+    """Locate every tensor; check headers and quant states of the files against config.json.
 
     Accepts keys without the `model.` prefix and stale `rotary_emb.inv_freq` buffers, as
-    transformers does. A tied model with a different head of its own is opened untied.
+    transformers does. A tied model that stores a different head is opened as untied.
     Raises UserError for the first missing, unexpected or misshapen tensor.
     """
     directory = Path(directory)
@@ -114,9 +114,8 @@ def open_checkpoint(directory: Path, cfg: ModelConfig) -> Checkpoint:
 def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4Weight]]:
     """Yield (HF key, weight as stored, on CPU) one at a time, file by file.
 
-    If the caller moves each to its device before asking for the next, host memory holds one weight
-    at a time, and those scales that are stored before the 4-bit matrix that they belong to.
-    Raises UserError naming a file that is damaged.
+    Host memory holds one weight at a time, if the caller keeps no reference, plus any scales that
+    are stored before their 4-bit matrix. Raises UserError naming a damaged file.
     """
     four_bit = checkpoint.four_bit
     owners = {key: weight for weight, state in four_bit.items() for key in state.keys(weight)}
@@ -138,11 +137,11 @@ def stream_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | NF4We
 def to_device(
     name: str, weight: Tensor | NF4Weight, device: torch.device, dtype: torch.dtype, four_bit: bool
 ) -> Tensor | NF4Weight:
-    """Return a frozen weight as the run keeps it: on `device`, in `dtype` or in 4 bits.
+    """Return a copy of a weight on `device`, in 4 bits if four_bit, else in `dtype`.
 
-    A matrix that is stored in 4 bits keeps its codes, or is decoded into `dtype`. Any other is
-    quantised to NF4 with double quantisation, on `device`, from the stored values: rounding them to
-    `dtype` first would give other codes. Raises UserError if a value to quantise is not finite.
+    A weight stored in 4 bits keeps its codes, or is decoded to `dtype`. Any other weight is
+    quantised on `device` to NF4 with double quantisation, directly from its stored values: rounding
+    to `dtype` first would change the codes. Raises UserError if a value to quantise is not finite.
     """
     if isinstance(weight, NF4Weight):
         parts = (v.to(device, copy=True) if isinstance(v, Tensor) else v for v in weight)
@@ -156,7 +155,7 @@ def to_device(
 
 @contextmanager
 def quantising(name: str, file: Path | None = None) -> Iterator[None]:
-    """Turn quantize's ValueError into a UserError that names the weight, and its file if given."""
+    """Turn a ValueError of `quantize` into a UserError that names the weight, and any `file`."""
     try:
         yield
     except ValueError as e:
@@ -166,14 +165,14 @@ def quantising(name: str, file: Path | None = None) -> Iterator[None]:
 
 
 def dequantized(weight: Tensor | NF4Weight) -> Tensor:
-    """Return a 4-bit weight decoded to float32, and any other weight unchanged."""
+    """Return `weight` decoded to float32 if it is in 4 bits, otherwise unchanged."""
     return dequantize(weight, torch.float32) if isinstance(weight, NF4Weight) else weight
 
 
 def meta_weights(
     checkpoint: Checkpoint, dtype: torch.dtype, four_bit: set[str]
 ) -> Iterator[tuple[str, Tensor | NF4Weight]]:
-    """Yield (HF key, weight as `to_device` returns it) on torch's meta device, without values."""
+    """Yield (HF key, weight) like `to_device`, but on torch's meta device: no values."""
     for name, shape in checkpoint.cfg.weight_shapes().items():
         if name not in four_bit:
             yield name, torch.empty(shape, dtype=dtype, device="meta")
@@ -183,10 +182,10 @@ def meta_weights(
 
 
 def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
-    """Return the names of the weights that a run keeps in 4 bits.
+    """Return the names of the weights that a run holds in 4 bits; empty without load_in_4bit.
 
-    None without load_in_4bit, else every linear of the decoder layers; of a checkpoint in 4 bits,
-    those that it stores so: it kept the others in 16 bits on purpose. A head is decoded.
+    Otherwise every linear of the decoder layers. In a 4-bit checkpoint, only the linears stored in
+    4 bits: the others are in 16 bits on purpose. A head in 4 bits is decoded.
     """
     if not load_in_4bit:
         return set()
@@ -195,14 +194,14 @@ def four_bit_names(checkpoint: Checkpoint, load_in_4bit: bool) -> set[str]:
 
 
 def kinds_of(checkpoint: Checkpoint, names: set[str]) -> str:
-    """Return `quant_state.kinds` of the weights that `four_bit_names` returned."""
+    """Return `quant_state.kinds` of the weights in `names`, a result of `four_bit_names`."""
     if not checkpoint.four_bit:
         return OURS if names else ""
     return quant_state.kinds(checkpoint.four_bit[name] for name in names)
 
 
 def _find_tensors(directory: Path) -> tuple[Places, dict[str, TensorInfo]]:
-    """Places and header entries of all tensors; stale RoPE buffers are left out."""
+    """Return places and header entries of all tensors, by key, without stale RoPE buffers."""
     headers = {file: read_header(file).tensors for file in _weight_files(directory)}
     bare = not any(n.startswith("model.") for header in headers.values() for n in header)
     places: Places = {}
@@ -226,7 +225,7 @@ def _read(places: Places) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_states(places: Places, infos: dict[str, TensorInfo]) -> dict[str, QuantState]:
-    """The checked quant state of every 4-bit matrix; the states are removed from `places`."""
+    """Read and check the quant state of every 4-bit matrix; remove the states from `places`."""
     keys = quant_state.find_states(infos)
     texts = {k: bytes(t.tolist()) for k, t in _read({k: places.pop(k) for k in keys.values()})}
     states = {weight: quant_state.parse_state(key, texts[key]) for weight, key in keys.items()}
@@ -251,7 +250,7 @@ def _weight_files(directory: Path) -> list[Path]:
     files = []
     for name in sorted({str(v) for v in weight_map.values()}):
         path = directory / name
-        # The index comes from elsewhere: a shard must not name a file outside the directory.
+        # The index may be malicious: a shard must not name a file outside the directory.
         if Path(name).name != name or not name.endswith(".safetensors"):
             expected = "a file name ending in .safetensors"
             raise UserError(f"{index}: shard {name!r} is refused; expected {expected}")
@@ -264,10 +263,10 @@ def _weight_files(directory: Path) -> list[Path]:
 def _settle_tying_(
     places: Places, infos: dict[str, TensorInfo], four_bit: Container[str], cfg: ModelConfig
 ) -> ModelConfig:
-    """Decide whether the head is the embedding, as transformers v5 does on loading.
+    """Return cfg with tie_word_embeddings corrected to what is stored, as transformers v5 does.
 
-    Tied in config.json and only one of the two is stored: it serves as both. Both are stored and
-    differ: not tied. A head that is not needed is removed from `places`.
+    If cfg is tied and only one of embedding and head is stored, it serves as both. If both are
+    stored and differ, the model is untied; if they are equal, the head is removed from `places`.
     """
     if not cfg.tie_word_embeddings or _HEAD not in places:
         return cfg
