@@ -133,7 +133,7 @@ def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Pa
 def merged_weights(
     checkpoint: weights.Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, weight) of the merged model, one weight in memory at a time.
+    """Yield (key, weight) of the merged model one at a time; adapted weights are float32.
 
     four_bit: names of the weights to quantise to 4 bits and decode before the update is added.
     """
