@@ -1,1 +1,1 @@
-"""Around the training loop: evaluation, logs, resuming, signals, the final report."""
+"""Everything around the training loop: evaluation, logs, resuming, signals, final report."""

@@ -1,4 +1,4 @@
-"""`Run`, the object that every stage of a run shares, and `session`, the context it runs in."""
+"""`Run`, the object shared by all stages of a run, and `session`, the context manager around it."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from minisft.text.tokenizer import Tokenizer
 
 @dataclass
 class Run:
-    """One run, ready to train: settings, base model, state, data, plan, output directory."""
+    """All that a training run needs: settings, base model, state, data, plan, output directory."""
 
     config: TrainConfig
     out: Path  # the output directory
@@ -39,18 +39,18 @@ class Run:
     batches: Batches
     facts: dict[str, Any]  # hashes of the data and of the base, stored in every checkpoint
     evaluated: bool = True  # False: the evaluation due at the resumed step still has to be run
-    # Set right before the first step, when metrics.jsonl is opened.
+    # `report` is set right before the first step, when metrics.jsonl is opened.
     report: Reporter = field(init=False, repr=False)
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the run, including steps done before resuming."""
         epochs = math.ceil(self.config.num_train_epochs * self.batches.schedule.steps_per_epoch)
         return self.config.max_steps if self.config.max_steps > 0 else epochs
 
 
 class Numbers(NamedTuple):
-    """What the training loop measured over the steps of this process."""
+    """Measurements of the training loop, over the steps done by this process."""
 
     steps: int
     tokens: int
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
 def session(config: TrainConfig) -> Iterator[tuple[Path, Stop, Needs]]:
     """Lock the output directory, handle signals and memory errors, set torch's switches.
 
-    Yields the first fields of `Run`. Raises UserError if --model, --dataset or a logger is missing.
+    Yields (output directory, Stop, Needs). Raises UserError without --model, --dataset or a logger.
     """
     if not config.model:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run prints before its first step and after its last, and its warnings."""
+"""Print the summaries before the first and after the last training step, and the warnings."""
 
 import math
 
@@ -23,7 +23,7 @@ from minisft.variants.pissa import exported_lora
 
 
 def note_memory_needs(run: Run) -> None:
-    """Estimate the run's memory, for the dry run and for out-of-memory messages."""
+    """Fill run.needs with the memory estimate that dry runs and out-of-memory messages show."""
     tokens = most_tokens(run.data, run.batches, run.total_steps)
     evaluated = 0 if run.data.eval is None else most_eval_tokens(run.data.eval, run.config)
     run.needs.update(estimate(run.base, run.state, run.plan, tokens, evaluated))
@@ -97,7 +97,7 @@ def _announce_data(run: Run) -> None:
     if data.eval is not None and (shared := num_shared(data.train, data.eval)):
         say(f"warning: {shared:,} of {len(data.eval):,} eval rows are among the training rows")
     sources, shares = data.train.stats["sources"], run.batches.schedule.shares
-    # `shares` is empty unless --dataset gives weights.
+    # `shares` is empty unless --dataset gives sampling weights; then nothing is printed here.
     for source, (size, drawn) in zip(sources, shares, strict=False):
         say(f"        {source['source']}: {drawn:,} rows an epoch, of {size:,}")
 
@@ -117,7 +117,7 @@ def _announce_steps(run: Run) -> None:
 
 
 def _warn_of_idle_settings(run: Run) -> None:
-    # What the settings alone tell is refused by TrainConfig, unless Trainer accepts the pair.
+    # Conflicts visible in the settings alone are errors in TrainConfig, unless Trainer allows them.
     config, data, choice = run.config, run.data, run.plan.choice
     idle = []
     if choice and not choice.peak_bytes:
@@ -128,14 +128,14 @@ def _warn_of_idle_settings(run: Run) -> None:
     sources = data.train.stats["sources"] + (data.eval.stats["sources"] if data.eval else [])
     if all(source["format"] != "text" for source in sources):
         idle.append(("dataset_text_field", "no rows are of the format text"))
-    # A dataclass keeps the default of a field as an attribute of the class.
+    # Compare with the field's default, which a dataclass stores as a class attribute.
     given = [(n, why) for n, why in idle if getattr(config, n) != getattr(type(config), n)]
     for name, why in given + [(name, why) for name, why, _ in idle_settings(config)]:
         say(f"warning: {flag(name)} {getattr(config, name)} has no effect: {why}")
 
 
 def summarise(run: Run, result: TrainOutput) -> None:
-    """Print the final lines: answers, losses, memory, time, and how to use the result."""
+    """Print the final report: answers, losses, memory, time, and commands that use the result."""
     m, config, device = result.metrics, run.config, run.base.device
     for sample in m.get("samples", [])[:5]:
         texts = (sample[key] for key in ("prompt", "before", "after"))
@@ -159,8 +159,8 @@ def summarise(run: Run, result: TrainOutput) -> None:
     steps, loss = result.global_step, result.training_loss
     say(f"done: {steps} steps, mean loss {loss:.4f}; saved to {run.out}")
     if config.lora and config.lora.splits_weights:
-        # The file's B A is relative to the whole base weight, training's to the weight minus the
-        # initial B A, which alone was quantised: no base in 4 bits equals that.
+        # Training quantised only the residual (base weight minus the initial B A), but the B A in
+        # the file is relative to the full base weight: no 4-bit base matches it exactly.
         where = " in 4 bits; load it on the base in 16 bits, the closest match"
         say(
             "the adapter file holds the change from the base weights, at twice the rank; training "
@@ -179,9 +179,9 @@ def _print_commands(run: Run) -> None:
 
 
 def end_of_dry_run(run: Run) -> TrainOutput:
-    """Print the memory estimate; return estimates as metrics: total_steps, num_rows, memory_gib."""
+    """Print the memory estimate of a dry run; return it, total_steps and num_rows as metrics."""
     base, needs = run.base, run.needs
-    # On a CPU, the interpreter and torch take part of the same memory.
+    # On a CPU, the interpreter and torch use the same memory as the model, so count them.
     if base.device.type == "cpu":
         needs = {"this process so far": memory_gib(base.device), **needs}
     say(f"memory  about {sum(needs.values()):.2f} GiB: {in_words(needs)}")

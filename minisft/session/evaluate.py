@@ -1,4 +1,4 @@
-"""Evaluation before, during and after training: metrics, greedy answers, the best step."""
+"""Evaluation before, during and after training: metrics, greedy answers, choice of best step."""
 
 import math
 import time
@@ -32,10 +32,10 @@ STEP0 = "step0.json"  # metrics and answers before training, for a resumed run t
 
 
 def evaluate(run: Run, dataset: TokenizedDataset) -> dict[str, float]:
-    """Returns loss, token accuracy and entropy as means over the trained tokens of a dataset.
+    """Returns mean loss, accuracy and entropy over a dataset's trained tokens, their count, times.
 
-    Every token has the same weight, so the batch size does not change the numbers (Trainer's
-    eval_loss averages batch means). Also returns counts and times.
+    Every token has the same weight, so the numbers do not depend on the batch size. (Trainer's
+    eval_loss does, because it averages the means of batches.)
     """
     base, started = run.base, time.perf_counter()
     batches = eval_batches(dataset, eval_tokens(run.config), base.device)
@@ -54,28 +54,28 @@ def evaluate(run: Run, dataset: TokenizedDataset) -> dict[str, float]:
 def eval_batches(
     dataset: TokenizedDataset, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """Yield all rows in order, packed into batches of at most max_tokens tokens."""
+    """Yield the rows of a dataset in order, packed into batches of at most max_tokens tokens."""
     lengths = dataset.row_lengths.tolist()
     for rows in cut_by_tokens(list(range(len(dataset))), lengths, max_tokens):
         yield make_micro_batch(dataset, rows, device)
 
 
 def eval_tokens(config: TrainConfig) -> int:
-    """Tokens per evaluation batch."""
+    """Returns the maximum number of tokens in an evaluation batch."""
     rows = config.per_device_eval_batch_size or config.per_device_train_batch_size
-    # Beyond some thousand tokens, larger batches are not faster.
+    # Limit to 8192: above a few thousand tokens, larger batches are not faster.
     return min(rows * config.max_length, 8192)
 
 
 def most_eval_tokens(dataset: TokenizedDataset, config: TrainConfig) -> int:
-    """Tokens of the largest evaluation batch."""
-    # The lengths stand for the rows: only their sums are wanted.
+    """Returns the number of tokens in the largest evaluation batch of a dataset."""
+    # Pass the lengths as the rows too, so that each batch is a list of lengths to sum.
     lengths = dataset.row_lengths.tolist()
     return max(map(sum, cut_by_tokens(lengths, lengths, eval_tokens(config))))
 
 
 def evaluate_now(run: Run, step: int) -> dict[str, Any]:
-    """Evaluate the current weights, of `step`; report and return metrics and greedy `answers`."""
+    """Evaluate the weights of `step`, now loaded; log and return metrics and greedy `answers`."""
     assert run.data.eval is not None
     epoch = run.batches.schedule.epoch_after(step - 1)
     metrics: dict[str, Any] = dict(evaluate(run, run.data.eval))
@@ -85,7 +85,7 @@ def evaluate_now(run: Run, step: int) -> dict[str, Any]:
 
 
 def evaluate_before(run: Run) -> dict[str, Any]:
-    """Metrics and answers of the untrained model; a resumed run reads them from step0.json."""
+    """Returns metrics and answers of the untrained model; a resumed run reads step0.json."""
     if run.data.eval is None:
         return {}
     before, rows = read_before(run), data_hash(run.data.eval)
@@ -100,7 +100,7 @@ def evaluate_before(run: Run) -> dict[str, Any]:
 
 
 def read_before(run: Run) -> dict[str, Any]:
-    """The content of step0.json if a run is resumed. Raises UserError if that is damaged."""
+    """Returns the content of step0.json in a resumed run, else {}; UserError if it is damaged."""
     file = run.out / STEP0
     before = load_json(file) if run.state.step and file.exists() else {}
     if not isinstance(before, dict):
@@ -109,12 +109,12 @@ def read_before(run: Run) -> dict[str, Any]:
 
 
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate if --eval-strategy asks for it after this step; returns True if it is the best."""
+    """Evaluate if --eval-strategy requires it after this step; returns True for a new best."""
     config, step = run.config, run.state.step
     every = config.eval_steps or config.logging_steps
     if config.eval_strategy == "epoch":
         every = run.batches.schedule.steps_per_epoch
-    # The last step is evaluated after the loop, so here only if it can become the best.
+    # The last step is evaluated after the loop anyway; here only if it can become the best.
     due = step % every == 0 and (config.keeps_best or step < run.total_steps)
     done = step in run.report.evaluations
     if run.data.eval is None or config.eval_strategy == "no" or done or not due:
@@ -125,8 +125,8 @@ def evaluate_if_due(run: Run) -> bool:
 def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig) -> bool:
     """Update the best evaluation and the early-stopping count; returns True for a new best.
 
-    As in Trainer, the best is replaced by any strictly better value, while early stopping requires
-    a gain above its threshold.
+    As in Trainer, any strictly better value is a new best, but only a gain above
+    config.early_stopping_threshold resets the early-stopping count.
     """
     name, greater = config.best_metric
     value, best = metrics[name], state.best_value
@@ -140,14 +140,14 @@ def note_evaluation_(state: State, metrics: dict[str, Any], config: TrainConfig)
 
 
 def stops_early(state: State, config: TrainConfig) -> bool:
-    """Whether --early-stopping-patience is exhausted."""
+    """Returns True if evaluations without improvement have reached --early-stopping-patience."""
     return 0 < config.early_stopping_patience <= state.evaluations_since_best
 
 
 def evaluate_after(run: Run, step: int) -> dict[str, Any]:
-    """Metrics and answers of the weights to be exported, which belong to `step`.
+    """Returns metrics and answers of the weights to be exported, which are those after `step`.
 
-    An earlier evaluation of that step is reused if it is complete and on the same rows.
+    Reuses an earlier evaluation of that step if it is complete and on the same eval rows.
     """
     dataset = run.data.eval
     if dataset is None:
@@ -162,13 +162,13 @@ def evaluate_after(run: Run, step: int) -> dict[str, Any]:
 
 
 def answer(run: Run, count: int) -> list[dict[str, Any]]:
-    """Greedy answers to the first `count` eval prompts, with the expected ones."""
+    """Generate greedy answers to the first `count` eval prompts; returns a dict for each."""
     assert run.data.eval is not None
     base, tokenizer = run.base, run.tokenizer
     prompts, expected = eval_prompts(run.data.eval, count)
     stops = stop_ids(tokenizer, base.cfg)
     model = InferenceModel(run.state.trainable.views, base.frozen, base.compute, base.device)
-    # Answers end at a stop id; the limit is for a model that has not learned to stop.
+    # Limit the length, because a model that has not learned to stop never emits a stop id.
     new_tokens = 2 * max(map(len, expected)) + 2
     answers = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=stops)
 
@@ -190,9 +190,9 @@ def answer(run: Run, count: int) -> list[dict[str, Any]]:
 def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """Returns (prompts, expected answers) of the first `count` rows, as token ids.
 
-    The prompt of a row is all tokens before the first trained one, the expected answer the run of
-    trained tokens that starts there; in a chat that is the first trained turn. Raises UserError for
-    a row without a prompt.
+    A row's prompt is all tokens before its first trained token. Its expected answer is the first
+    consecutive run of trained tokens (in a chat: the first trained turn). Raises UserError for a
+    row that has no prompt.
     """
     prompts, expected = [], []
     for row in range(min(count, len(dataset))):
@@ -212,7 +212,7 @@ def eval_prompts(dataset: TokenizedDataset, count: int) -> tuple[list[list[int]]
 
 
 def question(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The longest text between special tokens of a prompt: usually the user's message."""
+    """Returns a prompt's longest text between special tokens, usually the user's message."""
     special = {i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
     texts = [list(g) for is_special, g in groupby(ids, special.__contains__) if not is_special]
     longest = max(texts, key=len, default=[])

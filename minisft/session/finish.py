@@ -1,4 +1,4 @@
-"""The end of a run: the best weights, the exported files, train_output.json, the summary."""
+"""Finish a run: load the best weights, export, write train_output.json, print the summary."""
 
 import dataclasses
 import shutil
@@ -25,7 +25,7 @@ from minisft.session.serving import serving_files
 
 
 def take_best_(run: Run) -> int:
-    """With --load-best-model-at-end load the best weights; returns the step of those in place."""
+    """Load the best weights if --load-best-model-at-end is set; returns the step of the weights."""
     config, state = run.config, run.state
     name, value = config.best_metric[0], state.best_value
     if state.step < run.total_steps:
@@ -44,15 +44,15 @@ def take_best_(run: Run) -> int:
 
 
 def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> TrainOutput:
-    """Export, merge with --save-merged, write train_output.json, print the summary.
+    """Export, merge if --save-merged is set, write train_output.json, print the summary.
 
-    before, after: evaluations of the untrained and of the exported weights, {} if there is none.
+    before, after: evaluations of the untrained and of the exported weights; {} without eval data.
     """
     metrics = closing_metrics(run, numbers, before, after)
     export(run, metrics)
     merged = run.out / "merged"
     if run.config.save_merged:
-        # Free the frozen weights: merging loads the base a second time.
+        # Free the frozen weights before merging, which loads the base model again.
         run.base = dataclasses.replace(run.base, frozen={})
         shutil.rmtree(merged, ignore_errors=True)
         say(f"{merged}: {merge(run.out, merged, device=str(run.base.device))}")
@@ -60,14 +60,14 @@ def finish(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Train
         say(f"warning: {merged} is from an earlier state of the run; --save-merged rewrites it")
     result = TrainOutput(run.state.step, metrics["train_loss"], metrics)
     with run.stop.held():
-        # Written last: this file marks the run as complete.
+        # Write train_output.json last: it marks the run as complete.
         write_json(run.out / OUTPUT, result._asdict())
         summarise(run, result)
     return result
 
 
 def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics) -> Metrics:
-    """The metrics of train_output.json. Times and rates cover the steps of this process only."""
+    """Returns the metrics for train_output.json; times and rates cover this process only."""
     state, device, seconds = run.state, run.base.device, numbers.seconds
     metrics: Metrics = {
         "train_runtime": seconds,
@@ -92,7 +92,7 @@ def closing_metrics(run: Run, numbers: Numbers, before: Metrics, after: Metrics)
 
 
 def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
-    """Counts and samples of --eval-generate; {} if the two evaluations had different prompts."""
+    """Compare answers before and after training: counts and samples; {} if the prompts differ."""
     if not before or [a["prompt"] for a in before] != [a["prompt"] for a in after]:
         return {}
     return {
@@ -108,7 +108,7 @@ def _answers(before: list[Metrics], after: list[Metrics]) -> Metrics:
 
 
 def export(run: Run, metrics: Metrics) -> None:
-    """Write the final adapter (or model) with tokenizer files and model card to the output."""
+    """Write the final adapter with a model card, or the full model, and the tokenizer files."""
     base, config, trainable = run.base, run.config, run.state.trainable
     if base.lora is None:
         dtype, files = base.compute.dtype, serving_files("FROM .", run.tokenizer, base.cfg)

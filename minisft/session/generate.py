@@ -1,7 +1,7 @@
-"""Greedy or sampled continuation of prompts, with a key/value cache.
+"""Greedy or sampled text generation with a key/value cache.
 
-All prompts run as one packed batch without padding, the same layout that training uses; after the
-first pass every active prompt contributes one token per round.
+All prompts run as one packed batch without padding, as in training. The first pass processes the
+prompts; each later pass processes one new token of every prompt that has not ended.
 """
 
 from collections.abc import Set
@@ -29,7 +29,7 @@ Adapter = tuple[LoraConfig, dict[str, Tensor]]  # the result of `load_adapter`
 
 
 class InferenceModel(NamedTuple):
-    """The weights of a model and how to compute with them; everything is on `device`."""
+    """The weights of a model, all on `device`, and the settings of its forward pass."""
 
     trainable: llama.Weights  # the adapter's tensors, or all weights after full fine-tuning
     frozen: llama.Weights
@@ -38,7 +38,7 @@ class InferenceModel(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: temperature 0 is greedy; top_p is nucleus sampling."""
+    """Sampling settings. temperature 0: greedy decoding; top_p below 1: nucleus sampling."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -55,7 +55,7 @@ def load_for_inference(
     four_bit: Set[str] = frozenset(),
     adapter: Adapter | None = None,
 ) -> InferenceModel:
-    """Load a checkpoint to the device one tensor at a time. four_bit: weights kept in 4 bits."""
+    """Load a model to `device`, tensor by tensor. four_bit: names of the weights held in 4 bits."""
     lora, tensors = adapter or (None, {})
     frozen = {
         name: to_device(name, weight, device, dtype, name in four_bit)
@@ -93,7 +93,7 @@ def generate(
         shape = (2, capacity, cfg.num_key_value_heads, cfg.head_dim)
         return torch.empty(shape, dtype=compute.dtype, device=model.device)
 
-    # cache[layer][i]: keys and values of document i
+    # cache[layer][i] holds the keys and values of document i, [2, capacity, K, H].
     capacity = [len(prompt) + max_new_tokens for prompt in prompts]
     cache = [[empty(tokens) for tokens in capacity] for _ in range(cfg.num_hidden_layers)]
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
@@ -120,11 +120,11 @@ def generate(
 def _extend_(
     cache: list[list[Tensor]], starts: list[int], inputs: list[list[int]], model: InferenceModel
 ) -> Tensor:
-    """Run the next tokens of documents through the model and add them to the cache.
+    """Run the next tokens of each document through the model; store their keys and values in place.
 
-    cache[layer][j]: keys and values of document j, [2, capacity, K, H], with starts[j] tokens
-    stored. inputs[j]: its next ids, the whole prompt at first, then one token. Returns the logits
-    after each document's last token, [documents, V] float32.
+    cache[layer][j]: keys and values of document j, [2, capacity, K, H], of which starts[j] tokens
+    are filled. inputs[j]: the next ids of document j: first its prompt, later one token. Returns
+    the logits after each document's last token, [documents, V] float32.
     """
     trainable, frozen, compute, device = model
     cfg, tokens = compute.model, llama.make_tokens(inputs, device)
@@ -132,7 +132,7 @@ def _extend_(
     contexts = tuple(start + length for start, length in zip(starts, lengths, strict=True))
     starts_B, lengths_B = torch.tensor([starts, lengths], device=device)
     positions_T = tokens.position_ids_T + starts_B.repeat_interleave(lengths_B)
-    # Dynamic RoPE depends on the length of the whole context, not on that of this pass's tokens.
+    # Dynamic RoPE depends on the context length, cached tokens included, so pass `contexts` too.
     rope = rope_table(
         positions_T, lengths, cfg.rope, head_dim=cfg.head_dim, dtype=compute.dtype,
         max_positions=cfg.max_position_embeddings, contexts=contexts,
@@ -143,7 +143,7 @@ def _extend_(
         attend = partial(_cached_attention, stored, starts, tokens.documents)
         layer = llama.layer_view(trainable, frozen, i, ratios)
         x_TD = llama.block(x_TD, layer, rope, attend, adapter, cfg)
-    # The head is the largest matmul: run it on the last token of each document only.
+    # Apply the head, the largest matmul, to the last token of each document only.
     last = tokens.documents.cu_seqlens[1:].long() - 1
     norm_D = llama.leaf(trainable, frozen, "model.norm.weight")
     h_BD = rms_norm(x_TD[last], norm_D, cfg.rms_norm_eps)
@@ -153,7 +153,7 @@ def _extend_(
 def _cached_attention(
     cache: list[Tensor], starts: list[int], documents: Documents, *qkv: Tensor
 ) -> Tensor:
-    """Attention of a layer that stores new keys and values, then attends to all stored ones."""
+    """Store the new keys and values in a layer's cache, then attend to all cached tokens."""
     (q_TNH, k_TKH, v_TKH), lengths = qkv, documents.lengths
     new = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
     for stored, start, (k, v) in zip(cache, starts, new, strict=True):
@@ -161,7 +161,7 @@ def _cached_attention(
     if not any(starts):  # the prompts themselves: ordinary causal attention
         return packed_attention(q_TNH, k_TKH, v_TKH, documents)
     out = []
-    # From the second round on each document has one query. It sees every stored key: no mask.
+    # After the first pass a document has one query, which attends to every cached key: no mask.
     for stored, start, q in zip(cache, starts, q_TNH.split(lengths), strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, *stored[:, : start + 1]))
         out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
@@ -169,25 +169,25 @@ def _cached_attention(
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
-    """The next token of each document."""
+    """Choose the next token of each document, greedily or by sampling; returns their ids."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
     p_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order = p_BV.sort(-1, descending=True)
-        # Without the token's own probability: the most probable token is never removed.
+        # Subtract the token's own probability, so that the most probable token is never removed.
         beyond = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         p_BV = torch.zeros_like(p_BV).scatter(1, order, sorted_BV.masked_fill(beyond, 0))
     return torch.multinomial(p_BV, 1, generator=generator).squeeze(1).tolist()
 
 
 def stop_ids(tokenizer: Tokenizer, cfg: ModelConfig) -> set[int]:
-    """Ids that end a turn: the EOS tokens of config.json and of the tokenizer, and the special
-    token that the chat template writes after an assistant message, if there is one."""
+    """Returns the ids that end a turn: the EOS tokens of config.json and of the tokenizer, and the
+    special token, if any, that the chat template writes after an assistant message."""
     ends = (*cfg.eos_token_ids, tokenizer.eos_token_id)
     stops = {end for end in ends if end is not None}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    # Some templates require other roles; nothing can be inferred from them.
+    # A template that rejects these two roles raises UserError: then use the EOS tokens only.
     with suppress(UserError):
         text = render(tokenizer.chat_template or "", turn, special_tokens=tokenizer.special_tokens)
         after = encode(tokenizer, text[text.rfind("b") + 1 :].strip(), add_special_tokens=False)

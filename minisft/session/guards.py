@@ -1,4 +1,4 @@
-"""What refuses a run before it writes anything, and the guards that stop training."""
+"""Checks before a run writes anything, and guards that stop training when it goes wrong."""
 
 import math
 import shutil
@@ -21,14 +21,14 @@ class TrainingStopped(RuntimeError):
 
 
 def check_run(run: Run) -> None:
-    """Raises UserError if evaluating would fail, or the disk is too small for the results."""
+    """Raises UserError if evaluation would fail or the disk is too full for the results."""
     if run.data.eval is not None:
         eval_prompts(run.data.eval, run.config.eval_generate)
         read_before(run)
     trained, lora = run.state.trainable, run.base.lora
-    # float32: the tensors and two moments in one checkpoint, the tensors again in the result.
+    # A checkpoint holds the tensors and two moments, the result the tensors again: 4 x float32.
     need = 4 * 4 * trained.buffer.numel()
-    # PiSSA and OLoRA also store the initial A and B, in the checkpoint and in the result.
+    # With PiSSA and OLoRA, checkpoint and result also store the initial A and B.
     if lora and lora.splits_weights:
         need += 4 * 2 * sum(math.prod(s) for n, s in trained.shapes.items() if is_pair(n))
     free = shutil.disk_usage(existing(run.out)).free
@@ -40,7 +40,7 @@ def check_run(run: Run) -> None:
 
 
 def reason_to_stop(run: Run, result: StepResult, rows: list[int]) -> str:
-    """Returns why training must stop after a step of these rows, or "". Warns of a loss spike."""
+    """Returns why training must stop after this step, or "". rows: row numbers of the step."""
     shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
     reason = _not_applied(run, result, shown) or _spike_(run, result, shown)
     if not reason:
@@ -54,8 +54,8 @@ def _not_applied(run: Run, result: StepResult, rows: str) -> str:
     if result.applied:
         return ""
     dtype, state, finite = run.base.compute.dtype, run.state, math.isfinite(result.loss)
-    # In float16 gradient overflow is expected: the step is skipped and the loss scale halved. Below
-    # 1e-4 the scale is no longer the cause.
+    # In float16, gradients may overflow: the step is skipped and the loss scale halved. If that
+    # happens with a scale below 1e-4, the scale is not the cause, so training stops.
     if finite and dtype == torch.float16 and state.loss_scale >= 1e-4:
         return ""
     what = f"gradient norm is {result.grad_norm}" if finite else f"loss is {result.loss}"
@@ -66,10 +66,10 @@ def _not_applied(run: Run, result: StepResult, rows: str) -> str:
 
 
 def _spike_(run: Run, result: StepResult, rows: str) -> str:
-    """Record the loss for spike detection; returns why a lasting spike must stop training, or "".
+    """Record a step's loss and warn of a spike; returns why spikes must stop training, or "".
 
     A spike is a loss above twice the mean of the last 100 losses (spikes excluded) and more than 1
-    above that mean. The fifth in a row is a lasting one.
+    above that mean. With --stop-on-loss-spike, five spikes in a row stop training.
     """
     state = run.state
     mean = sum(state.losses) / max(1, len(state.losses))
@@ -92,21 +92,21 @@ def _spike_(run: Run, result: StepResult, rows: str) -> str:
 
 def trace(state: State) -> tuple[int, int]:
     """Returns (updates applied, checksum of the trained tensors' bits), for `check_changed`."""
-    # An exact comparison without a second copy of the tensors.
+    # Sum the bits: detects changes without storing a second copy of the tensors.
     bits = state.trainable.buffer.view(torch.int32)
     return state.updates, int(bits.sum(dtype=torch.int64))
 
 
 def check_changed(run: Run, first: int, before: tuple[int, int]) -> None:
-    """Raises TrainingStopped if steps with a learning rate above 0 changed no trained weight.
+    """Raises TrainingStopped if no trained weight changed despite a learning rate above 0.
 
-    before: `trace` of the state before step `first`.
+    before: the result of `trace` before step `first`, the first step of this process.
     """
     state, config, total = run.state, run.config, run.state.step
     if not any(config.learning_rate * lr_factor(i, total, config) for i in range(first, total)):
         return
-    # float16 may have skipped every step of this process; that is an error only if the whole run,
-    # earlier processes included, never applied one.
+    # float16 may have skipped every step of this process. That is an error only if the processes
+    # before it applied no step either.
     skipped = 0 < state.updates == before[0]
     if not skipped and trace(state)[1] == before[1]:
         raise TrainingStopped(

@@ -1,7 +1,7 @@
 """Loggers of --report-to: TensorBoard, Weights & Biases, Trackio.
 
-Each receives every line of metrics.jsonl under Trainer's names (train/loss, eval/loss). If one
-fails, a single warning is printed and training continues without it.
+Each logger receives every line of metrics.jsonl under Trainer's names (train/loss, eval/loss). If
+a logger fails, a single warning is printed and training continues without that logger.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from minisft.session.outputs import plain_config
 
 
 class Logger(NamedTuple):
-    """An open logger: write(metrics, step) takes numbers by name; close() flushes."""
+    """An open logger: write(metrics, step) logs named numbers; close() flushes and closes."""
 
     name: str
     write: Callable[[dict[str, float], int], None]
@@ -27,7 +27,7 @@ class Logger(NamedTuple):
 
 
 def require_loggers(config: TrainConfig) -> None:
-    """Raises UserError if the package of a logger is not installed."""
+    """Raises UserError if the package of a --report-to logger is not installed."""
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -40,7 +40,7 @@ def require_loggers(config: TrainConfig) -> None:
 def loggers(
     config: TrainConfig, out: Path, first_step: int, warn: Callable[[str], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open the loggers of --report-to; yield log(line), which takes a line of metrics.jsonl."""
+    """Open the loggers of --report-to; yield log(line), which logs one parsed metrics line."""
     opened: list[Logger] = []
     for name in config.report_to:
         with _only_warning(warn, name, "cannot be opened"):
@@ -64,10 +64,10 @@ def loggers(
 
 @contextmanager
 def _only_warning(warn: Callable[[str], None], name: str, what: str) -> Iterator[None]:
-    """Turns any exception inside into a warning that the logger `name` `what`."""
+    """Turn any exception in the `with` block into a warning about the logger `name`."""
     try:
         yield
-    # Third-party code, network, disk: nothing that a logger raises may end training.
+    # Catch everything: errors of third-party code, network or disk must not end training.
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         warn(f"warning: --report-to {name} {what} ({reason}); metrics.jsonl has the numbers")
@@ -86,7 +86,7 @@ def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger
     from torch.utils.tensorboard import SummaryWriter
 
     directory = Path(config.logging_dir or out / "runs") / (config.run_name or out.resolve().name)
-    # Hides the steps after the resumed checkpoint that the earlier process logged.
+    # purge_step hides steps that an earlier process logged after the resumed checkpoint.
     writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
     writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in vars(config).items()))
 
@@ -98,7 +98,7 @@ def _open_tensorboard(config: TrainConfig, out: Path, first_step: int) -> Logger
 
 
 def _open_tracker(name: str, config: TrainConfig, out: Path, first_step: int) -> Logger:
-    # Trackio has the interface of W&B.
+    # Trackio copies the Python interface of W&B, so this code serves both.
     package, more = importlib.import_module(name), {}
     if name == "wandb":
         directory = Path(config.logging_dir or out)

@@ -17,7 +17,7 @@ from minisft.lora import Flat
 from minisft.loss import rows_evaluated, rows_of_logits
 from minisft.step import ExecutionPlan, State
 
-# On the CPU, torch raises a plain RuntimeError with one of these texts.
+# On the CPU, torch signals out of memory by a plain RuntimeError with one of these texts.
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")
 Needs = dict[str, float]  # purpose -> GiB
 _PLANNED = "gradient, buffers and activations"  # of the explicit pass on a GPU
@@ -25,14 +25,14 @@ _PLANNED = "gradient, buffers and activations"  # of the explicit pass on a GPU
 
 @contextmanager
 def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
-    """Turns an out-of-memory error into a UserError with the estimate and cheaper settings.
+    """Turn an out-of-memory error into a UserError with an estimate and cheaper settings.
 
-    Yields a dict to be filled with the estimate; the default is weights and optimizer state only.
+    Yields a dict to fill with the estimate; if empty, only weights and optimizer are estimated.
     """
     needs: Needs = {}
     try:
         yield needs
-    # torch.OutOfMemoryError, of the GPU, is a RuntimeError.
+    # RuntimeError includes torch.OutOfMemoryError, which the GPU allocator raises.
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, torch.OutOfMemoryError | MemoryError)
         if not known and not any(text in str(e) for text in _CPU_ALLOCATOR):
@@ -46,14 +46,14 @@ def out_of_memory(config: TrainConfig) -> Iterator[Needs]:
 
 
 def in_words(needs: Needs) -> str:
-    """The parts of an estimate as text."""
+    """Format an estimate as text: each purpose with its GiB."""
     return ", ".join(f"{what} {gib:.2f} GiB" for what, gib in needs.items())
 
 
 def levers(config: TrainConfig, needs: Needs) -> list[str]:
-    """Suggested settings that need less memory, those that do not change training first."""
+    """Suggest settings that need less memory; the first suggestions do not change the training."""
     found, rows = [], config.per_device_train_batch_size
-    # The explicit pass plans its own micro-batches, whatever the batch size is.
+    # The batch size is irrelevant to the explicit pass, which plans its own micro-batches.
     if _PLANNED in needs:
         gib = sum(needs.values())
         found.append(f"--max-memory-gib below {gib:.2f} plans with less (same training, slower)")
@@ -73,23 +73,23 @@ def levers(config: TrainConfig, needs: Needs) -> list[str]:
 
 
 def resident_gib(base: Base, state: State) -> Needs:
-    """Exact GiB of the frozen weights, and of the trained tensors with the optimizer state."""
+    """Returns the exact GiB of the frozen weights and of the trained tensors with their moments."""
     frozen = sum(w.nbytes if isinstance(w, Tensor) else w.nbytes() for w in base.frozen.values())
     trained = state.trainable.buffer.nbytes + sum(m.nbytes for m in state.moments.values())
     return {"frozen weights": frozen / 2**30, "trained tensors and optimizer": trained / 2**30}
 
 
 def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluated: int) -> Needs:
-    """Estimated memory of a run in GiB, by purpose.
+    """Estimate the memory of a run: GiB by purpose.
 
-    tokens, evaluated: of the largest training micro-batch and evaluation batch (0: no evaluation).
-    Explicit pass on a GPU: its planned peak. Autograd: a gradient as large as the trained tensors,
-    saved activations, two float32 blocks of logits. Evaluation counts instead if it needs more.
+    tokens, evaluated: size of the largest training micro-batch and evaluation batch (0: none). The
+    explicit pass on a GPU needs its planned peak; autograd needs the gradient, saved activations
+    and two float32 blocks of logits. Evaluation replaces the activations if it needs more.
     """
     needs = resident_gib(base, state)
     V, cfg, size = base.cfg.vocab_size, base.cfg, base.compute.dtype.itemsize
-    # Evaluation holds one layer's activations: its input, norm and sum, the norm in float32; gate,
-    # up and their product.
+    # Evaluation holds the activations of one layer: input, norm and residual sum, two float32
+    # copies for the norm, and gate, up and their product.
     layer = (4 * size + 8) * cfg.hidden_size + 3 * size * cfg.intermediate_size
     logits = 2 * 4 * min(evaluated, rows_evaluated(V)) * V
     evaluation = (evaluated * layer + logits) / 2**30
@@ -105,10 +105,11 @@ def estimate(base: Base, state: State, plan: ExecutionPlan, tokens: int, evaluat
 
 
 def autograd_bytes(compute: Compute, trainable: Flat) -> float:
-    """Bytes per token that autograd saves for the backward pass, over all layers."""
-    # Per layer: the input of each norm in float32 and its result, also before the norm's weight if
-    # that is trained; q, k, v and the attention output; gate, silu(gate), up and their product.
-    # Per adapted linear: x A^T; with dropout x after dropout; with DoRA the output before scaling.
+    """Returns the bytes per token that autograd saves for the backward pass, over all layers."""
+    # Activations saved for the backward pass. Per layer: each norm's input in float32 and its
+    # output (and, if the norm's weight is trained, the value before that weight); q, k, v, the
+    # attention output; gate, silu(gate), up and their product. Per adapted linear: x A^T; x after
+    # dropout, if there is any; with DoRA, the output before scaling.
     cfg = compute.model
     D, F, L = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
     heads = 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
@@ -121,5 +122,5 @@ def autograd_bytes(compute: Compute, trainable: Flat) -> float:
             numbers += view.numel()
     size = compute.dtype.itemsize
     total = numbers * size + L * 2 * D * 4
-    # Checkpointed blocks: one layer while it is recomputed, and the inputs of all.
+    # With checkpointed blocks: one layer's activations, while recomputed, and all layers' inputs.
     return total / L + L * D * size if compute.checkpoint_blocks else total

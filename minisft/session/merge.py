@@ -1,8 +1,8 @@
-"""Merge an adapter into its base: an ordinary checkpoint, written shard by shard and verified.
+"""Merge an adapter into its base model and write an ordinary checkpoint, which is verified.
 
-W' = W + scaling * B A (DoRA: with its rows rescaled to the trained magnitudes), computed in float32
-and rounded once. W is either the base as it is stored (`16bit`) or the base decoded from the 4 bits
-that the adapter was trained on (`dequant`); the latter reproduces the trained model.
+The merged weight is W + scaling * B A, computed in float32 and rounded once; with DoRA, its rows
+are rescaled to the trained magnitudes. W is the stored base weight (`16bit`) or the weight decoded
+from 4 bits (`dequant`), which reproduces the model of an adapter trained on a 4-bit base.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from minisft.text.tokenizer import load_tokenizer, tokenizer_of
 
 CPU = torch.device("cpu")
 BASES = ("auto", "16bit", "dequant")
-# Largest |merged - live| / |live| of the logits, by the dtype that is written.
+# Largest accepted |merged - live| / |live| of the logits, for each dtype of the merged files.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 class Merged(NamedTuple):
-    """What `merge` did: onto which base, and how far its logits are from the live model's."""
+    """Result of `merge`: the base, and how far the merged model's logits are from the unmerged."""
 
     base: str  # 16bit or dequant
     model: Path
@@ -70,14 +70,14 @@ def merge(
 ) -> Merged:
     """Merge an adapter directory into its base and write output_dir, a transformers directory.
 
-    model, revision: default to the adapter's own. base: one of BASES; `auto`: what the adapter was
-    trained on. dtype: of the files; `auto`: that of the base's config.json, else bfloat16. Nothing
-    is written if the logits differ. Raises UserError then, and for invalid input.
+    model, revision: the base; default: the one named by the adapter. base: one of BASES; `auto`: as
+    in training. dtype: of the files; `auto`: as in the base's config.json, else bfloat16. Raises
+    UserError, and writes nothing, for invalid input or if the merged model's logits differ.
     """
     out = Path(output_dir)
     if base not in BASES:
         raise UserError(f"--base is {base!r}; expected one of {', '.join(BASES)}")
-    # `atomic_directory` checks it again, but only after the base has been resolved and read.
+    # Check now: `atomic_directory` does it only after the base has been resolved and read.
     refuse_existing(out)
     directory = _base_directory(adapter, model, revision)
     checkpoint = weights.open_checkpoint(directory, weights.load_model_config(directory))
@@ -99,7 +99,7 @@ def merge(
     with atomic_directory(out) as temporary:
         tokenizer = load_tokenizer(tokenizer_of(Path(adapter), directory))
         save_shards(temporary, merged_weights(checkpoint, four_bit, loaded, place), kind)
-        # An adapted embedding no longer equals the head.
+        # An adapted embedding differs from the head, so the merged model cannot tie them.
         tied = checkpoint.cfg.tie_word_embeddings and not loaded[0].lora_embeddings
         cfg = dataclasses.replace(checkpoint.cfg, tie_word_embeddings=tied)
         write_model_files(temporary, directory, cfg, kind, serving_files("FROM .", tokenizer, cfg))
@@ -107,7 +107,7 @@ def merge(
         ours = logits_of(load_for_inference(written, kind, place))
         live = logits_of(load_for_inference(checkpoint, kind, place, four_bit, loaded))
         relative, largest = difference(ours, live), (ours - live).abs().max().item()
-        # `not <=` also refuses NaN.
+        # Write `not <=` instead of `>`: it also rejects a difference that is NaN.
         if not relative <= TOLERANCE[kind]:
             raise UserError(
                 f"{out}: the merged model's logits differ from the live model's by {relative:.2e} "
@@ -121,21 +121,21 @@ def merge(
 
 
 def _base_directory(adapter: str | Path, model: str, revision: str | None) -> Path:
-    """The directory of the base: `model`, or the one that the adapter names."""
+    """Returns the directory of the base model: `model`, or else the base that the adapter names."""
     raw = read_adapter_config(adapter)
     name = model or str(raw.get("base_model_name_or_path") or "")
     if not name:
         raise UserError(f"{adapter}: adapter_config.json names no base model; give --model")
-    # The adapter's revision belongs to the base that the adapter names.
+    # Ignore the adapter's revision if `model` is given: it belongs to the adapter's own base.
     return weights.resolve_model(name, revision or (None if model else raw.get("revision")))
 
 
 def merged_weights(
     checkpoint: weights.Checkpoint, four_bit: set[str], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, float32 weight) of the merged model, one weight in memory at a time.
+    """Yield (key, weight) of the merged model one at a time; adapted weights are float32.
 
-    four_bit: names of the weights that are quantised to 4 bits and decoded first.
+    four_bit: names of the weights to quantise to 4 bits and decode before the update is added.
     """
     lora, tensors = adapter
     for name, weight in weights.stream_weights(checkpoint):
@@ -165,13 +165,13 @@ def merged_weights(
 
 @torch.no_grad()
 def logits_of(model: InferenceModel) -> Tensor:
-    """float64 [48, V]: logits of a model on 48 fixed tokens, computed in its dtype."""
+    """Returns a model's logits on 48 fixed tokens, [48, V] float64, computed in its dtype."""
     ids = [(7919 * i + 1) % model.compute.model.vocab_size for i in range(48)]
-    # Two documents of different lengths, so that packing is verified too.
+    # Use two documents of different lengths, to verify packing too.
     tokens = make_tokens([ids[:16], ids[16:]], model.device)
     return logits(model.trainable, model.frozen, tokens, model.compute).double().cpu()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|."""
+    """Returns the relative difference |ours - theirs| / |theirs| (Euclidean norms)."""
     return ((ours - theirs).norm() / theirs.norm()).item()

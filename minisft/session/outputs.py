@@ -1,4 +1,4 @@
-"""The output directory of a run: which one is accepted, its lock, its result, its settings."""
+"""The output directory of a run: checks and lock; digests and settings that are stored there."""
 
 import dataclasses
 import errno
@@ -17,8 +17,8 @@ from minisft.files.disk import check_writable, file_digest
 
 Metrics = dict[str, Any]
 RUN, OUTPUT = "run.json", "train_output.json"
-# Files that a run writes but other programs may have written too: a directory that holds one of
-# them without run.json is refused, so that nothing of theirs is overwritten.
+# Names of files that other programs write too. An output directory that holds one of them but no
+# run.json is refused, so that a run never overwrites the files of another program.
 _WRITTEN = (
     "README.md", "config.json", "generation_config.json", "metrics.jsonl", "step0.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -27,7 +27,7 @@ _WRITTEN = (
 
 
 class TrainOutput(NamedTuple):
-    """What `train` returns: optimizer steps done, mean loss over them, and final metrics."""
+    """Result of `train`: number of optimizer steps, mean loss over them, and final metrics."""
 
     global_step: int
     training_loss: float
@@ -38,10 +38,10 @@ class TrainOutput(NamedTuple):
 def output_directory(config: TrainConfig) -> Iterator[Path]:
     """Create, check and lock the output directory, remove temporary files, and yield its path.
 
-    Raises UserError if it is the base model's directory, is not writable, is locked by another run,
-    or holds foreign files, or a run when neither resuming nor overwriting was requested. Files of
-    an earlier run are not deleted here (see `start_over`). With config.dry_run the same checks run,
-    but nothing is created, locked or removed.
+    Raises UserError if that is the base model's directory, is not writable, is locked by a run, or
+    holds foreign files, or holds a run and neither resuming nor overwriting was requested. Files of
+    that run are not deleted here (see `start_over`). With config.dry_run the same checks run, but
+    nothing is created, locked or removed.
     """
     out = Path(config.output_dir)
     try:
@@ -63,7 +63,7 @@ def output_directory(config: TrainConfig) -> Iterator[Path]:
 
 
 def _locked(out: Path, config: TrainConfig) -> AbstractContextManager:
-    """Lock `out`; returns the context to release it. A dry run only looks whether that works."""
+    """Lock `out`; returns a context that releases the lock. A dry run tests, but does not lock."""
     if out.is_dir() and Path(config.model).is_dir() and out.samefile(config.model):
         raise UserError(
             f"--output-dir {out} is the base model's own directory; choose another directory"
@@ -85,7 +85,7 @@ def _locked(out: Path, config: TrainConfig) -> AbstractContextManager:
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:
-    """Raises UserError if `out` holds foreign files, or a run that is not to be replaced."""
+    """Raises UserError if `out` holds foreign files, or a run not to be resumed or overwritten."""
     found = products(out)
     resuming = bool(config.resume_from_checkpoint)
     ours = (out / RUN).exists() or (resuming and list_checkpoints(out))
@@ -104,20 +104,20 @@ def _check_free(out: Path, config: TrainConfig) -> None:
 
 
 def products(out: Path) -> list[Path]:
-    """Results and checkpoints of an earlier run, which must not be mixed with those of another."""
-    # The completion marker comes first: it must be deleted before what it vouches for.
+    """Returns the paths of results and checkpoints in `out`, the completion marker first."""
+    # Callers delete in this order, so that no marker remains after its results are deleted.
     names = [OUTPUT, "adapter_model.safetensors", "adapter_config.json"]
     names += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
     return [p for name in names for p in out.glob(name)] + list_checkpoints(out)
 
 
 def base_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the base model's config.json, and of names, sizes and samples of its weight files.
+    """Returns SHA-256 of a model's config.json, and of its weight files' names, sizes and samples.
 
-    Samples are 64 evenly spaced pieces of at most 64 KiB; the first holds the header.
+    The samples of a file are 64 evenly spaced pieces of at most 64 KiB, the header included.
     """
-    # Sampling takes a fraction of a second for any model. It suffices: two trainings of the same
-    # architecture differ in every piece.
+    # Hash samples, which takes a fraction of a second for any model. They suffice, because two
+    # trainings of the same architecture differ in every piece.
     weights = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
@@ -131,13 +131,13 @@ def base_digests(directory: Path) -> dict[str, str]:
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON gives them back: tuples become lists."""
+    """Returns the settings as a dict that JSON can represent: tuples become lists."""
     settings = dataclasses.asdict(config)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def as_flags(config: TrainConfig) -> str:
-    """The settings that differ from their defaults, as command-line flags."""
+    """Format the settings that differ from their defaults as command-line flags."""
     words: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

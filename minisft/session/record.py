@@ -1,4 +1,4 @@
-"""What a run writes as it goes: run.json before the first step, metrics lines, checkpoints."""
+"""Write the records of a run: run.json before the first step, metrics lines, checkpoints."""
 
 import platform
 import shutil
@@ -28,10 +28,10 @@ _PACKAGES = ("minisft", "torch", "triton", "safetensors", "tokenizers", "dataset
 
 
 def start_over(run: Run) -> None:
-    """Write run.json, delete a previous run's completion marker; all of it if it is overwritten."""
+    """Write run.json; delete a previous run's completion marker, or all of it to overwrite it."""
     out = run.out
-    # Written before anything is deleted: a full disk stops here, with the previous run intact.
-    # Renamed last: until then the old run.json marks the directory as a run's.
+    # Write the new run.json before deleting anything: if the disk is full, the previous run stays
+    # intact. Rename it last: until then the old run.json marks the directory as that of a run.
     with atomically(out / RUN) as new:
         write_json(new, _run_record(run))
         with writing(out):
@@ -73,8 +73,8 @@ def _run_record(run: Run) -> dict[str, Any]:
 def log_step_(run: Run, norm: float, epoch: float, groups: list[ParamGroup], factor: float) -> None:
     """Log one metrics line: means over the steps since the last line, and this step's grad norm.
 
-    groups: with their peak learning rates; those with one of their own get a field each, such as
-    learning_rate_embeddings. factor: the schedule's, on all of them.
+    groups: parameter groups with their peak learning rates; each named group gets a field, such as
+    learning_rate_embeddings. factor: the schedule's factor, which scales all learning rates.
     """
     state = run.state
     losses, tokens, targets, seconds = zip(*state.unlogged, strict=True)
@@ -96,8 +96,8 @@ def log_step_(run: Run, norm: float, epoch: float, groups: list[ParamGroup], fac
 
 
 def save(run: Run) -> None:
-    """Write one complete checkpoint, then remove those beyond --save-total-limit."""
-    # metrics.jsonl must not lack a step that a checkpoint holds.
+    """Write a checkpoint, then delete older checkpoints in excess of --save-total-limit."""
+    # Sync first, so that metrics.jsonl contains every step of the checkpoint after a crash.
     run.report.sync()
     config, state = run.config, run.state
     evaluated = state.step in run.report.evaluations
@@ -108,14 +108,14 @@ def save(run: Run) -> None:
 
 
 def save_due(run: Run, best: bool, end: bool) -> bool:
-    """Whether --save-strategy asks for a checkpoint now, at a new `best` or at the `end`."""
+    """Returns True if a checkpoint is due. best: at a new best evaluation; end: after training."""
     config, step = run.config, run.state.step
     every = {"epoch": run.batches.schedule.steps_per_epoch, "steps": config.save_steps}
-    # With "no" and "best" no step is due by its number.
+    # The strategies "no" and "best" are not in `every`: they have no periodic checkpoints.
     periodic = config.save_strategy in every and step % every[config.save_strategy] == 0
     return config.save_strategy != "no" and (end or periodic or (best and config.keeps_best))
 
 
 def go_on(step: int) -> str:
-    """How to continue from the checkpoint of a step, as a message."""
+    """Returns a message that tells the user how to continue from the checkpoint of a step."""
     return f"checkpoint-{step} is complete: continue with --resume-from-checkpoint auto"

@@ -1,4 +1,4 @@
-"""What a run reports: printed lines, metrics.jsonl, and a progress bar on a terminal."""
+"""Report the progress of a run: printed lines, metrics.jsonl, a progress bar on a terminal."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class Reporter:
     def evaluation(self, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> None:
         """Append an eval line to metrics.jsonl and `answers` to samples.jsonl, and print both."""
         step, path = metrics["step"], Path(self.metrics.name).with_name(SAMPLES)
-        # Answers first: resuming drops answers without an eval line, which a kill may leave.
+        # Write answers first. A kill may leave them without their eval line; resuming drops them.
         if answers:
             with writing(path), open(path, "ab") as file:
                 for answer in answers:
@@ -61,14 +61,14 @@ class Reporter:
         )
 
     def sync(self) -> None:
-        """Sync metrics.jsonl to disk, before a checkpoint: the file must not lag behind it."""
+        """Sync metrics.jsonl to disk, so that a later checkpoint is never ahead of the file."""
         with writing(Path(self.metrics.name)):
             os.fsync(self.metrics.fileno())
 
     def _write(self, metrics: dict[str, Any]) -> None:
         with writing(Path(self.metrics.name)):
             line = to_json_line(metrics).encode()
-            # An unbuffered write may write only a part.
+            # Loop, because an unbuffered write may write only part of the line.
             while line:
                 line = line[self.metrics.write(line) :]
         self.log(metrics)
@@ -80,8 +80,8 @@ def reporting(
 ) -> Iterator[Reporter]:
     """Yield a Reporter that continues out/metrics.jsonl after first_step.
 
-    Lines of later steps, left by a run that was killed, are deleted. evaluated: False if the
-    evaluation due at first_step still has to be run; its line is then deleted too.
+    Deletes lines of later steps, which a killed run may have left. evaluated: False if the
+    evaluation due at first_step still has to be run; then its line, if any, is deleted too.
     """
     path = out / METRICS
 
@@ -93,14 +93,14 @@ def reporting(
     for answer in _keep_lines(out / SAMPLES, keep):
         if answer["step"] in kept:
             kept[answer["step"]].setdefault("answers", []).append(answer)
-    # Unbuffered: closing has nothing left to write, so it cannot fail on a full disk.
+    # Open metrics.jsonl unbuffered: closing writes nothing, so it cannot fail on a full disk.
     with open(path, "ab", buffering=0) as metrics, loggers(config, out, first_step, say) as log:
         if not sys.stdout.isatty():
             yield Reporter(metrics, total_steps, kept, log)
             return
         from rich import progress as rich
 
-        # Inside, rich prints what goes to stdout above the bar.
+        # While the Progress is active, rich prints stdout above the progress bar.
         columns = rich.BarColumn(), rich.MofNCompleteColumn(), "{task.description}"
         with rich.Progress(*columns, rich.TimeRemainingColumn()) as progress:
             progress.add_task("", total=total_steps)
@@ -112,7 +112,7 @@ def say(line: str) -> None:
     try:
         try:
             print(line, flush=True)
-        # A file name may hold characters that the terminal's encoding lacks.
+        # A file name may contain characters that the terminal's encoding cannot represent.
         except UnicodeEncodeError:
             print(line.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint, whether it fits this run, and which settings have changed."""
+"""Resuming: choose the checkpoint, check that it fits the run, report changed settings."""
 
 import dataclasses
 from pathlib import Path
@@ -28,9 +28,9 @@ from minisft.session.report import say
 
 
 def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
-    """Returns the result if the run to resume is complete already, else None.
+    """Returns the result if the run to resume is already complete, else None.
 
-    Also None for what `resume_` refuses: no such checkpoint, a changed setting that it fixes.
+    Also None if the checkpoint is missing or a setting changed that must not: see `resume_`.
     """
     which, now = config.resume_from_checkpoint, plain_config(config)
     weights = [out / trained_file(config.lora)[0], out / "model.safetensors.index.json"]
@@ -74,7 +74,7 @@ def finished_before(out: Path, config: TrainConfig) -> TrainOutput | None:
 def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
     """Returns the initial A and B of the run to resume, if PiSSA or OLoRA computed them, else {}.
 
-    Read from the checkpoint, because a decomposition on another machine differs in its last bits.
+    Reads the checkpoint, because repeating the decomposition may change the last bits.
     """
     if not (config.lora and config.lora.splits_weights):
         return {}
@@ -89,9 +89,9 @@ def saved_initial_lora(out: Path, config: TrainConfig) -> dict[str, Tensor]:
 
 
 def resume_(run: Run) -> None:
-    """Load the checkpoint of --resume-from-checkpoint, if there is one, into run.state.
+    """Load the checkpoint of --resume-from-checkpoint, if any, into run.state; set run.evaluated.
 
-    Raises UserError for a checkpoint of another run. Sets run.evaluated.
+    Raises UserError if the checkpoint does not fit this run or is beyond the run's last step.
     """
     config, state, out = run.config, run.state, run.out
     if not config.resume_from_checkpoint:
@@ -123,7 +123,7 @@ def resume_(run: Run) -> None:
         return
     if names := set_aside_newer(out, state.step):
         say(f"{', '.join(names)}: later than step {state.step}, renamed to abandoned-checkpoint-N")
-    # A kill may have come between saving a checkpoint and deleting older ones.
+    # Delete excess checkpoints: a kill may have prevented it right after the last save.
     rotate(out, config.save_total_limit, state.best_step)
     now = plain_config(config)
     for name, was in then["config"].items():
@@ -134,9 +134,9 @@ def resume_(run: Run) -> None:
 
 
 def _check_best_(run: Run, then: dict[str, Any]) -> None:
-    """Check that the best evaluation is comparable with later ones; forget it if it is lost.
+    """Raises UserError if the best evaluation used another metric or eval set than later ones will.
 
-    Raises UserError if it used another metric or other rows. then: settings of the checkpoint.
+    Resets the best evaluation if its checkpoint is missing. then: the checkpoint's settings.
     """
     config, state, now = run.config, run.state, plain_config(run.config)
     if not state.best_step or not config.keeps_best:
@@ -161,7 +161,7 @@ def _check_best_(run: Run, then: dict[str, Any]) -> None:
 def _resume_problems(run: Run, then: dict[str, Any]) -> list[str]:
     """Differences that make the checkpoint incompatible with this run, one string each."""
     found, now, facts = [], plain_config(run.config), run.facts
-    # Checkpoints from before the flag existed have no load_in_4bit.
+    # Old checkpoints lack load_in_4bit, which was not a setting yet: assume False.
     settings = now | {"load_in_4bit": False} | then["config"]
     for name in fixed_on_resume(type(run.config)):
         was = settings[name]
@@ -173,12 +173,12 @@ def _resume_problems(run: Run, then: dict[str, Any]) -> list[str]:
         "base_digest": "the base model's config.json differs",
         "weights_digest": "the base model's weights differ",
     }
-    # A dry run reads a sample of the rows: it has no hash of them.
+    # Skip empty hashes: a dry run reads only a sample of the rows, so it has no data_hash.
     return found + [why for k, why in contents.items() if facts[k] and then[k] != facts[k]]
 
 
 def _same_targets(run: Run, was: Any) -> bool:
-    """Whether two spellings of --target-modules (`all-linear`, the list) match the same modules."""
+    """Returns True if the old target_modules `was` matches the same modules as the current one."""
     lora, base = run.config.lora, run.base
     if base.lora is None or lora is None or not isinstance(was, list):
         return False

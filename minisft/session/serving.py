@@ -1,4 +1,4 @@
-"""How other programs use a result: the Ollama Modelfile, vLLM's rules, commands to copy."""
+"""Serving a result in other programs: Ollama's Modelfile, vLLM's limits, commands to copy."""
 
 import shlex
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from minisft.session.generate import stop_ids
 from minisft.text.chat import render
 from minisft.text.tokenizer import Tokenizer, export_tokenizer_files
 
-# Placeholders for message contents, unlikely in any template. A template may strip them.
+# Message contents for probing chat templates: unlikely in a template, unchanged by strip().
 _CONTENTS = {role: f"\u27e8{role}\u27e9" for role in ("system", "user", "assistant")}
-# vLLM 0.11: vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py.
+# Limits from vLLM 0.11: vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KNOWN_ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
@@ -22,8 +22,8 @@ _KNOWN_ENDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embed
 def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[str, bytes]:
     """Returns name -> content of the files to serve a result: tokenizer, template, Modelfile.
 
-    source: the FROM line of Ollama's Modelfile (and its ADAPTER line); paths are relative to the
-    file. Without a chat template that can be converted, the Modelfile passes prompts through.
+    source: the FROM line of Ollama's Modelfile (and its ADAPTER line); paths are relative to that
+    file. If no chat template can be converted, the Modelfile passes prompts through unchanged.
     """
     lines, template = [source], go_template(tokenizer)
     if template is None:
@@ -36,10 +36,10 @@ def serving_files(source: str, tokenizer: Tokenizer, cfg: ModelConfig) -> dict[s
 
 
 def go_template(tokenizer: Tokenizer) -> str | None:
-    """Returns the chat template in Go's syntax with .System, .Prompt and .Response for one turn.
+    """Convert the chat template of one turn to Go's syntax, with .System, .Prompt and .Response.
 
-    None: no template, or one that does more than put text before and after each message. Ollama
-    repeats the result for every turn and adds the beginning-of-text token itself.
+    Returns None without a template, or if it does more than put text around each message. Ollama
+    applies the result to every turn and adds the beginning-of-text token itself.
     """
     template, special = tokenizer.chat_template, tokenizer.special_tokens
     if not template:
@@ -56,7 +56,7 @@ def go_template(tokenizer: Tokenizer) -> str | None:
         open_turn, end = turn.split(_CONTENTS["assistant"])
     except (UserError, ValueError):
         return None
-    # In generation the model itself produces the space before an answer.
+    # Ignore trailing spaces: in generation, the model produces the space before an answer.
     if open_turn.rstrip() != (before + _CONTENTS["user"] + after).rstrip():
         return None
     head, literal = before, before + after + end
@@ -67,16 +67,16 @@ def go_template(tokenizer: Tokenizer) -> str | None:
         if rest == after:
             system = "{{ if .System }}" + opening + "{{ .System }}" + middle
             head = system + "{{ else }}" + before + "{{ end }}"
-    # Go would read braces in the text as template actions; `"""` would end the TEMPLATE value.
+    # Go would parse `{{` in the text as a template action; `"""` would end the TEMPLATE value.
     if "{{" in literal or '"""' in literal:
         return None
     return head + "{{ .Prompt }}" + after + "{{ .Response }}" + end
 
 
 def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]:
-    """Returns why vLLM would reject or miscompute an adapter, one clause each; [] if it would not.
+    """Returns the reasons why vLLM would reject or miscompute an adapter; [] if there are none.
 
-    config: of adapter_config.json. keys: tensor names in adapter_model.safetensors, if known.
+    config: parsed adapter_config.json. keys: tensor names in adapter_model.safetensors, if known.
     """
     missing = [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]
     if missing:
@@ -100,7 +100,7 @@ def vllm_problems(config: dict[str, Any], keys: Iterable[str] = ()) -> list[str]
         if unknown:
             found.append(f"target {unknown[0]!r} is not a module that vLLM knows")
     unknown = [k for k in keys if not k.endswith(_KNOWN_ENDS) and ".base_layer." not in k]
-    # Tensors with other names usually follow from a setting that is reported already.
+    # Unknown tensors usually result from a setting reported above, so do not report them twice.
     if unknown and not found:
         found.append(f"tensor {unknown[0]!r} is not a LoRA weight that vLLM knows")
     return found
@@ -111,8 +111,8 @@ def commands(
 ) -> list[str]:
     """Returns lines to print after training: how to try, serve and merge the result in `out`.
 
-    adapter: content of its adapter_config.json; None if `out` is a whole model. four_bit: the
-    compute dtype of a run that quantised its base itself, so that other programs must do so too.
+    adapter: parsed adapter_config.json; None if `out` holds a full model. four_bit: compute dtype,
+    if training quantised a 16-bit base to 4 bits, which other programs must then do too.
     """
     here, merged = shlex.quote(str(out)), shlex.quote(f"{out}-merged")
     package, kind = "peft", "AutoPeftModelForCausalLM"
@@ -128,7 +128,7 @@ def commands(
         )
         quantized = "--quantization bitsandbytes "  # quantises on loading: NF4, double quantisation
     code = f"{imports}; model = {kind}.from_pretrained({arguments})"
-    # Double quotes keep the single-quoted Python strings readable; these characters rule them out.
+    # Double quotes leave single-quoted Python strings readable, but the shell expands these.
     code = shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'
     if adapter is None:
         return [

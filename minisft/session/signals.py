@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: when they stop a run. Standard library only."""
+"""Stop a run on SIGTERM, SIGINT or SIGHUP. Imports the standard library only."""
 
 import os
 import signal
@@ -10,25 +10,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(BaseException):
-    """A signal stopped the run: exit code 75. `except Exception` must not catch it."""
+    """A signal stopped the run (exit code 75). A BaseException: `except Exception` misses it."""
 
 
 @dataclass
 class Stop:
-    """What a signal does: raise Preempted immediately, or inside `held` only be noted."""
+    """Signal handler that raises Preempted immediately or, inside `held`, only stores the name."""
 
     where: str  # completes the message "stopped ..."
     name: str = ""  # of the signal received
     _held: bool = False
 
     def raise_if_asked(self) -> None:
-        """Raises Preempted if a signal came, even if some library swallowed its exception."""
+        """Raises Preempted if a signal has arrived, even if a library swallowed the first raise."""
         if self.name:
             raise Preempted(f"{self.name}: stopped {self.where}")
 
     @contextmanager
     def held(self, held: bool = True) -> Iterator[None]:
-        """Inside, a signal is only noted, so that the current operation completes."""
+        """Context in which a signal is only stored, so that the current operation completes."""
         before, self._held = self._held, held
         try:
             yield
@@ -37,17 +37,17 @@ class Stop:
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """A section inside `held` that a signal aborts; execution continues after the section."""
+        """Context, inside `held`, that a signal aborts; execution continues after the block."""
         with suppress(Preempted), self.held(False):
             yield
 
     def arrived(self, number: int, _frame: object) -> None:
-        """The handler: note the signal, and raise Preempted unless held."""
+        """Handle a signal: store its name, restore default actions, raise Preempted unless held."""
         for n in SIGNALS:
             if signal.getsignal(n) == self.arrived:
                 signal.signal(n, signal.SIG_DFL)
         self.name = name = signal.Signals(number).name
-        # Not print: the signal may arrive inside a print, and streams are not reentrant.
+        # Use os.write: the signal may arrive inside a print, and streams are not reentrant.
         with suppress(OSError):
             when = "after this step" if self._held else "now"
             os.write(2, f"{name}: stopping {when} (a second signal stops at once)\n".encode())
@@ -57,10 +57,10 @@ class Stop:
 
 @contextmanager
 def stop_signals(where: str) -> Iterator[Stop]:
-    """Handle SIGTERM, SIGINT and SIGHUP inside with the Stop that is yielded.
+    """Install a Stop as the handler of SIGTERM, SIGINT and SIGHUP; yield the Stop.
 
-    A second signal has its default action: it ends the process at once. A signal that is ignored
-    (SIGHUP under nohup) stays ignored.
+    A second signal has its default action, which ends the process immediately. A signal that was
+    ignored before (SIGHUP under nohup) stays ignored.
     """
     stop = Stop(where)
     previous = {}

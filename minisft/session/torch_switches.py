@@ -1,4 +1,4 @@
-"""Switches inside torch that hold for one run: deterministic algorithms, flash attention."""
+"""Global settings of torch, changed for one run: deterministic algorithms, flash attention."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from torch.nn.attention import activate_flash_attention_impl, restore_flash_atte
 
 from minisft.config.errors import UserError
 
-# --attn-implementation -> (torch's name of it, the module that its package installs)
+# --attn-implementation -> (torch's name of the implementation, module of its package)
 _PACKAGES = {
     "flash_attention_3": ("FA3", "flash_attn_interface"),
     "flash_attention_4": ("FA4", "flash_attn.cute.interface"),
@@ -19,14 +19,13 @@ _PACKAGES = {
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """With --deterministic, torch uses only algorithms that give the same bits in every process."""
-    # Even setting it to False loads torch's compiler, which writes to /tmp.
+    """If on, restrict torch to algorithms that give the same bits in every process."""
+    # Return early: even use_deterministic_algorithms(False) loads the compiler, which uses /tmp.
     if not on:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    # cuBLAS reads this variable once, when the process first uses the GPU. A value that the user
-    # has set stays.
+    # cuBLAS reads this variable once, at the first use of the GPU. Respect the user's value.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
@@ -37,9 +36,9 @@ def deterministic(on: bool) -> Iterator[None]:
 
 @contextmanager
 def flash_attention(implementation: str, device: torch.device) -> Iterator[None]:
-    """Replace torch's own flash attention by the named package's; `auto` keeps torch's own.
+    """Replace torch's flash attention by another implementation; `auto` changes nothing.
 
-    Raises UserError if the package cannot be imported or the device is not a GPU.
+    Raises UserError if its package cannot be imported or the device is not a CUDA GPU.
     """
     if implementation == "auto":
         yield
