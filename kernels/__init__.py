@@ -1,2 +1,2 @@
-"""Triton ops of minisft, imported as `minisft.kernels`: one op, one folder, each with a plain-torch
-reference. Imports torch and triton only."""
+"""Triton ops of minisft, imported as `minisft.kernels`. Each folder holds one op with a plain-torch
+reference. The package imports only torch and triton."""

@@ -1,4 +1,4 @@
-"""Gradient norm, clipping and AdamW over flat float32 buffers."""
+"""Ops on flat float32 buffers: gradient norm, and AdamW with gradient clipping."""
 
 from minisft.kernels.adamw.op import adamw_, global_norm
 from minisft.kernels.adamw.reference import AdamWStep

@@ -1,4 +1,4 @@
-"""Public functions: gradient norm, and clipping with AdamW, over flat buffers."""
+"""Public functions on flat buffers: gradient norm, and AdamW with gradient clipping."""
 
 import torch
 from minisft.kernels._impl import use_triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def global_norm(grads_n: Tensor, *, impl: str = "auto") -> Tensor:
-    """Return the L2 norm [] float32 of a flat float32 gradient [n]; the same bits in every run.
+    """Return the L2 norm (float32 []) of a flat gradient, bit-identical in every run.
 
     impl: "triton", "reference", or "auto" (triton for CUDA tensors). Raises ValueError unless the
     gradient is contiguous float32 [n].
@@ -36,8 +36,8 @@ def adamw_(
 ) -> None:
     """Apply one step of AdamW in place to parameters p and moments m and v, given the gradient g.
 
-    norm: [] float32, the norm of the whole gradient: g is read as if scaled by min(1, max_norm /
-    (norm + 1e-6)). None: no clipping. Raises ValueError unless all are contiguous float32 [n].
+    norm: float32 [], the norm of all gradients. The step uses g * min(1, max_norm / (norm + 1e-6)),
+    or g if norm is None. Raises ValueError unless p, g, m and v are contiguous float32 [n].
     """
     for x in (p_n, g_n, m_n, v_n):
         if x.shape != p_n.shape or x.dtype != torch.float32 or not x.is_contiguous():

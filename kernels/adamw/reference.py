@@ -1,7 +1,7 @@
-"""Specification in plain torch: the norm of a flat gradient, and clipping with AdamW.
+"""Specification in plain torch: the norm of a flat gradient, and AdamW with clipping.
 
-The kernel computes the same formulas; last bits can differ. minisft/optim.py uses neither on a CPU,
-where it calls torch's fused AdamW.
+The kernel computes the same formulas; last bits can differ. On a CPU, minisft/optim.py calls
+torch's fused AdamW instead of `adamw_`.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class AdamWStep(NamedTuple):
-    """The numbers of one AdamW step."""
+    """The step number and hyperparameters of one AdamW step."""
 
     step: int  # counts from 1
     learning_rate: float
@@ -23,8 +23,8 @@ class AdamWStep(NamedTuple):
 
 
 def global_norm_reference(grads_n: Tensor) -> Tensor:
-    """Return the L2 norm of grads, [] float32, correct to the last bits."""
-    # rows of 4096 first: one float32 sum of 10^8 squares would be off by 1 % on a CPU
+    """Return the L2 norm of grads (float32 []), correct to the last bits."""
+    # start with norms of 4096 entries: one float32 sum of 10^8 squares is off by 1 % on a CPU
     whole = grads_n.numel() - grads_n.numel() % 4096
     rows = torch.linalg.vector_norm(grads_n[:whole].view(-1, 4096), dim=1)
     parts = torch.cat((rows, grads_n[whole:])).double()
@@ -34,10 +34,10 @@ def global_norm_reference(grads_n: Tensor) -> Tensor:
 def adamw_reference_(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: AdamWStep, norm: Tensor | None
 ) -> None:
-    """Apply AdamW (arXiv:1711.05101) in place, for the gradient clipped to max_norm."""
+    """Apply one AdamW step (arXiv:1711.05101) in place; clip g to max_norm if `norm` is given."""
     step, learning_rate, beta1, beta2, eps, weight_decay, max_norm = settings
     if norm is not None:
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_
+        # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
         g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -1,4 +1,4 @@
-"""4-bit weights in the formats of bitsandbytes: NF4 and FP4, single and double quantisation."""
+"""Quantise and decode 4-bit weights in bitsandbytes' formats: NF4, FP4, double quantisation."""
 
 from minisft.kernels.nf4.op import (
     dequantize,

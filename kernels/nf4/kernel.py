@@ -1,8 +1,8 @@
-"""Triton kernels: decode a 4-bit matrix in one launch, nested scales and codebook included.
+"""Triton kernels: decode a 4-bit matrix, including double-quantised scales, in one launch.
 
-PDL: programmatic dependent launch (compute capability 9.0 and later). The kernel starts while its
-predecessor runs, reads and decodes the weight, and calls gdc_wait only before its first store
-(PDL_WAIT_LAST: at its end). It hides the launch latency, about a tenth of a decode.
+With PDL, programmatic dependent launch (compute capability 9.0 and later), a kernel starts while
+its predecessor runs, decodes the weight, and calls gdc_wait only before its first store
+(PDL_WAIT_LAST: at its end). This hides the launch latency, about a tenth of the decoding time.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -20,9 +20,9 @@ def block_scale(
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, block, ok,
     NESTED: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Return the scales of quantisation blocks `block`, float32.
+    """Return the float32 scales of the quantisation blocks whose indices are `block`.
 
-    NESTED: scales are stored in 8 bits. OFFSETS: one nested offset per 256 blocks instead of one.
+    NESTED: scales are stored in 8 bits. OFFSETS: nested_offset has one value per 256 blocks.
     """
     absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
     if NESTED:
@@ -47,7 +47,7 @@ def dequantize_kernel(
     absmax: uint8 or float32, one per block of WORDS_PER_BLOCK words. code: float32 [16].
     """
     if PDL:
-        # at once: after the loads the gain was 0.3 us instead of 1.2 (4096 x 4096)
+        # before the loads, this call saves 1.2 us; after the loads it saved 0.3 (4096 x 4096)
         tl.extra.cuda.gdc_launch_dependents()
     word = tl.program_id(0).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
     inside = word < num_words
@@ -56,7 +56,7 @@ def dequantize_kernel(
         absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
         word // WORDS_PER_BLOCK, inside, NESTED, OFFSETS,
     )  # fmt: skip
-    # bytes are little-endian in a word, and a byte's high nibble comes first
+    # a word stores its bytes in little-endian order; in a byte, the high nibble comes first
     lane = tl.arange(0, 8)
     shift = (lane // 2) * 8 + (1 - lane % 2) * 4
     nibble = (packed[:, None] >> shift[None, :]) & 15  # [BLOCK_W, 8]
@@ -83,9 +83,9 @@ def dequantize_with_lora_kernel(
     NESTED: tl.constexpr, OFFSETS: tl.constexpr, PDL: tl.constexpr, CONCAT_ROWS: tl.constexpr,
     R: tl.constexpr, LINEARS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Decode in the first `decoders` programs; write the LoRA factor next to the matrix in others.
+    """Decode W in the first `decoders` programs; the others append the scaled LoRA factor to W.
 
-    CONCAT_ROWS: A, as further rows. Otherwise block diagonal B, as further columns.
+    CONCAT_ROWS: append A as rows. Otherwise append the block-diagonal B as columns.
     """
     if tl.program_id(0) < decoders:
         dequantize_kernel(
@@ -94,19 +94,19 @@ def dequantize_with_lora_kernel(
             NESTED, OFFSETS, PDL, False, BLOCK_W,
         )  # fmt: skip
     else:
-        # only the weight is known to be idle: the preceding kernel may have written A or B
+        # wait before loading: the preceding kernel may write A or B, though never the weight
         if PDL:
             tl.extra.cuda.gdc_wait()
         e = (tl.program_id(0) - decoders) * (BLOCK_W * 8) + tl.arange(0, BLOCK_W * 8)
         dtype = out_ptr.dtype.element_ty
         if CONCAT_ROWS:
-            # [LINEARS * R, in_features], contiguous like the rows of W before it
+            # A's rows [LINEARS * R, in_features] follow the rows of W in contiguous memory
             ok = e < LINEARS * R * in_features
             value = tl.load(lora_ptr + e, mask=ok, other=0.0).to(tl.float32) * lora_scale
             at = num_rows.to(tl.int64) * in_features + e
             tl.store(out_ptr + at, value.to(dtype), mask=ok)
         else:
-            # [num_rows, LINEARS * R]: zeros outside the diagonal blocks are written too
+            # B's columns [num_rows, LINEARS * R]; also store the zeros outside the diagonal blocks
             row = e // (LINEARS * R)
             column = e - row * (LINEARS * R)
             ok = row < num_rows
@@ -125,7 +125,7 @@ def dequantize_any_kernel(
     out_ptr, num_weights, in_features, out_stride, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decode BLOCK weights, one per lane and byte load: any in_features, any block size."""
+    """Decode BLOCK weights with one byte load each, for any in_features and block size."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < num_weights
     byte = tl.load(packed_ptr + e // 2, mask=inside, other=0).to(tl.int32)
@@ -141,8 +141,8 @@ def dequantize_any_kernel(
 
 
 def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
-    """Return (scale and code tensors in the kernels' order, their constexpr flags)."""
-    # absent tensors are passed as `code`, which the kernels then never read
+    """Return (the weight's scale and code tensors as kernel arguments, its constexpr flags)."""
+    # `code` is a placeholder for absent tensors, whose pointers the kernels do not read
     nested, dummy = weight.nested_absmax is not None, weight.code
     pointers = (
         weight.absmax, weight.code,
@@ -152,15 +152,15 @@ def quantised_arguments(weight) -> tuple[tuple, dict[str, bool]]:
     return pointers, {"NESTED": nested, "OFFSETS": nested and weight.nested_offset.dim() == 1}
 
 
-# Words of eight weights per program: best of 256 to 2048.
+# Words (eight weights each) that one program decodes; the fastest of 256 to 2048.
 BLOCK_WORDS = 512
 
 
 def launch_dequantize(weight, out, pdl: bool, wait_last: bool = False) -> None:
     """Decode `weight` into `out` [O, >= I columns], whose rows may be strided.
 
-    wait_last, with pdl: also store before the preceding kernel has ended. That kernel must not use
-    `out`, and must have called gdc_wait before it let this one start.
+    wait_last (requires pdl): store before the preceding kernel has ended. The preceding kernel must
+    not use `out`, and must call gdc_wait before gdc_launch_dependents.
     """
     overlap = pdl_option(out.device) if pdl else {}
     O, I = weight.shape
@@ -171,7 +171,7 @@ def launch_dequantize(weight, out, pdl: bool, wait_last: bool = False) -> None:
             weight.packed.view(torch.int32), *pointers, out, num_words, I, out.stride(0),
             WORDS_PER_BLOCK=weight.blocksize // 8, **flags, PDL=bool(overlap),
             PDL_WAIT_LAST=wait_last and bool(overlap), BLOCK_W=BLOCK_WORDS, num_warps=4,
-            # fused multiply-adds would change about 4 % of the scales in the last place
+            # fused multiply-adds would change the last bit of about 4 % of the scales
             enable_fp_fusion=False, **overlap,
         )  # fmt: skip
         return
@@ -187,7 +187,7 @@ def launch_dequantize_concat(
 ) -> None:
     """Write out = [W; scale * A] if `rows`, otherwise [W, scale * block_diag(B of each linear)].
 
-    lora: A [R, I], or the B of linears with `sizes` rows each, stacked to [O, R].
+    lora: A [R, I], or the B matrices of linears with `sizes` rows each, stacked to [O, R].
     """
     overlap = pdl_option(out.device) if pdl else {}
     O, I = weight.shape
@@ -206,6 +206,6 @@ def launch_dequantize_concat(
 
 
 def reads_words(weight) -> bool:
-    """Return True if aligned words of eight weights never cross a row or block (fast kernels)."""
+    """Return True if no aligned word of 8 weights crosses a row or block (for the fast kernels)."""
     aligned = weight.packed.data_ptr() % 4 == 0
     return weight.shape[1] % 8 == 0 and weight.blocksize % 8 == 0 and aligned

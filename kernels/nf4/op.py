@@ -12,7 +12,7 @@ from torch import Tensor
 def dequantize(
     weight: NF4Weight, dtype: torch.dtype, *, impl: str = "auto", pdl: bool = False
 ) -> Tensor:
-    """Return the matrix [O, I] in bfloat16, float16 or float32, bit for bit as bitsandbytes does.
+    """Return the decoded matrix [O, I] (bfloat16, float16 or float32), bit-equal to bitsandbytes.
 
     impl: "triton", "reference", or "auto" (triton for CUDA tensors); ValueError for any other.
     pdl: as in `dequantize_into`.
@@ -27,12 +27,12 @@ def dequantize(
 def dequantize_into(
     weight: NF4Weight, out: Tensor, *, impl: str = "auto", pdl: bool = False
 ) -> None:
-    """Decode into `out` [O, I], a view with contiguous columns whose rows may be strided.
+    """Decode `weight` into `out` [O, I].
 
-    pdl: launch by programmatic dependent launch (compute capability 9 and later; no effect
-    elsewhere). The caller promises that no kernel still running writes `weight`, as is true of
-    frozen weights: it is read before the preceding kernel has ended. Raises ValueError if the shape
-    or strides of `out` do not match.
+    out: contiguous columns; rows may be strided. pdl: use programmatic dependent launch (compute
+    capability 9 and later; no effect elsewhere). `weight` is then read before the preceding kernel
+    has ended, so no running kernel may write it; frozen weights satisfy this. Raises ValueError if
+    the shape or strides of `out` do not match.
     """
     if tuple(out.shape) != weight.shape or (out.shape[1] > 1 and out.stride(1) != 1):
         raise ValueError(
@@ -53,7 +53,7 @@ def dequantize_concat_rows_A(
 ) -> None:  # fmt: skip
     """Write out = [W; scale * A], [O + R, I]; out and A [R, I] contiguous, of one dtype.
 
-    pdl: as in `dequantize_into`. The promise is about `weight` only; A may just have been written.
+    pdl: as in `dequantize_into`; a running kernel may write A, but not `weight`.
     """
     O = weight.shape[0]
     if use_triton(weight.packed, impl):
@@ -73,7 +73,7 @@ def dequantize_concat_columns_B(
     """Write out = [W, scale * block_diag(Bs)], [O, I + R], for linears with `sizes` rows each.
 
     Bs: contiguous [sizes[j], R_j], or None for a linear without adapter; R is the sum of the R_j.
-    One launch if there are at most three B, of one rank and adjacent in memory. pdl: as above.
+    One to three B of equal rank, adjacent in memory, take one launch. pdl: see `dequantize_into`.
     """
     I = weight.shape[1]
     if use_triton(weight.packed, impl) and (stack := as_one_stack(Bs)) is not None:

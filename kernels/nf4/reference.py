@@ -1,8 +1,8 @@
-"""Specification of the 4-bit formats in plain torch, bit for bit what bitsandbytes computes.
+"""Specification of the 4-bit formats in plain torch, bit-identical to bitsandbytes.
 
 A matrix [O, I] in row-major order is divided into blocks of 64 weights, which may cross rows. A
 weight is code[nibble] * scale of its block; double quantisation stores the scales in 8 bits.
-Kernel and reference round alike: this decode is also the one that minisft/nn.py uses.
+The kernel rounds exactly as this reference does, so minisft/nn.py uses this decode too.
 
 n weights  b blocks of 64  s superblocks of 256 blocks
 """
@@ -13,27 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Quantiles of the normal distribution (arXiv:2305.14314), in bitsandbytes' digits.
+# Quantiles of the normal distribution (arXiv:2305.14314), with the digits of bitsandbytes.
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-# FP4: bit 3 is the sign, then two bits of exponent and one of mantissa.
+# FP4 values by code: bit 3 is the sign, bits 2 and 1 the exponent, bit 0 the mantissa.
 _FP4_HALF = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4_CODE = (*_FP4_HALF, *(-x for x in _FP4_HALF))
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 BLOCK, NESTED_BLOCK = 64, 256
-# Weights quantised at a time: bounds the temporary memory to about 30 MB.
+# Number of weights quantised at a time, which limits temporary memory to about 30 MB.
 _PIECE = 2**20
 
 
 class NF4Weight(NamedTuple):
-    """A 4-bit matrix that takes the place of a weight [O, I].
+    """A weight matrix [O, I] quantised to 4 bits.
 
-    packed: uint8 [ceil(n / 2)], even weights in the high nibble. absmax: the blocks' scales,
-    float32 [b], or uint8 [b] with double quantisation: then scale = nested_code[absmax] *
+    packed: uint8 [ceil(n / 2)], even-numbered weights in the high nibbles. absmax: the scale of
+    each block, float32 [b], or uint8 [b] with double quantisation: scale = nested_code[absmax] *
     nested_absmax[block // 256] + nested_offset, rounded after each operation.
     """
 
@@ -48,7 +48,7 @@ class NF4Weight(NamedTuple):
     quant_type: str = "nf4"
 
     def nbytes(self) -> int:
-        """Return the device memory in bytes."""
+        """Return the device memory of packed, absmax and nested_absmax in bytes."""
         tensors = (self.packed, self.absmax, self.nested_absmax)
         return sum(t.numel() * t.itemsize for t in tensors if t is not None)
 
@@ -56,8 +56,8 @@ class NF4Weight(NamedTuple):
 def dynamic_map() -> Tensor:
     """Return bitsandbytes' signed 8-bit dynamic map: 256 float32 values in ascending order.
 
-    For i = 0..6: the midpoints of 2^i equal parts of [0.1, 1] times 10^(i-6), in both signs; also
-    0 and 1.
+    The values are 0, 1 and, for i = 0..6 and both signs, the midpoints of 2^i equal parts of
+    [0.1, 1] times 10^(i-6).
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -68,7 +68,7 @@ def dynamic_map() -> Tensor:
 
 
 def scales(weight: NF4Weight) -> Tensor:
-    """Return the scale of every block, float32 [b]."""
+    """Return the scale of every quantisation block, float32 [b]."""
     if weight.nested_absmax is None:
         return weight.absmax
     assert weight.nested_code is not None and weight.nested_offset is not None
@@ -80,10 +80,10 @@ def scales(weight: NF4Weight) -> Tensor:
 
 
 def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weight]] | None:
-    """Join matrices by rows, so that one launch decodes all; return (joined, views of the parts).
+    """Concatenate matrices by rows for decoding in one launch; return (joined, views of its parts).
 
-    Returns None if codes, block sizes or columns differ, or a matrix's size is not a multiple of
-    64 * 256 weights (all of Llama's are).
+    Returns None if codes, block sizes or column counts differ, or if the number of weights of a
+    matrix is not a multiple of 64 * 256 (in Llama models it always is).
     """
     first = weights[0]
     for w in weights:
@@ -92,7 +92,7 @@ def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weigh
         )
         if not same or (w.nested_code is None) != (first.nested_code is None):
             return None
-        # otherwise a superblock would contain weights of two matrices
+        # a superblock must not contain weights of two matrices
         if (w.shape[0] * w.shape[1]) % (w.blocksize * NESTED_BLOCK):
             return None
         if w.nested_code is not None and not torch.equal(w.nested_code, first.nested_code):  # pyright: ignore
@@ -124,16 +124,16 @@ def side_by_side(weights: Sequence[NF4Weight]) -> tuple[NF4Weight, list[NF4Weigh
 
 
 def _offsets(weight: NF4Weight) -> Tensor:
-    # matrices have different offsets: the joined one stores one per superblock
+    # offsets differ between matrices, so a joined matrix stores one offset per superblock
     assert weight.nested_offset is not None and weight.nested_absmax is not None
     return weight.nested_offset.expand(weight.nested_absmax.shape)
 
 
 def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """Return the matrix [O, I] in `dtype`: code * scale in float32, rounded once."""
+    """Return the decoded matrix [O, I] in `dtype`: code * scale in float32, rounded once."""
     n = weight.shape[0] * weight.shape[1]
-    # a table of 256 pairs of float32, one 8-byte entry per byte: four times as fast on a CPU as
-    # unpacking nibbles
+    # look up each byte in a table of 256 pairs of float32 (as one int64): four times as fast on a
+    # CPU as unpacking nibbles
     high, low = weight.code.repeat_interleave(16), weight.code.repeat(16)
     pairs = torch.stack((high, low), dim=1).view(torch.int64).flatten()  # [256]
     values = pairs.index_select(0, weight.packed.int()).view(torch.float32)[:n]
@@ -148,7 +148,7 @@ def dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
 def quantize(
     weight: Tensor, *, quant_type: str = "nf4", double_quant: bool = True, blocksize: int = BLOCK
 ) -> NF4Weight:
-    """Quantise a matrix [O, I] of any float dtype on its own device.
+    """Return a matrix [O, I] of any float dtype quantised to 4 bits, on the matrix's device.
 
     Each block is divided by its largest magnitude and rounded to the nearest code, ties to the
     lower. double_quant subtracts the mean of the scales and rounds them to 8 bits the same way, in
@@ -161,7 +161,7 @@ def quantize(
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out, in]")
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=weight.device)
     pieces = []
-    # pieces of whole bytes and whole blocks: their results concatenate to that of the matrix
+    # pieces end at byte and block boundaries, so their results can be concatenated
     for values in weight.flatten().split(2 * blocksize * max(1, _PIECE // (2 * blocksize))):
         indices, absmax = _quantize_blocks(values.float(), code, blocksize)
         indices = torch.nn.functional.pad(indices, (0, indices.numel() % 2))
@@ -186,10 +186,10 @@ def _quantize_blocks(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tens
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
-    # a block of zeros has no scale to divide by
+    # avoid a division by zero in blocks of zeros
     reciprocal = torch.where(absmax > 0, 1 / absmax, 0)
     normed = (blocks * reciprocal.unsqueeze(1)).clamp_(-1, 1).view(-1)[:n]
-    # ascending; FP4 has two zeros, and argmax below picks the first
+    # ascending without duplicates: FP4 has two zeros, and argmax below picks the first
     ordered = code.unique()
     nearest = torch.bucketize(normed, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)
     index = (code == ordered.unsqueeze(1)).int().argmax(1).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Residual sum and RMSNorm in one pass, forward and backward."""
+"""Residual sum and RMSNorm fused into one op, with its backward pass."""
 
 from minisft.kernels.rms_norm.op import add_rms_norm, normalise, rms_norm_backward
 

@@ -1,4 +1,4 @@
-"""Triton kernels: one row in registers; with a LoRA update, 16 rows in two passes over tiles."""
+"""Triton kernels of RMSNorm: one row per program, or with LoRA 16 rows in two passes over tiles."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOptionalMemberAccess=false
@@ -15,7 +15,7 @@ def row_kernel(
     x_stride, y_stride, out_stride, h_stride, eps,
     D: tl.constexpr, HAS_Y: tl.constexpr, HAS_RSTD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write out = x + y (HAS_Y), rstd (or read it, HAS_RSTD) and h = norm(out); one row each."""
+    """Write h = norm(out) of one row: out is x, or x + y if HAS_Y; rstd is an input if HAS_RSTD."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     ok = cols < D
@@ -24,14 +24,14 @@ def row_kernel(
         x += tl.load(y_ptr + row * y_stride + cols, mask=ok, other=0.0).to(tl.float32)
         rounded = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * out_stride + cols, rounded, mask=ok)
-        # the statistics are those of the stored sum, which `normalise` and backward read
+        # compute rstd from the rounded sum, which `normalise` and the backward pass read
         x = rounded.to(tl.float32)
     if HAS_RSTD:
         rstd = tl.load(rstd_ptr + row)
     else:
         rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
         tl.store(rstd_ptr + row, rstd)
-    # rounded before the weight, as transformers does
+    # round before multiplying by the weight, as transformers does
     normed = (x * rstd).to(h_ptr.dtype.element_ty).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=ok, other=0.0).to(tl.float32)
     tl.store(h_ptr + row * h_stride + cols, (normed * weight).to(h_ptr.dtype.element_ty), mask=ok)
@@ -45,7 +45,7 @@ def add_rms_norm_kernel(
     D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write out = x + y + scale * left @ right, rstd and h = norm(out), BLOCK_M rows a program."""
+    """Write out = x + y + scale * left @ right, rstd and h = norm(out) for BLOCK_M rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < num_rows
     rows64 = rows.to(tl.int64)[:, None]
@@ -56,7 +56,7 @@ def add_rms_norm_kernel(
         other=0.0,
     )
     sum_squares = tl.zeros((BLOCK_M,), tl.float32)
-    # num_stages on the loop: without, loads that feed no product are not pipelined (29 us, now 24)
+    # num_stages makes Triton also pipeline loads that feed no tl.dot: 24 us instead of 29
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_D)
         col_ok = cols < D
@@ -75,7 +75,7 @@ def add_rms_norm_kernel(
         sum_squares += tl.sum(x * x, axis=1)
     rstd = 1.0 / tl.sqrt(sum_squares / D + eps)
     tl.store(rstd_ptr + rows, rstd, mask=row_ok)
-    # the second pass reads what other threads of this program stored
+    # barrier: the second pass reads sums that other threads of this program stored
     tl.debug_barrier()
     for start in tl.range(0, D, BLOCK_H, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_H)
@@ -94,7 +94,7 @@ def rms_norm_backward_kernel(
     dh_stride, x_stride, dresidual_stride, dx_stride,
     D: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write dx = (g - n * mean(g * n)) * rstd + dresidual, g = dh * weight, n = x * rstd."""
+    """Write dx = (g - n * mean(g * n)) * rstd + dresidual with g = dh * weight, n = x * rstd."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     ok = cols < D
@@ -112,20 +112,20 @@ def rms_norm_backward_kernel(
 
 
 def _row(D: int) -> tuple[int, int]:
-    """Return (block size, warps) of a program that holds a row of D in registers."""
+    """Return (block size, number of warps) for a program that holds D values in registers."""
     block = triton.next_power_of_2(D)
     return block, min(16, max(1, block // 512))
 
 
 def launch_add_rms_norm(x, y, delta, weight, eps, h) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the norm into h [T, >= D]; return (sum [T, D], 1 / rms float32 [T])."""
+    """Write the norm of x + y + delta into h [T, >= D]; return (the sum [T, D], rstd [T])."""
     T, D = x.shape
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     out = x if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if delta is None:
         block, warps = _row(D)
         row_kernel[(T,)](
-            # an absent y is passed as x, which the kernel then never reads as y
+            # x is a placeholder for an absent y, whose pointer the kernel does not read
             x, x if y is None else y, weight, rstd, out, h,
             x.stride(0), 0 if y is None else y.stride(0), out.stride(0), h.stride(0), eps,
             D=D, HAS_Y=y is not None, HAS_RSTD=False, BLOCK_D=block, num_warps=warps,
@@ -133,9 +133,9 @@ def launch_add_rms_norm(x, y, delta, weight, eps, h) -> tuple[torch.Tensor, torc
         return out, rstd
     R, whole = delta.left.shape[1], triton.next_power_of_2(D)
     padded = padded_rank(R)
-    # three stages of `right` fit into shared memory: at rank 128, 512 columns asked for 279 KB
+    # three stages of `right` must fit into shared memory: rank 128 x 512 columns takes 279 KB
     block = min(512, whole, 32768 // (padded * x.element_size()))
-    # 16 rows are the smallest tensor-core product; 16 x 512, then 16 x 1024 was fastest
+    # 16 rows are the minimum of tl.dot; tiles of 16 x 512, then 16 x 1024, were fastest
     add_rms_norm_kernel[(triton.cdiv(T, 16),)](
         x, y, weight, delta.left, delta.right, out, h, rstd,
         T, x.stride(0), y.stride(0), delta.left.stride(0), *delta.right.stride(), out.stride(0),
@@ -147,7 +147,7 @@ def launch_add_rms_norm(x, y, delta, weight, eps, h) -> tuple[torch.Tensor, torc
 
 
 def launch_normalise(x, weight, rstd, h) -> None:
-    """Write the norm of x into h [T, >= D], given its rstd."""
+    """Write the RMSNorm of x into h [T, >= D], using the given rstd [T]."""
     T, D = x.shape
     block, warps = _row(D)
     row_kernel[(T,)](

@@ -1,4 +1,4 @@
-"""Public functions: residual sum with RMSNorm, the norm recomputed, and the gradient."""
+"""Public functions: residual sum with RMSNorm, recomputation of the norm, and the gradient."""
 
 from minisft.kernels._impl import use_triton
 from minisft.kernels.low_rank import LowRank, empty_rows
@@ -23,8 +23,8 @@ def add_rms_norm(
     """Return (x + y + delta [T, D], RMSNorm * weight [T, D + rank_columns], 1 / rms float32 [T]).
 
     y None: normalise x alone and return x itself as the sum. Rows may be strided; columns are
-    contiguous. The last `rank_columns` columns of the norm are left uninitialised for the
-    caller (LoRA's u); its rows are 16-byte aligned. Statistics are float32 (arXiv:1910.07467).
+    contiguous. The norm has 16-byte aligned rows; the caller fills its last `rank_columns` columns
+    (LoRA's u), which are uninitialised. Statistics are float32 (arXiv:1910.07467).
     """
     T, D = x_TD.shape
     h = empty_rows(T, D + rank_columns, x_TD)
@@ -40,7 +40,7 @@ def add_rms_norm(
 def normalise(
     x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, *, rank_columns: int = 0, impl: str = "auto"
 ) -> Tensor:
-    """Recompute the norm [T, D + rank_columns] from the sum and rstd, bit for bit."""
+    """Recompute add_rms_norm's norm [T, D + rank_columns] bit for bit from its sum x and rstd."""
     T, D = x_TD.shape
     h = empty_rows(T, D + rank_columns, x_TD)
     if not use_triton(x_TD, impl):
@@ -62,9 +62,9 @@ def rms_norm_backward(
     rank_columns: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the gradient of the norm's input plus the residual stream's, [T, D + rank_columns].
+    """Return the gradient of the norm's input, plus dresidual if given, [T, D + rank_columns].
 
-    The last `rank_columns` columns are left uninitialised for the caller (LoRA's t).
+    The last `rank_columns` columns are uninitialised; the caller fills them (LoRA's t).
     """
     T, D = x_TD.shape
     dx = empty_rows(T, D + rank_columns, x_TD)

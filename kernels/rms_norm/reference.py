@@ -1,7 +1,7 @@
-"""Specification of the kernels in plain torch.
+"""Specification of the RMSNorm kernels in plain torch.
 
-nn.rms_norm in minisft is the definition of the model: it normalises a sum that was rounded before
-the call. Here x, y and the LoRA update are added in float32 and rounded once, as the kernel does.
+minisft's model is defined by nn.rms_norm, which receives a sum that is already rounded. These
+functions add x, y and the LoRA update in float32 and round once, as the kernels do.
 
 T tokens  D hidden  R rank
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 def add_rms_norm_reference(
     x_TD: Tensor, y_TD: Tensor | None, delta: LowRank | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (x + y + delta, its RMSNorm, 1 / rms); the sum is rounded once."""
+    """Return (x + y + delta rounded once, RMSNorm of this sum, 1 / rms of this sum)."""
     if y_TD is not None:
         x_TD = (x_TD.float() + add_reference(y_TD, delta)).to(x_TD.dtype)
     x32 = x_TD.float()
@@ -23,14 +23,14 @@ def add_rms_norm_reference(
 
 
 def normalise_reference(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
-    """Return x * rstd, rounded to x's dtype, times weight: the roundings of transformers."""
+    """Return weight * (x * rstd rounded to x's dtype), which rounds where transformers does."""
     return weight_D.to(x_TD.dtype) * (x_TD.float() * rstd_T.unsqueeze(1)).to(x_TD.dtype)
 
 
 def rms_norm_backward_reference(
     dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, dresidual_TD: Tensor | None
 ) -> Tensor:
-    """Return dx = (g - n * mean(g * n)) / rms(x) + dresidual, g = dh * weight, n = x / rms(x)."""
+    """Return dx = (g - n * mean(g * n)) * rstd + dresidual with g = dh * weight, n = x * rstd."""
     rstd = rstd_T.unsqueeze(1)
     g = dh_TD.float() * weight_D.float()
     n = x_TD.float() * rstd

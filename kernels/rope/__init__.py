@@ -1,4 +1,4 @@
-"""RoPE of queries and keys in place, and its inverse together with the LoRA gradients dB."""
+"""RoPE of queries and keys in place, and its backward pass fused with LoRA's gradients dB."""
 
 from minisft.kernels.rope.op import rope_, rope_backward
 

@@ -1,4 +1,4 @@
-"""Triton kernels: rotate one head of some tokens; backward sums the head's dB in registers."""
+"""Triton kernels of RoPE; the backward kernel also sums LoRA's dB of its head in registers."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
@@ -21,7 +21,7 @@ def rope_kernel(
     angle = rows64 * angle_stride + half[None, :]
     cos = tl.load(cos_ptr + angle, mask=ok, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=ok, other=0.0).to(tl.float32)
-    # both halves are loaded before either is stored: in place
+    # load both halves before storing either: the rotation is in place
     x1 = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     x2 = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
     tl.store(at, (x1 * cos - x2 * sin).to(x_ptr.dtype.element_ty), mask=ok)
@@ -35,7 +35,7 @@ def _head_backward(
     HALF: tl.constexpr, ROTATE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
-    """Write a head's gradient, rotated back (ROTATE), and its partial dB [2 HALF, R]."""
+    """Write a head's gradient, rotated back if ROTATE, and its partial sum of dB [2 HALF, R]."""
     half = tl.arange(0, HALF)
     r = tl.arange(0, RP)
     total1 = tl.zeros((HALF, RP), tl.float32)
@@ -55,7 +55,7 @@ def _head_backward(
             e2 = d2 * cos - d1 * sin
             d1 = e1
             d2 = e2
-        # the store and the product want different layouts: computed once, 31 us instead of 47
+        # the store and tl.dot need different layouts: pinning takes 31 us instead of 47
         d1 = materialized_once(d1.to(out_ptr.dtype.element_ty), PIN)
         d2 = materialized_once(d2.to(out_ptr.dtype.element_ty), PIN)
         to = out_ptr + rows64 * out_stride + out_first + half[None, :]
@@ -87,7 +87,7 @@ def rope_backward_kernel(
     PQ: tl.constexpr, PK: tl.constexpr, PV: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
-    """Each program handles one head of q, k or v over one split of the tokens."""
+    """Write the gradient and partial dB of one head of q, k or v for one split of the tokens."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     first_row = split * rows_per_split
@@ -125,7 +125,7 @@ def launch_rope(qk, cos, sin, heads) -> None:
 
 
 def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
-    """Write the projections' gradients into out and dB into partials; see `op.rope_backward`."""
+    """Write the q, k and v gradients to out and dB to partials; see `op.rope_backward`."""
     T, H = cos.shape
     N, K = grads[0].shape[1], grads[1].shape[1]
     d_args, u_args, ranks = [], [], []
@@ -143,9 +143,9 @@ def launch_rope_backward(grads, us, cos, sin, out, partials) -> None:
         *d_args, cos, sin, cos.stride(0), out, out.stride(0), T, rows_per_split(T, splits), *u_args,
         N=N, K=K, HALF=H // 2, RQ=ranks[0], RK=ranks[1], RV=ranks[2],
         PQ=padded[0], PK=padded[1], PV=padded[2],
-        # tiles of 4096 entries; tl.dot wants at least 16 tokens
+        # tiles of about 4096 entries; tl.dot requires at least 16 tokens
         BLOCK_T=min(64, max(16, 4096 // H)), STAGES=stages(out.device, max(padded)),
-        # the interpreter has no inline assembly
+        # Triton's interpreter does not support inline assembly
         PIN=out.is_cuda,
         num_warps=4 if max(padded) <= 32 else 8,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Specification of the kernels in plain torch.
+"""Specification of the RoPE kernels in plain torch.
 
-nn.apply_rope in minisft is the definition of the model, equal to transformers bit for bit: it
-rotates in the dtype of q and k. Here all is float32 and rounded once, as in the kernel.
+minisft's model is defined by nn.apply_rope, which rotates in the dtype of q and k and equals
+transformers bit for bit. These functions compute in float32 and round once, as the kernels do.
 
 T tokens  N query heads  K key/value heads  H head_dim  R rank  S splits of the tokens
 """
@@ -21,7 +21,7 @@ def rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 
 def rope_reference_(qk: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int) -> None:
-    """Rotate the first `heads` heads of every row in place; one rounding."""
+    """Rotate the first `heads` heads of every row of qk in place, rounding once."""
     H = cos_TH.shape[1]
     part = qk[:, : heads * H]
     part.copy_(rotate(part.unflatten(1, (heads, H)), cos_TH, sin_TH).flatten(1))
@@ -35,7 +35,7 @@ def rope_backward_reference(
     out: Tensor,
     partials: Three,
 ) -> None:
-    """Write dy, the gradients rotated back, and dB = dy^T u of each projection in splits."""
+    """Write dy (q and k gradients rotated back, v's copied) to out and dy^T u to partials."""
     start = 0
     for i, (grad, u, partial) in enumerate(zip(grads, us, partials, strict=True)):
         d = (rotate(grad, cos_TH, -sin_TH) if i < 2 else grad.float()).flatten(1)

@@ -1,4 +1,4 @@
-"""silu(gate) * up, and its gradients together with the LoRA gradients that need them."""
+"""SwiGLU, silu(gate) * up, and its backward pass fused with LoRA's dB and dA."""
 
 from minisft.kernels.swiglu.op import swiglu, swiglu_backward_
 

@@ -1,4 +1,4 @@
-"""Triton kernels: forward by tiles; backward by column blocks, dB and dA summed in registers."""
+"""Triton kernels of SwiGLU; the backward kernel also sums LoRA's dB and dA in registers."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
@@ -9,9 +9,9 @@ from minisft.kernels._triton import materialized_once, padded_rank, rows_per_spl
 
 @triton.jit
 def sigmoid(x):
-    """Return 1 / (1 + 2^(-x log2 e)), the reciprocal as the square of a reciprocal square root."""
-    # tl.sigmoid takes three times the instructions (15 to 5), to guard exponential and division at
-    # denormals
+    """Return 1 / (1 + exp(-x)), computed as the square of rsqrt(1 + 2^(-x log2 e))."""
+    # tl.sigmoid takes 15 instructions instead of 5, because its exponential and its division also
+    # handle denormals
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
@@ -33,8 +33,8 @@ def swiglu_kernel(
 
 @triton.jit
 def _add_outer(total, left_ptr, left_stride, rows64, row_ok, x, R: tl.constexpr, RP: tl.constexpr):
-    """Return total + x^T left[rows], [BLOCK_F, RP]."""
-    # x is the left operand: the tensor cores then read it from shared memory
+    """Return total + x^T @ left[rows], [BLOCK_F, RP]."""
+    # x is the left operand of tl.dot, so that the tensor cores read it from shared memory
     r = tl.arange(0, RP)
     mask = row_ok[:, None] & (r < R)[None, :]
     left = tl.load(left_ptr + rows64 * left_stride + r[None, :], mask=mask, other=0.0)
@@ -50,9 +50,9 @@ def swiglu_backward_kernel(
     PG: tl.constexpr, PU: tl.constexpr, PD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PIN: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite gate and up by their gradients; sum dB of gate and up and dA of down (ranks > 0).
+    """Overwrite gate and up with their gradients; sum dB of gate, dB of up and dA of down.
 
-    Each program handles BLOCK_F columns over one split of the tokens.
+    Each program handles BLOCK_F columns over one split of the tokens. Rank 0 skips that sum.
     """
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1)
@@ -75,7 +75,7 @@ def swiglu_backward_kernel(
         da = da.to(tl.float32)
         s = sigmoid(g)
         silu = g * s
-        # store and product want different layouts: with everything computed once, 186 us for 251
+        # the store and tl.dot need different layouts: pinning takes 186 us instead of 251
         du = materialized_once((da * silu).to(dtype), PIN)
         dg = materialized_once((da * u * (s + silu - silu * s)).to(dtype), PIN)
         tl.store(at, dg, mask=ok)
@@ -112,7 +112,7 @@ def launch_swiglu(x, F, out) -> None:
 
 
 def launch_swiglu_backward(x, da, lefts, partials) -> None:
-    """Overwrite gate and up in x by their gradients; fill partials. See `op.swiglu_backward_`."""
+    """Overwrite gate and up in x with their gradients; write partials. See op.swiglu_backward_."""
     T, F = da.shape
     left_args, partial_args, ranks = [], [], []
     for left, partial in zip(lefts, partials, strict=True):
@@ -121,13 +121,13 @@ def launch_swiglu_backward(x, da, lefts, partials) -> None:
         ranks.append(0 if left is None else left.shape[1])
     padded = [padded_rank(R) for R in ranks]
     widest = max(padded)
-    # narrower at high ranks: the sums [block_f, rank] stay in registers
+    # use fewer columns at high ranks, so that the sums [block_f, rank] stay in registers
     block_f = min(128, max(32, 4096 // widest))
     splits = next((p.shape[0] for p in partials if p is not None), 8)
     swiglu_backward_kernel[(triton.cdiv(F, block_f), splits)](
         x, x.stride(0), da, da.stride(0), T, rows_per_split(T, splits), *left_args, *partial_args,
         F=F, RG=ranks[0], RU=ranks[1], RD=ranks[2], PG=padded[0], PU=padded[1], PD=padded[2],
-        # 32 x 128 with 4 warps and 3 stages was the best of 37 shapes and depths at rank 16
+        # 32 x 128, 4 warps and 3 stages were the fastest of 37 configurations at rank 16
         BLOCK_T=32, BLOCK_F=block_f, STAGES=stages(x.device, widest), PIN=x.is_cuda,
         num_warps=4 if widest == 16 else 8,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Public functions: SwiGLU of the concatenated gate and up, and its gradients in place."""
+"""Public functions: SwiGLU of concatenated gate and up, and its backward pass in place."""
 
 from minisft.kernels._impl import use_triton
 from minisft.kernels.low_rank import empty_rows
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def swiglu(gate_up: Tensor, F: int, *, extra: int = 0, impl: str = "auto") -> Tensor:
-    """Return silu(gate) * up, [T, F + extra] in gate_up's dtype; last `extra` columns not written.
+    """Return silu(gate) * up, [T, F + extra], in the dtype of gate_up.
 
-    gate_up: [T, >= 2F], gate in the first F columns, up in the next; columns contiguous.
-    Source: arXiv:2002.05202.
+    gate_up: [T, >= 2F], gate in the first F columns, up in the next; columns contiguous. The last
+    `extra` columns of the result are uninitialised. Source: arXiv:2002.05202.
     """
     T = gate_up.shape[0]
     out = empty_rows(T, F + extra, gate_up)
@@ -31,12 +31,12 @@ def swiglu_backward_(
     partials: Three = (None, None, None),
     impl: str = "auto",
 ) -> None:
-    """Overwrite gate and up by their gradients, given da [T, F], the gradient of silu(gate) * up.
+    """Overwrite gate and up with their gradients, given da [T, F], the gradient of silu(gate) * up.
 
     lefts: u = x A^T of gate and of up, t = dy B of down, each [T, R] or None. partials, one per
     left: overwritten with dB of gate and up, float32 [S, F, R], and dA of down, float32 [S, R, F],
-    over S splits of the tokens. Gate, up and their product are in registers here, so these sums
-    read them no second time. Raises ValueError if a left has no partial or the reverse.
+    over S splits of the tokens. The sums use values that are already in registers, which saves
+    loading them again. Raises ValueError if a left has no partial or a partial has no left.
     """
     for left, partial in zip(lefts, partials, strict=True):
         if (left is None) != (partial is None):

@@ -1,7 +1,7 @@
-"""Specification of the kernels in plain torch.
+"""Specification of the SwiGLU kernels in plain torch.
 
-nn.swiglu in minisft is the definition of the model, equal to transformers bit for bit: it rounds
-silu(gate) before the product. Here all is float32 and rounded once, as in the kernel.
+minisft's model is defined by nn.swiglu, which rounds silu(gate) before the product and equals
+transformers bit for bit. These functions compute in float32 and round once, as the kernels do.
 
 T tokens  F ffn  R rank  S splits of the tokens
 """
@@ -22,7 +22,7 @@ def swiglu_reference(gate_up: Tensor, F: int) -> Tensor:
 def swiglu_backward_reference_(
     gate_up: Tensor, da_TF: Tensor, lefts: Three, partials: Three
 ) -> None:
-    """Overwrite gate and up by their gradients; write dB of gate and up, dA of down to partials."""
+    """Overwrite gate and up with their gradients; write dB (gate, up) and dA (down) to partials."""
     F = da_TF.shape[1]
     gate, up = gate_up[:, :F], gate_up[:, F : 2 * F]
     g, u, da = gate.float(), up.float(), da_TF.float()
