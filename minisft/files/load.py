@@ -150,8 +150,8 @@ def load_weights_(
     if lora and lora.trainable_token_indices:
         embedding = frozen[EMBEDDING]
         assert isinstance(embedding, Tensor)
-        frozen[TOKEN_IDS] = torch.tensor(lora.trainable_token_indices, device=device)
-        trainable.views[TOKEN_ROWS].copy_(embedding[frozen[TOKEN_IDS]])
+        frozen[TOKEN_IDS] = ids = torch.tensor(lora.trainable_token_indices, device=device)
+        trainable.views[TOKEN_ROWS].copy_(embedding[ids])
     return frozen
 
 

@@ -144,8 +144,8 @@ def to_device(
     to `dtype` first would change the codes. Raises UserError if a value to quantise is not finite.
     """
     if isinstance(weight, NF4Weight):
-        parts = (v.to(device, copy=True) if isinstance(v, Tensor) else v for v in weight)
-        moved = NF4Weight(*parts)
+        tensors = {k: v for k, v in weight._asdict().items() if isinstance(v, Tensor)}
+        moved = weight._replace(**{k: v.to(device, copy=True) for k, v in tensors.items()})
         return moved if four_bit else dequantize(moved, dtype)
     if not four_bit:
         return weight.to(device, dtype, copy=True)
