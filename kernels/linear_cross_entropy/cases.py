@@ -1,4 +1,4 @@
-"""Shapes, dtypes and inputs shared by the op's test and benchmark."""
+"""Shapes, dtypes and inputs shared by the test and the benchmark of linear_cross_entropy."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """One problem size: M rows that have a target, D hidden, V vocab."""
+    """One problem size: M rows (each with a target), hidden size D, vocabulary size V."""
 
     M: int
     D: int
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
     targets_M: Tensor
 
 
-# For tests on a CPU: ones, primes, and sizes at the edges of blocks.
+# Test sizes for a CPU: 1, primes, block sizes, and neighbours of block sizes.
 SMALL = {
     "one of each": Case(1, 1, 1),
     "one row": Case(1, 63, 1000),
@@ -32,7 +32,7 @@ SMALL = {
     "block and one": Case(65, 32, 257),
     "primes": Case(131, 47, 97),
 }
-# The heads of Llama-3.2-1B and Llama-3.1-8B for one micro-batch.
+# Benchmark sizes: the heads of Llama-3.2-1B and Llama-3.1-8B with one micro-batch.
 LLAMA = {
     "1B, 2048 rows": Case(2048, 2048, 128256),
     "1B, 8192 rows": Case(8192, 2048, 128256),

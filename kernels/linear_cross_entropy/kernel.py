@@ -1,4 +1,4 @@
-"""Triton kernel: turn rows of logits into losses and, in place, into gradients."""
+"""Triton kernel: compute losses from rows of logits and overwrite the logits with gradients."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
@@ -13,9 +13,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _accumulate(highest, total, z):
     """Update each lane's running maximum and sum of exp(z - maximum) with WIDTH more logits."""
-    # one maximum for WIDTH logits: one exponential a logit instead of two
+    # sharing a maximum among WIDTH logits saves one of two exponentials per logit
     higher = tl.maximum(highest, tl.max(z, axis=1))
-    # a lane that has seen only -inf would form -inf - -inf = NaN
+    # a lane that has seen only -inf would compute -inf - -inf = NaN
     shift = tl.where(higher == float("-inf"), 0.0, higher) * LOG2_E
     total = total * tl.exp2(highest * LOG2_E - shift)
     return higher, total + tl.sum(tl.exp2(z * LOG2_E - shift[:, None]), axis=1)
@@ -28,21 +28,21 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """Write losses[row] and logits[row] = (softmax(logits[row]) - onehot(target)) * weight.
 
-    A negative target stands for none: loss and gradient are zero. Persistent kernel: each program
-    handles every num_programs-th row in two passes, first maximum and sum, then the gradient.
+    Rows with a negative target get zero loss and gradient. Persistent kernel: each program handles
+    every num_programs-th row in two passes, the first for maximum and sum, then the gradient.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     block = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    # full blocks first: only the end of a row needs a mask
+    # process full blocks without a mask: only the end of a row needs one
     whole = V // BLOCK * BLOCK
     ok = whole + block < V
     dtype = logits_ptr.dtype.element_ty
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         target = tl.load(targets_ptr + row)
-        # row * stride fits 32 bits: `op.linear_cross_entropy_grad` refuses larger chunks
+        # row * stride fits 32 bits: `op.linear_cross_entropy_grad` rejects larger chunks
         row_ptr = logits_ptr + row * stride
         at = tl.where(target < 0, 0, target)
-        # read before the sums: their barriers separate it from the stores to the same address
+        # load before the sums: their barriers order this load before stores to the same address
         z_target = tl.load(row_ptr + at).to(tl.float32)
         highest = tl.full((LANES,), float("-inf"), tl.float32)
         total = tl.zeros((LANES,), tl.float32)
@@ -67,8 +67,8 @@ def cross_entropy_kernel(
                 z = tl.load(row_ptr + whole + block, mask=ok, other=float("-inf")).to(tl.float32)
                 d = tl.exp2(z * LOG2_E - shift) * weight
                 tl.store(row_ptr + whole + block, d.to(dtype), mask=ok)
-            # the target's gradient overwrites what another thread of the program just stored there;
-            # a comparison with the target in the loop would cost an instruction a logit
+            # barrier: the target's gradient overwrites a value that another thread stored above;
+            # comparing with the target in the loop would cost an instruction per logit
             tl.debug_barrier()
             d = (tl.exp2(z_target * LOG2_E - shift) - 1.0) * weight
             tl.store(row_ptr + at, d.to(dtype), mask=target >= 0)
@@ -78,7 +78,7 @@ def launch_cross_entropy_(logits, targets, losses, weight, gradient: bool) -> No
     """Write losses [M] float32 and, if `gradient`, overwrite logits [M, V]; weight: float32 [1]."""
     M, V = logits.shape
     block = min(16384, max(128, triton.next_power_of_2(V)))
-    # one row per multiprocessor at a time: 132 rows of 256 KB fit into the L2 cache
+    # one program per multiprocessor: the L2 cache then holds all active rows (132 x 256 KB)
     cross_entropy_kernel[(min(M, num_sms(logits.device)),)](
         logits, logits.stride(0), targets, losses, weight, M, V,
         LANES=block // 8, WIDTH=8, GRADIENT=gradient, num_warps=min(32, max(4, block // 512)),

@@ -1,4 +1,4 @@
-"""Public functions: cross-entropy of a linear head, whose forward pass computes the gradients."""
+"""Public functions: cross-entropy of a linear head; the forward pass also computes gradients."""
 
 import torch
 from minisft.kernels._impl import use_triton
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Saves d_hidden [M, D] (and d_head [V, D]) for backward instead of logits."""
+    """Autograd function that saves d_hidden [M, D] (and d_head [V, D]) instead of logits."""
 
     @staticmethod
     def forward(ctx, hidden_MD, head_VD, targets_M, chunk):
@@ -30,8 +30,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_hidden, d_head = ctx.saved_tensors
-        # product in float32: 1 / num_tokens rounded to bfloat16 would be off by up to 0.4 %, by the
-        # same factor in every entry
+        # multiply in float32: `grad` (1 / num_tokens) rounded to bfloat16 would scale every entry
+        # by a factor that is wrong by up to 0.4 %
         d_hidden = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
         d_head = None if d_head is None else (d_head * grad).to(ctx.head_dtype)
         return d_hidden, d_head, None, None
@@ -43,9 +43,9 @@ def linear_cross_entropy(
     """Return the summed cross-entropy of hidden @ head.T in nats, [] float32, differentiable.
 
     hidden [M, D], head [V, D]: one floating dtype. targets: int64 [M] in [0, V), already shifted,
-    without ignored rows. chunk: rows of logits that exist at once; 0 means about 256 MiB of float32
-    logits. Gradients reach hidden and, if it requires one, head. Raises ValueError on mismatched
-    shapes or dtypes. Target values are not checked: reading them would synchronise.
+    no ignored rows. chunk: number of rows of logits in memory at a time; 0 means about 256 MiB of
+    float32 logits. hidden and head get gradients if they require them. Raises ValueError on
+    mismatched shapes or dtypes. Target values are not checked: reading them would synchronise.
     """
     M, D = hidden_MD.shape
     V = head_VD.shape[0]
@@ -75,10 +75,10 @@ def linear_cross_entropy_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return (summed cross-entropy [] float32, weight * its gradient by hidden), without autograd.
 
-    As `linear_cross_entropy`, for a frozen head; a row with target -1 counts nothing. weight:
-    float32 [1] on the device (1 / number of targets), so that a captured graph can change it. At
-    most [chunk, V] logits in hidden's dtype exist at a time and become their gradient in place.
-    Raises ValueError for chunks of 2^31 logits or more.
+    Arguments as in `linear_cross_entropy`, but the head is frozen and targets may be -1 (zero loss
+    and gradient). weight: float32 [1] on the device (1 / number of targets), which may change
+    between replays of a captured CUDA graph. At most [chunk, V] logits in hidden's dtype exist at a
+    time; gradients overwrite them. Raises ValueError for chunks of 2^31 logits or more.
     """
     triton = use_triton(hidden_MD, impl)
     M, V = hidden_MD.shape[0], head_VD.shape[0]

@@ -1,4 +1,4 @@
-"""Specification in plain torch, and on every device the code of the differentiable op.
+"""Specification in plain torch; the differentiable op runs `loss_and_grads_by_chunk` itself.
 
 M rows that have a target  D hidden  V vocab
 """
@@ -42,7 +42,7 @@ def loss_and_grads_by_chunk(
             d_hidden[rows] = dz_CV @ head_VD
         if d_head is not None:
             d_head += dz_CV.T @ x_CD
-        # otherwise they stay allocated while the next chunk's logits are made
+        # free both: otherwise they stay allocated while the next chunk's logits are computed
         del z_CV, dz_CV
     return loss, d_hidden, d_head
 
@@ -50,9 +50,9 @@ def loss_and_grads_by_chunk(
 def cross_entropy_reference_(
     logits_MV: Tensor, targets_M: Tensor, weight: Tensor, *, gradient: bool
 ) -> Tensor:
-    """Return the losses, float32 [M]; with `gradient`, logits become (softmax - onehot) * weight.
+    """Return losses, float32 [M]; if `gradient`, set logits to (softmax - onehot) * weight.
 
-    A negative target stands for none: loss and gradient are zero.
+    Rows with a negative target get zero loss and gradient.
     """
     z = logits_MV.float()
     lse = z.logsumexp(dim=1, keepdim=True)

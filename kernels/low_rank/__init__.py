@@ -1,4 +1,4 @@
-"""LoRA's narrow products: updates added inside other kernels, and sums over tokens."""
+"""Ops for LoRA's low-rank factors: narrow matmuls, sums over tokens, and their memory layout."""
 
 from minisft.kernels.low_rank.op import (
     as_one_stack,

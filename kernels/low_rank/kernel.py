@@ -1,4 +1,4 @@
-"""Triton kernels: narrow products, sums over tokens in a fixed order, and their reduction."""
+"""Triton kernels: products with narrow matrices, and sums over tokens in a fixed order."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
@@ -14,12 +14,12 @@ def narrow_products_kernel(
     first_end, second_end, third_end, R: tl.constexpr, RP: tl.constexpr,
     PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_T rows of one matrix's R columns of out.
+    """Write BLOCK_T rows of the R columns of out that hold x_j M_j, for matrix j = program_id(1).
 
-    The inputs of matrix 0, 1 and 2 are the columns of x up to first_end, second_end, third_end.
+    x_0, x_1 and x_2 are the columns of x up to first_end, second_end and third_end.
     """
     if PDL:
-        # let a decode that follows overlap with this kernel: it waits before it writes
+        # let a decode kernel launched next start early: it calls gdc_wait before it stores
         tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     matrix = tl.program_id(1)
@@ -57,7 +57,7 @@ def outer_sum_kernel(
     R: tl.constexpr, RP: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums left[t] (x) x[t] over one split of the tokens, for BLOCK_N columns of x."""
+    """Write the sum of outer products left[t] x[t]^T over one split, for BLOCK_N columns of x."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     col_ok = cols < N
@@ -77,7 +77,7 @@ def outer_sum_kernel(
             other=0.0,
         )
         if ROW_SCALE:
-            # scale the narrow operand: R columns instead of N
+            # scale `left` instead of x: it has R columns instead of N
             scale = tl.load(row_scale_ptr + rows, mask=ok, other=0.0)
             left = (left.to(tl.float32) * scale[:, None]).to(left_ptr.dtype.element_ty)
         x = tl.load(
@@ -87,7 +87,7 @@ def outer_sum_kernel(
         )
         total = tl.dot(tl.trans(x), left, total, input_precision="ieee")
     if COLUMN_SCALE:
-        # constant over the tokens, so once after the sum
+        # column scales are the same for all tokens, so apply them once, after the sum
         column = tl.load(column_scale_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
         total *= column[:, None]
     at = split * out_stride_s + r[None, :] * out_stride_r + cols[:, None] * out_stride_n
@@ -98,11 +98,11 @@ def outer_sum_kernel(
 def reduce_partials_kernel(
     partials_ptr, grads_ptr, n, stride, scale, S: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """grads += scale * sum over S of partials[s]; each program handles BLOCK entries."""
+    """Add scale * (sum of partials[s] over s) to BLOCK entries of grads."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = at < n
     total = tl.zeros((BLOCK,), tl.float32)
-    # in the order of s, without float atomics: two runs agree bit for bit
+    # add in the order of s, without float atomics, so that two runs agree bit for bit
     for s in range(S):
         total += tl.load(partials_ptr + s * stride + at, mask=ok, other=0.0)
     grad = tl.load(grads_ptr + at, mask=ok, other=0.0)
@@ -110,9 +110,9 @@ def reduce_partials_kernel(
 
 
 def launch_narrow_products(x, right, sizes, out) -> None:
-    """out = [x_1 M_1, ...]; right: the M_j stacked by rows, [sum of sizes, R], contiguous."""
+    """Write out = [x_1 M_1, ...]; right: M_j stacked by rows, [sum of sizes, R], contiguous."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))] + [0, 0]
-    # best of eight combinations of tile, warps and stages: see README.md
+    # tile, warps and stages below were the fastest of eight combinations (README.md)
     R, block_t = right.shape[1], 64
     narrow_products_kernel[(triton.cdiv(x.shape[0], block_t), len(sizes))](
         x, x.stride(0), right, out, out.stride(0), x.shape[0], *ends[:3],
@@ -122,13 +122,13 @@ def launch_narrow_products(x, right, sizes, out) -> None:
 
 
 def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:
-    """partials[s] = sum over split s of left[t] (x) x[t]; partials: [S, R, N], any strides."""
+    """Write partials [S, R, N], any strides: the sum of outer products left[t] x[t]^T per split."""
     splits, R, N = partials.shape
     num_rows, padded = left.shape[0], padded_rank(R)
     # the accumulator [block_n, padded] has to fit into the registers of four warps
     block_n = 128 if padded <= 64 else 64
     outer_sum_kernel[(triton.cdiv(N, block_n), splits)](
-        # an absent scale is passed as `left`, which the kernel then never reads
+        # `left` is a placeholder for an absent scale, whose pointer the kernel does not read
         left, x, left if row_scale is None else row_scale,
         left if column_scale is None else column_scale, partials,
         num_rows, rows_per_split(num_rows, splits), N,
@@ -140,7 +140,7 @@ def launch_outer_sum(left, x, row_scale, column_scale, partials) -> None:
 
 
 def launch_reduce_partials(partials, grads, scale) -> None:
-    """grads [n] += scale * sum of partials [S, n], in float32."""
+    """Add scale * (sum of partials [S, n] over S) to grads [n], in float32."""
     n = grads.numel()
     reduce_partials_kernel[(triton.cdiv(n, 1024),)](
         partials, grads, n, partials.stride(0), scale, S=partials.shape[0], BLOCK=1024, num_warps=4

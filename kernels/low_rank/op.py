@@ -11,21 +11,21 @@ from minisft.kernels.low_rank.reference import (
 )
 from torch import Tensor
 
-# From here on, blocks of 64 rows keep every multiprocessor busy.
+# With at least this many rows, blocks of 64 rows occupy every multiprocessor.
 MANY_ROWS = 8192
 
 
 def row_stride(width: int) -> int:
-    """Return the distance between rows of `empty_rows`, in elements: width rounded up to 8."""
+    """Return the row stride of `empty_rows` in elements: width rounded up to a multiple of 8."""
     # 8 elements of half precision are 16 bytes
     return -(-width // 8) * 8
 
 
 def empty_rows(rows: int, width: int, like: Tensor) -> Tensor:
-    """Return uninitialised memory [rows, width] whose rows are 16-byte aligned.
+    """Return an uninitialised tensor [rows, width] whose rows are 16-byte aligned.
 
-    dtype and device are those of `like`. Contiguous rows would be misaligned wherever the rank of
-    an adapter is not a multiple of 8.
+    dtype and device are those of `like`. Contiguous rows would be misaligned if `width` includes
+    an adapter rank that is not a multiple of 8.
     """
     # flash attention reads q, k and v in 16-byte words without checking (`misaligned address`), and
     # matrix products are slower on unaligned rows
@@ -43,7 +43,7 @@ def as_one_stack(Bs: Sequence[Tensor | None]) -> Tensor | None:
         return None
     first, R, at = there[0], there[0].shape[1], there[0].storage_offset()
     for B in there:
-        # adjacent addresses are not enough: the joint view must not leave its storage
+        # adjacent addresses are not sufficient: a view must stay within one storage
         same = B.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not same or B.storage_offset() != at or B.shape[1] != R or not B.is_contiguous():
             return None
@@ -59,9 +59,9 @@ def narrow_products(
     *,
     impl: str = "auto",
 ) -> None:
-    """Write out = [x_1 M_1, x_2 M_2, ...]: t = dy B of linears whose outputs are concatenated.
+    """Write out = [x_1 M_1, x_2 M_2, ...], LoRA's t = dy B for linears with concatenated outputs.
 
-    x [T, N]: split into columns of `sizes`; further columns are not read. rights: M_j [size_j, R_j]
+    x [T, N]: x_j is its next sizes[j] columns; others are not read. rights: M_j [sizes[j], R_j]
     with any strides; a None contributes no columns to out. out [T, sum of R_j]: overwritten. x and
     out have contiguous columns. impl: "triton", "reference" (cuBLAS, one product each) or "auto",
     which takes Triton where it is faster. One launch needs one to three matrices of one rank up to
@@ -95,11 +95,11 @@ def outer_sum(
     column_scale_N: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """Write partials[s] = sum over the tokens t of split s of left[t] (x) x[t]: LoRA's dA and dB.
+    """Write partials[s] = sum of outer products left[t] x[t]^T over split s (LoRA's dA or dB).
 
-    left [T, R], x [T, N]: one dtype, contiguous columns. row_scale: float32 [T], column_scale [N].
-    partials: float32 [S, R, N], any strides (a transposed view gives [N, R]); overwritten. The
-    order of summation is fixed: same bits in every run. ValueError if shapes do not match.
+    left [T, R], x [T, N]: one dtype, contiguous columns. row_scale (float32) and column_scale scale
+    the rows and columns of x. partials: float32 [S, R, N], any strides, overwritten. The order of
+    summation is fixed: same bits in every run. Raises ValueError on mismatched shapes.
     """
     R, N = partials_SRN.shape[1:]
     if left_TR.shape[1] != R or x_TN.shape != (left_TR.shape[0], N):
@@ -131,7 +131,7 @@ def place_block_diagonal(
 def reduce_partials(
     partials_Sn: Tensor, grads_n: Tensor, scale: float, *, impl: str = "auto"
 ) -> None:
-    """Add scale * sum over S of partials to grads; float32 [S, n] (rows contiguous) and [n]."""
+    """Add scale * (sum of partials over S) to grads; float32 [S, n] (rows contiguous) and [n]."""
     if not use_triton(grads_n, impl):
         reduce_partials_reference(partials_Sn, grads_n, scale)
         return

@@ -1,4 +1,4 @@
-"""Specification of the kernels in plain torch.
+"""Specification of the low-rank kernels in plain torch.
 
 T tokens  R rank  N features  S splits of the tokens
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """A matrix [T, N] = scale * left @ right that another kernel adds to what it reads.
+    """A low-rank matrix [T, N] = scale * left @ right that is stored only as its factors.
 
-    It is never materialised, so a LoRA update moves only the bytes of left and right. left [T, R],
-    right [R, N]: one half-precision or float32 dtype, any strides. The product is float32.
+    Other kernels compute and add the product in float32, so a LoRA update loads only left and
+    right. left [T, R], right [R, N]: one half-precision or float32 dtype, any strides.
     """
 
     left: Tensor
@@ -23,7 +23,7 @@ class LowRank(NamedTuple):
 
 
 def add_reference(x_TN: Tensor, delta: LowRank | None) -> Tensor:
-    """Return x + scale * left @ right, float32 [T, N]."""
+    """Return x + scale * left @ right (x alone if delta is None), float32 [T, N]."""
     if delta is None:
         return x_TN.float()
     return x_TN.float() + delta.left.float() @ delta.right.float() * delta.scale
@@ -43,7 +43,7 @@ def narrow_products_reference(
 
 
 def split_rows(num_rows: int, splits: int, block: int = 64) -> list[slice]:
-    """Return the rows of each split: multiples of `block`, the last ones shorter or empty."""
+    """Return each split's rows; sizes are multiples of `block`, but last splits may be shorter."""
     size = -(-num_rows // splits)
     size = -(-size // block) * block
     return [slice(min(i * size, num_rows), min((i + 1) * size, num_rows)) for i in range(splits)]
@@ -56,14 +56,14 @@ def outer_sum_reference(
     column_scale_N: Tensor | None,
     partials_SRN: Tensor,
 ) -> None:
-    """Write partials[s] = sum over the tokens t of split s of left[t] (x) x[t].
+    """Write partials[s] = sum of outer products left[t] x[t]^T over the tokens t of split s.
 
-    row_scale, column_scale: optional factors of the terms. partials: float32 [S, R, N],
-    overwritten; the caller adds up the S sums.
+    row_scale [T], column_scale [N]: optional factors of the rows and columns of x. partials:
+    float32 [S, R, N], overwritten; the caller adds up the S sums.
     """
     left = left_TR.float()
     if row_scale_T is not None:
-        # rounded as in the kernel, whose tensor-core product takes the input dtype
+        # round to the input dtype, as the kernel does before its tensor-core product
         left = (left * row_scale_T.unsqueeze(1)).to(left_TR.dtype).float()
     for i, rows in enumerate(split_rows(left.shape[0], partials_SRN.shape[0])):
         total = left[rows].T @ x_TN[rows].float()
@@ -71,5 +71,5 @@ def outer_sum_reference(
 
 
 def reduce_partials_reference(partials_Sn: Tensor, grads_n: Tensor, scale: float) -> None:
-    """Add scale * sum of the splits to grads, in float32."""
+    """Add scale * (sum of partials over the splits) to grads, in float32."""
     grads_n.add_(partials_Sn.sum(0), alpha=scale)

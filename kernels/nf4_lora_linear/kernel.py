@@ -1,8 +1,8 @@
-"""Triton kernels for few rows: a product that decodes the weight in registers, never to memory.
+"""Triton kernels for few rows: matrix products that decode the 4-bit weight in registers.
 
-Two launches. The first splits the sum as well as the outputs, so that small matrices fill the chip;
-further programs of it multiply by A (forward: u = x A^T) or B (backward: t = dy B). The second adds
-the partial sums in order, with LoRA and bias; in the backward pass it also computes dA and dB.
+Each pass takes two launches. The first splits the sum and the outputs, so that small matrices
+occupy the GPU; some of its programs multiply by A (forward: u = x A^T) or B (backward: t = dy B).
+The second adds the partial sums in order, then LoRA and bias; in backward also dA and dB.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
@@ -17,8 +17,8 @@ from minisft.kernels.nf4.kernel import block_scale, quantised_arguments
 
 @triton.jit
 def code_of_lane(code_ptr, LANES: tl.constexpr):
-    """Return, with LANES, the code of each thread's lane modulo 16; without it, a dummy."""
-    # sixteen lanes of a warp hold the codebook: a weight is decoded in 3.5 instructions
+    """Return code[lane % 16] of each thread's lane if LANES, otherwise an unused 0.0."""
+    # with the codebook in the registers of sixteen lanes, decoding a weight takes 3.5 instructions
     if LANES:
         return tl.inline_asm_elementwise(
             "{ .reg .u32 l; .reg .u64 a; mov.u32 l, %laneid; and.b32 l, l, 15; "
@@ -30,10 +30,10 @@ def code_of_lane(code_ptr, LANES: tl.constexpr):
 
 @triton.jit
 def look_up(code_ptr, of_lane, nibble, LANES: tl.constexpr):
-    """Return the codes of nibbles, bits 0 to 3; higher bits are ignored."""
+    """Return code[nibble & 15] of every element; of_lane is the result of `code_of_lane`."""
     if LANES:
-        # a shuffle needs no address, where a load takes two instructions to form one. Bit 4 may be
-        # set: lanes 16 to 31 hold the same codes
+        # a shuffle saves the two instructions that compute the address of a load. Bit 4 of `nibble`
+        # may be set: lanes 16 to 31 hold the same codes as lanes 0 to 15
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [of_lane, nibble],
             dtype=tl.float32, is_pure=True, pack=1,
@@ -48,8 +48,8 @@ def forward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[split, n, m] = sum over the split's k of W[n, k] x[m, k]; A's follow at O."""
-    # one quantisation block: one scale per row of the tile
+    """Write parts[split, n, m] = sum of [W; A][n, k] x[m, k] over the k of the split."""
+    # a tile row is one quantisation block, so it has one scale
     BLOCK_K: tl.constexpr = 64
     # let finish_kernel start early; it calls gdc_wait before it reads the parts
     if PDL:
@@ -80,8 +80,8 @@ def forward_parts_kernel(
             x = tl.load(
                 x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None], other=0.0
             )
-            # a byte's two nibbles as two products, with the even and the odd columns of x:
-            # interleaving the weights took sixteen barriers a tile
+            # multiply high nibbles by the even columns of x and low nibbles by the odd columns:
+            # interleaving the decoded weights took sixteen barriers per tile
             even_x, odd_x = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
             total = tl.dot(even_w.to(dtype), tl.trans(even_x), total, input_precision="ieee")
             total = tl.dot(odd_w.to(dtype), tl.trans(odd_x), total, input_precision="ieee")
@@ -110,7 +110,7 @@ def backward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[split, i, m] = sum over the split's o of W[o, i] dy[m, o]; B's follow at I."""
+    """Write parts[split, i, m] = sum of [W, B][o, i] dy[m, o] over the o of the split."""
     BLOCK_I: tl.constexpr = 64
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -146,7 +146,7 @@ def backward_parts_kernel(
             )
             even = tl.dot(dy, even_w.to(dtype), even, input_precision="ieee")
             odd = tl.dot(dy, odd_w.to(dtype), odd, input_precision="ieee")
-        # [BLOCK_M, BLOCK_I]: interleaved once here instead of the weights in every tile
+        # [BLOCK_M, BLOCK_I]: interleave the sums once instead of the weights in every tile
         total = tl.interleave(even, odd)
         rows = column + tl.arange(0, BLOCK_I)
         keep = rows < I
@@ -178,10 +178,10 @@ def finish_kernel(
     SPLITS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BIAS: tl.constexpr,
     GRADS: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write out[m, n] = sum of parts + scaling * low @ lora^T + bias; low: u or t [M, R].
+    """Write out[m, n] = sum of parts + scaling * low @ lora^T + bias, where low is u or t [M, R].
 
-    Forward: also writes low. Backward (GRADS): also writes dA = scaling * t^T x, and in further
-    programs dB = scaling * dy^T u.
+    Forward: also writes low. Backward (GRADS): also writes dA = scaling * t^T x and, in additional
+    programs, dB = scaling * dy^T u.
     """
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, RP)
@@ -205,7 +205,7 @@ def finish_kernel(
                     mask=m_ok[:, None] & n_ok[None, :],
                     other=0.0,
                 )
-        # lora and x were loaded before: the first launch does not write them
+        # lora and x may be loaded before this wait: the first launch does not write them
         if PDL:
             tl.extra.cuda.gdc_wait()
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -213,7 +213,7 @@ def finish_kernel(
             at = (split * (N + R) + n)[:, None].to(tl.int64) * M + m[None, :]
             total += tl.load(parts_ptr + at, mask=ok, other=0.0)
         if R > 0:
-            # every program adds up the narrow sum itself: no third launch
+            # every program adds up u or t itself, which saves a third launch
             low_ok = r_ok[:, None] & m_ok[None, :]
             low = tl.zeros((RP, BLOCK_M), tl.float32)
             for split in tl.static_range(SPLITS):
@@ -256,24 +256,24 @@ def finish_kernel(
         )
 
 
-# Columns per program of the second launch, backward; like the program counts below, from a sweep.
+# Columns per program of finish_kernel in backward: the fastest of a sweep.
 FINISH_BACKWARD = 32
 
 
 def _finish_forward(x, R: int) -> int:
-    """Return the columns per program of the second launch, forward: what fits shared memory."""
+    """Return the columns per program of finish_kernel in forward, limited by shared memory."""
     return 64 if padded_rank(R) * x.element_size() < 1024 else 32
 
 
 def _by_lanes(x) -> bool:
-    # the shuffle is written in NVIDIA's PTX
+    # the shuffle is inline PTX, which only NVIDIA GPUs execute
     return x.is_cuda and not torch.version.hip
 
 
 def _splits(tiles: int, length: int, programs: int, most: int) -> tuple[int, int]:
-    """Return (splits of a sum of `length` terms, terms per split, a multiple of 64).
+    """Return (number of splits of a sum of `length` terms, terms per split: a multiple of 64).
 
-    tiles * splits is about `programs`, and a split has at least four blocks of 64.
+    tiles * splits is about `programs`; a split has at least four blocks of 64 terms if possible.
     """
     blocks = triton.cdiv(length, 64)
     per_split = triton.cdiv(blocks, max(1, min(most, programs // tiles, blocks // 4))) * 64
@@ -281,7 +281,7 @@ def _splits(tiles: int, length: int, programs: int, most: int) -> tuple[int, int
 
 
 def fused_forward(x, weight, bias, adapter):
-    """Return (y, u or None) for at most 64 rows; see `op.forward`."""
+    """Return (y [M, O], u [M, R] or None) for at most 64 rows; arguments as in `op.forward`."""
     M, (O, I), (A, B, scaling) = x.shape[0], weight.shape, adapter or (None, None, 1.0)
     R = 0 if A is None else A.shape[0]
     block_m, block_n = max(16, triton.next_power_of_2(M)), 64
@@ -309,7 +309,7 @@ def fused_forward(x, weight, bias, adapter):
 
 
 def fused_backward(dy, x, u, weight, adapter):
-    """Return (dx, dA or None, dB or None) for at most 64 rows; see `op.backward`."""
+    """Return (dx, dA or None, dB or None) for at most 64 rows; arguments as in `op.backward`."""
     M, (O, I), (A, B, scaling) = dy.shape[0], weight.shape, adapter or (None, None, 1.0)
     R = 0 if B is None else B.shape[1]
     block_m, block_o = max(16, triton.next_power_of_2(M)), 64

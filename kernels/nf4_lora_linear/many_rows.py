@@ -1,12 +1,12 @@
-"""Triton kernels for many rows: one product with a decoded weight that includes the LoRA update.
+"""Triton kernels for many rows: a matmul with the decoded weight that includes the LoRA update.
 
-A tile of the result starts as scaling * left @ right (inner dimension: the rank) and the large
-product is added in registers, so the update is neither written nor read. Tiles are loaded by the
-tensor memory accelerator (TMA); the kernel is persistent.
+Each output tile starts as scaling * left @ right (inner dimension: the rank). The large product is
+added in registers, so the LoRA update is never stored. The kernel is persistent and loads tiles by
+the tensor memory accelerator (TMA).
 
-Backward is five launches, two of which overlap with their predecessor by PDL: the decode with t and
-the partial sums of dB, which share no memory with it; the partial sums of dA with the product, on
-the multiprocessors that the product leaves idle.
+Backward takes five launches. Programmatic dependent launch (PDL) lets two of them overlap with
+their predecessor: the decode overlaps with from_dy_kernel, with which it shares no memory;
+parts_of_dA_kernel overlaps with product_kernel, on multiprocessors that the latter leaves idle.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -39,15 +39,15 @@ def product_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write y = scaling * left @ right + x @ w; x, w, y: TMA descriptors. W_IS_NK: w holds w^T."""
+    """Write y = scaling * left @ right + x @ w; x, w, y: TMA descriptors; W_IS_NK: w is [N, K]."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    # after the wait: t is then complete, and only this kernel may still run (`pdl_option`)
+    # only after the wait, when t is complete and all earlier kernels have ended (`pdl_option`)
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
-        # GROUP row blocks by all columns: programs that run together share rows and columns in L2
+        # visit tiles in groups of GROUP row blocks, so that concurrent programs share data in L2
         group = tile // (GROUP * blocks_n)
         size = tl.minimum(blocks_m - group * GROUP, GROUP)
         m = (group * GROUP + tile % (GROUP * blocks_n) % size) * BLOCK_M
@@ -83,9 +83,9 @@ def _store_sum(
     R: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[n, r] = sum over rows first to last of x[row, n] left[row, r], from `column` on.
+    """Write parts[n, r] = sum of x[row, n] left[row, r] over rows first to last; BLOCK_N columns n.
 
-    x: a TMA descriptor. first: a multiple of BLOCK_T; last: the same, or the end of x.
+    n starts at `column`. x: a TMA descriptor. first, last: multiples of BLOCK_T; last may be M.
     """
     # x is the left operand: the tensor cores then read it from shared memory
     r = tl.arange(0, RP)
@@ -109,9 +109,9 @@ def from_dy_kernel(
     R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write t = dy B (BLOCK_T rows a program) and parts[split] [O, R] of dy^T u (BLOCK_N columns).
+    """Write t = dy B (BLOCK_T rows per program) or parts[split] [O, R] of dy^T u (BLOCK_N columns).
 
-    Both halves of a split run at the same time, so that they share its rows of dy in the cache.
+    The programs of a split run at the same time, so that they share its rows of dy in the cache.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -148,9 +148,9 @@ def parts_of_dA_kernel(
     R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[split] [I, R] of x^T t: `large` rows in the first LARGE splits, then `small`."""
-    # no wait at the start: product_kernel lets this kernel start when t is complete, and what it
-    # writes itself is not read here
+    """Write parts[split] [I, R] of x^T t; LARGE splits have `large` rows, later splits `small`."""
+    # no wait at the start: product_kernel starts this kernel after t is complete, and this kernel
+    # does not read what product_kernel writes
     blocks = tl.cdiv(I, BLOCK_N)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     first = tl.minimum(split, LARGE) * large + tl.maximum(split - LARGE, 0) * small
@@ -168,12 +168,12 @@ def _sum_of_parts(
     parts_ptr, N, block, scaling, PARTS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return (scaling * sum of parts, rows n, mask) for BLOCK_N rows of parts [PARTS, N, R]."""
+    """Return (scaling * sum over PARTS, row indices n, mask) for BLOCK_N rows of [PARTS, N, R]."""
     n, r = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RP)
     ok = (n < N)[:, None] & (r < R)[None, :]
     at = parts_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
     total = tl.zeros((BLOCK_N, RP), tl.float32)
-    # unrolled, so that all loads are issued at once: a loop would wait eight times
+    # static_range unrolls the loop, so that all loads are issued before the first one is used
     for part in tl.static_range(PARTS):
         total += tl.load(at + part * N.to(tl.int64) * R, mask=ok, other=0.0)
     return scaling * total, n, ok
@@ -185,7 +185,7 @@ def add_parts_kernel(
     PARTS_B: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dA [R, I] and dB [O, R]: scaling times the parts, added in order."""
+    """Write dA [R, I] and dB [O, R], each scaling times the sum of its parts, added in order."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     blocks, r = tl.cdiv(I, BLOCK_N), tl.arange(0, RP)
@@ -203,20 +203,20 @@ def add_parts_kernel(
         tl.store(at, total.to(dB_ptr.dtype.element_ty), mask=ok)
 
 
-# Rows, columns and inputs of a product's tile. 256 x 128 is within 3 %, 128 x 128 35 % slower.
+# BLOCK_M, BLOCK_N, BLOCK_K of product_kernel. 256 x 128 is within 3 %, 128 x 128 35 % slower.
 BLOCKS = (128, 256, 64)
-# Rows per step of the sums over rows, and rows of t per program.
+# Rows per loop step of `_store_sum`, and rows of t per program of from_dy_kernel.
 BLOCK_T = 64
-# Large splits of dA: the work that idle multiprocessors finish while the product runs.
+# Number of large splits of dA, which idle multiprocessors finish while product_kernel runs.
 LARGE = 3
 # Rows of dA^T or dB per program of add_parts_kernel.
 ADDED = 16
 
 
 def supports(x, weight, rank: int) -> bool:
-    """Return True if this path applies: one row or more, rank 1 to 256, 16-byte aligned.
+    """Return True if these kernels apply: at least one row, rank 1 to 256, 16-byte aligned rows.
 
-    On a GPU also half precision, PDL and the shared memory of an H100 (capability 9.0 and 10.0).
+    A GPU also needs half precision, PDL and an H100's shared memory (capability 9.0 or 10.0).
     """
     whole = _aligned(x) and all(n * x.element_size() % 16 == 0 for n in weight.shape)
     able = pdl_option(x.device) and shared_memory(x.device) >= 227 << 10 and x.element_size() == 2
@@ -224,20 +224,20 @@ def supports(x, weight, rank: int) -> bool:
 
 
 def _aligned(x) -> bool:
-    """Return True if every row is 16-byte aligned, which TMA requires."""
+    """Return True if every row of x is 16-byte aligned, which TMA requires."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def is_fastest(x, columns: int, rank: int) -> bool:
-    """Return True if this path beats cuBLAS for a result [M, columns] (measured: README.md)."""
+    """Return True if product_kernel beats cuBLAS for a result [M, columns] (see README.md)."""
     tiles = triton.cdiv(x.shape[0], BLOCKS[0]) * triton.cdiv(columns, BLOCKS[1])
     sms = num_sms(x.device)
-    # the tiles must fill 90 % of their waves: cuBLAS has smaller tiles for the rest
+    # tiles must fill 90 % of their waves: otherwise the smaller tiles of cuBLAS are faster
     return rank <= 64 and tiles >= 0.9 * triton.cdiv(tiles, sms) * sms
 
 
 class Splits(NamedTuple):
-    """Splits of the sums over rows: dB's of equal size, dA's LARGE large ones, then small ones."""
+    """How sums over rows are split: equally for dB; LARGE large splits, then small, for dA."""
 
     for_dB: int
     rows: int  # per split of dB
@@ -247,20 +247,20 @@ class Splits(NamedTuple):
 
 
 def splits_of(M: int, blocks: int, padded: int) -> Splits:
-    """Return the splits for M rows of dy in `blocks` blocks of columns, at a padded rank."""
-    # parts are written and read again: the more columns, the fewer splits
+    """Return the splits for M rows, a dy with `blocks` blocks of columns, and a padded rank."""
+    # every split writes its parts to memory: use fewer splits if there are more columns
     for_dB = max(1, min(max(4, M // 1024), 16, 256 // blocks))
-    # a power of two: the number is a constexpr, and every value compiles a kernel
+    # only powers of two: the number is a constexpr, so every value compiles another kernel
     for_dB = 1 << (for_dB.bit_length() - 1)
-    # small splits share the last quarter: little is left to run when the product ends. Equal splits
-    # take 2 to 3 us more
+    # small splits divide the last quarter of the rows, so that little work is left when the product
+    # ends; equal splits take 2 to 3 us more
     large, small_ones = M // 4 // BLOCK_T * BLOCK_T, max(1, 128 // padded)
     small = rows_per_split(M - LARGE * large, small_ones)
     return Splits(for_dB, rows_per_split(M, for_dB), LARGE + small_ones, large, small)
 
 
 def forward(x, weight, bias, adapter):
-    """Return (y, u); see `op.forward`."""
+    """Return (y [M, O], u [M, R]); arguments as in `op.forward`."""
     A, B, scaling = adapter
     u, w = x @ A.T, dequantize(weight, x.dtype, pdl=True)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -269,7 +269,7 @@ def forward(x, weight, bias, adapter):
 
 
 def backward(dy, x, u, weight, adapter):
-    """Return (dx, dA, dB); see `op.backward`."""
+    """Return (dx [M, I], dA [R, I], dB [O, R]); arguments as in `op.backward`."""
     A, B, scaling = adapter
     x, B = x if _aligned(x) else x.clone(memory_format=torch.contiguous_format), B.contiguous()
     (M, O), I, R = dy.shape, x.shape[1], A.shape[0]
@@ -277,8 +277,8 @@ def backward(dy, x, u, weight, adapter):
     columns = 128 if padded <= 64 else 64
     splits = splits_of(M, triton.cdiv(O, columns), padded)
     empty = functools.partial(torch.empty, device=dy.device)
-    # allocated before the first launch, which waits: in deterministic mode torch fills new memory
-    # by kernels of its own, and the launches below do not all wait for their predecessor
+    # allocate before the first launch, which waits: in deterministic mode torch launches kernels
+    # that fill new memory, and some launches below do not wait for their predecessor
     t, w, dx, dA, dB = (
         empty(shape, dtype=dy.dtype) for shape in ((M, R), (O, I), (M, I), (R, I), (O, R))
     )
@@ -306,14 +306,14 @@ def backward(dy, x, u, weight, adapter):
 def _launch_product(x, w, y, update: LowRank, *, w_is_nk: bool, followed: bool) -> None:
     """Write y = update + x [M, K] @ w; w is [K, N] or, if w_is_nk, [N, K].
 
-    x and w: contiguous, 16-byte aligned rows. followed: let the next kernel start as soon as the
-    predecessors of this one have ended.
+    x and w: contiguous, 16-byte aligned rows. followed: the next kernel may start before this one
+    ends, once all kernels before this one have ended (programmatic dependent launch).
     """
     left, right, scaling = update
     (M, K), N, R = x.shape, right.shape[1], left.shape[1]
     block_m, block_n, block_k = BLOCKS
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    # as few programs as finish in the same number of waves: the rest of the chip stays free for dA
+    # the fewest programs that need no more waves: the other multiprocessors are free for dA
     programs = triton.cdiv(tiles, triton.cdiv(tiles, num_sms(x.device)))
     overlap = pdl_option(x.device)
     product_kernel[(programs,)](

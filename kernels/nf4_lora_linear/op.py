@@ -1,11 +1,11 @@
-"""Public functions, and the registered op that compile, checkpointing and autograd see as one."""
+"""Public functions of the 4-bit linear layer with LoRA, and its registration as one torch op."""
 
 import torch
 from minisft.kernels.nf4 import NF4Weight, dequantize, dequantize_concat_columns_B
 from minisft.kernels.nf4_lora_linear.reference import Adapter, backward_reference, forward_reference
 from torch import Tensor
 
-# Up to this many rows the weight is decoded inside the product (measured: README.md).
+# Maximum number of rows for which the weight is decoded inside the product (see README.md).
 FUSED_ROWS = 64
 
 
@@ -20,8 +20,8 @@ def forward(
     """Return (y = x W^T + bias + scaling * (x A^T) B^T [M, O], u = x A^T [M, R] or None).
 
     x, bias, A, B: one dtype (bfloat16, float16, float32); columns of x contiguous. Not
-    differentiable; the decoded matrix is freed. impl: "fused" (at most 64 rows), "joined" (decode,
-    then one product kernel that includes LoRA), "decode" (decode, then cuBLAS), "reference" or
+    differentiable. impl: "fused" (decodes inside the product; at most 64 rows), "joined" (decodes,
+    then one product kernel that includes LoRA), "decode" (decodes, then cuBLAS), "reference" or
     "auto". Raises ValueError if an explicitly requested impl does not apply.
     """
     impl = _choose(impl, x_MI, weight, adapter, weight.shape[0])
@@ -39,7 +39,7 @@ def forward(
 
         return many_rows.forward(x_MI, weight, bias_O, adapter)
     (O, I), (A_RI, B_OR, scaling), R = weight.shape, adapter, adapter.A_RI.shape[0]
-    # many outputs: copying x to [x, u] and writing y once costs less than reading y again
+    # with many outputs, copying x into [x, u] costs less than reading y to add the update
     if O >= 4 * I:
         x_ext = torch.empty((x_MI.shape[0], I + R), dtype=x_MI.dtype, device=x_MI.device)
         x_ext[:, :I] = x_MI
@@ -50,7 +50,7 @@ def forward(
     u_MR = x_MI @ A_RI.T
     y_MO = _scaled_product(u_MR, B_OR.T, scaling)
     w_OI = dequantize(weight, x_MI.dtype, pdl=True)
-    # the update first: the large product then adds to it in its own epilogue
+    # y holds the LoRA update first: the large product then adds to y in its epilogue
     y_MO.addmm_(x_MI, w_OI.T)
     return (y_MO if bias_O is None else y_MO.add_(bias_O)), u_MR
 
@@ -65,10 +65,10 @@ def backward(
     need_dx: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx [M, I] if need_dx, dA [R, I], dB [O, R]) in dy's dtype; otherwise None. No dW.
+    """Return (dx [M, I] or None, dA [R, I] or None, dB [O, R] or None) in the dtype of dy.
 
-    u: as returned by `forward`, None without adapter. dtypes, layouts, impl and errors as there;
-    columns of dy contiguous.
+    dx is None without need_dx; dA and dB are None without adapter. u: as returned by `forward`.
+    Columns of dy are contiguous; dtypes, layouts, impl and errors as in `forward`.
     """
     impl = _choose(impl, dy_MO, weight, adapter, weight.shape[1])
     if impl == "reference":
@@ -94,13 +94,13 @@ def backward(
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return scaling * a b: one launch, scaled before the one rounding."""
+    """Return scaling * a @ b, computed in one launch and rounded once, after scaling."""
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
     return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
 def _choose(impl: str, x: Tensor, weight: NF4Weight, adapter: Adapter | None, columns: int) -> str:
-    """Return the implementation to use for the rows of x and a result of `columns` columns."""
+    """Return the name of the implementation to use for x and a result with `columns` columns."""
     if impl not in ("auto", "fused", "joined", "decode", "reference"):
         raise ValueError(f"impl is {impl!r}; expected auto, fused, joined, decode or reference")
     fused = weight.shape[1] % 64 == 0 and weight.blocksize == 64 and 0 < x.shape[0] <= FUSED_ROWS
@@ -131,7 +131,7 @@ def _choose(impl: str, x: Tensor, weight: NF4Weight, adapter: Adapter | None, co
 
 
 # --------------------------------------------------------------------------------- registration
-# An op takes tensors and numbers only: a 4-bit weight is passed as its six tensors, four numbers.
+# A torch op cannot take an NF4Weight: its fields are passed as separate tensors and numbers.
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, "
@@ -162,7 +162,7 @@ def _pack(weight: NF4Weight) -> tuple:
 @torch.library.impl("minisft::nf4_lora_linear", ("CPU", "CUDA"))
 def _forward_impl(x, bias, A, B, scaling, *parts):
     y, u = forward(x, _unpack(parts), bias, None if A is None else Adapter(A, B, scaling))
-    # an op returns no None: an empty tensor replaces it
+    # the op's schema has no optional results: return an empty tensor instead of None
     return y, x.new_empty((x.shape[0], 0)) if u is None else u
 
 
@@ -175,7 +175,7 @@ def _forward_fake(x, bias, A, B, scaling, *parts):
 @torch.library.impl("minisft::nf4_lora_linear_backward", ("CPU", "CUDA"))
 def _backward_impl(dy, x, u, A, B, scaling, need_dx, *parts):
     adapter, u = (None, None) if A is None else (Adapter(A, B, scaling), u)
-    # autograd may hand over an expanded dy, such as that of sum()
+    # autograd may pass an expanded dy, for example the gradient of sum()
     grads = backward(dy.contiguous(), x, u, _unpack(parts), adapter, need_dx=need_dx)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
@@ -224,9 +224,9 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x dequant(W)^T + bias + scaling * (x A^T) B^T, [M, O], differentiable except in W.
 
-    Calls the op `minisft::nf4_lora_linear`: torch.compile treats it as one node, a selective
-    checkpointing policy can name it, and it saves x and u = x A^T, never a decoded matrix. dtypes
-    as in `forward`. Raises ValueError if shapes or dtypes do not match.
+    Calls the op `minisft::nf4_lora_linear`, which is one node for torch.compile and which selective
+    checkpointing policies can name. It saves x and u = x A^T, not the decoded matrix. dtypes as in
+    `forward`. Raises ValueError if shapes or dtypes do not match.
     """
     O, I = weight.shape
     if x_MI.dim() != 2 or x_MI.shape[1] != I:

@@ -1,7 +1,7 @@
-"""Specification in plain torch: decode, then three matrix products.
+"""Specification in plain torch: decode the weight W, then multiply by W, A and B.
 
-This rounds as PEFT does (and minisft/nn.py with a 16-bit weight): the products, the scaled update
-and the sum each to the input dtype. The kernels add the update in float32 and round once.
+Like PEFT (and minisft/nn.py with a 16-bit weight), it rounds the products, the scaled update and
+the sum to the input dtype. The kernels add the update in float32 and round once.
 
 M rows  I inputs  O outputs  R rank
 """
@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
 def forward_reference(
     x_MI: Tensor, weight: NF4Weight, bias_O: Tensor | None, adapter: Adapter | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (y [M, O], u = x A^T [M, R] or None)."""
+    """Return (y = x W^T + bias + scaling * u B^T [M, O], u = x A^T [M, R] or None)."""
     y_MO = F.linear(x_MI, dequantize_reference(weight, x_MI.dtype), bias_O)
     if adapter is None:
         return y_MO, None
@@ -41,7 +41,7 @@ def backward_reference(
     adapter: Adapter | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx, dA, dB): with t = s dy B, dx = dy W + t A, dA = t^T x, dB = s dy^T u."""
+    """Return (dx = dy W + t A, dA = t^T x, dB = s dy^T u), where t = s dy B and s = scaling."""
     dx_MI = dy_MO @ dequantize_reference(weight, dy_MO.dtype) if need_dx else None
     if adapter is None:
         return dx_MI, None, None
