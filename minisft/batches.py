@@ -260,7 +260,7 @@ def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[
 
 
 def trained_per_row(dataset: TokenizedDataset) -> Tensor:
-    """Return each row's number of targets, int64: labels not IGNORED nor first in a document."""
+    """Return the targets per row, int64: labels that are not IGNORED and not a document's first."""
     if dataset.row_targets is not None:
         return dataset.row_targets
     trained = dataset.labels != IGNORED

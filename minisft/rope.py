@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv:2104.09864): frequencies of five RoPE types, cos/sin tables.
 
-Operations and roundings match transformers. The rotation is `minisft.nn.apply_rope`.  H head_dim
+Operations and roundings match transformers. The rotation is `minisft.nn.apply_rope`. H: head_dim.
 """
 
 import math

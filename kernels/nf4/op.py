@@ -70,10 +70,11 @@ def dequantize_concat_columns_B(
     weight: NF4Weight, Bs: Sequence[Tensor | None], sizes: Sequence[int], scale: float, out: Tensor,
     *, impl: str = "auto", pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Write out = [W, scale * block_diag(Bs)], [O, I + R], for linears with `sizes` rows each.
+    """Write the decoded W and scale * block_diag(Bs) side by side into out [O, I + R].
 
-    Bs: contiguous [sizes[j], R_j], or None for a linear without adapter; R is the sum of the R_j.
-    One to three B of equal rank, adjacent in memory, take one launch. pdl: see `dequantize_into`.
+    Linear j has sizes[j] rows; Bs[j] is its contiguous B [sizes[j], R_j], or None without adapter. R
+    is the sum of the R_j. One to three Bs of equal rank, adjacent in memory, need one kernel launch.
+    pdl: see `dequantize_into`.
     """
     I = weight.shape[1]
     if use_triton(weight.packed, impl) and (stack := as_one_stack(Bs)) is not None:

@@ -29,7 +29,7 @@ class Graphs:
         """Run function(batch): the first batch of a bucket eagerly, later batches as a CUDA graph.
 
         batch: on the CPU. The function must not read values from the device, nor depend on Python
-        values outside the bucket (`StaticBatch.key`). On a CPU it is simply called.
+        values outside the bucket (`StaticBatch.key`). For a model on the CPU there is no graph.
         """
         if self.device.type != "cuda":
             function(batch)

@@ -77,12 +77,12 @@ def exported_tensors(
 
 
 def trained_half(name: str, tensor: Tensor) -> Tensor:
-    """Return the trained A or B from the lora_A or lora_B of an adapter file, as a view."""
+    """Return a view of the half of a stored lora_A or lora_B that holds the trained A or B."""
     return tensor.chunk(2, _axis(name))[0]
 
 
 def initial_half(name: str, tensor: Tensor) -> Tensor:
-    """Return A0 or B0 from the lora_A or lora_B of an adapter file, as a copy."""
+    """Return a copy of the half of a stored lora_A or lora_B that holds the initial A0 or B0."""
     half = tensor.chunk(2, _axis(name))[-1]
     return half.clone() if _is_A(name) else -half
 
