@@ -72,9 +72,9 @@ def dequantize_concat_columns_B(
 ) -> None:  # fmt: skip
     """Write the decoded W and scale * block_diag(Bs) side by side into out [O, I + R].
 
-    Linear j has sizes[j] rows; Bs[j] is its contiguous B [sizes[j], R_j], or None without adapter. R
-    is the sum of the R_j. One to three Bs of equal rank, adjacent in memory, need one kernel launch.
-    pdl: see `dequantize_into`.
+    Linear j has sizes[j] rows; Bs[j] is its contiguous B [sizes[j], R_j], or None if it has no
+    adapter; R is the sum of the R_j. One to three Bs of equal rank, adjacent in memory, need one
+    kernel launch. pdl: see `dequantize_into`.
     """
     I = weight.shape[1]
     if use_triton(weight.packed, impl) and (stack := as_one_stack(Bs)) is not None:
