@@ -25,7 +25,7 @@ from minisft.optim import Moments, update_
 class ExecutionPlan:
     """The way loss and gradients are computed; different plans give equal results up to rounding.
 
-    ExecutionPlan(compute) without a choice runs autograd over `llama.block` per micro-batch.
+    ExecutionPlan(compute), all else left out, runs autograd over `llama.block` per micro-batch.
     """
 
     compute: Compute

@@ -110,7 +110,7 @@ def backward_parts_kernel(
     I: tl.constexpr, R: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
     LANES: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Write parts[split, i, m] = sum of [W, B][o, i] dy[m, o] over the o of the split."""
+    """Write parts[split, i, m]: sum of concat(W, B, dim=1)[o, i] * dy[m, o] over the split's o."""
     BLOCK_I: tl.constexpr = 64
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -42,7 +42,7 @@ def above(limit: float) -> Check:
 
 
 class Items(NamedTuple):
-    """A note that describes the allowed items of a list setting."""
+    """Metadata of a list setting's type annotation: which items the list may contain."""
 
     what: str = "names"  # for messages
     choices: tuple[str, ...] = ()  # the allowed items; () allows any

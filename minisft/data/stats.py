@@ -15,7 +15,7 @@ from minisft.data.token_files import TokenWriter
 
 @dataclass
 class Counts:
-    """Counts of rows: dropped ones by reason, and those with a property by its name (WARNINGS)."""
+    """Row counts: dropped rows per reason, and rows per warning (the names are WARNINGS' keys)."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)

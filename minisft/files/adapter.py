@@ -80,7 +80,8 @@ def save_adapter(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     save_file(stored, directory / WEIGHTS_NAME, {"format": "pt", **metadata})
-    # Written last: after a crash, the digest in the weights file does not match an old config.
+    # The config is written last. The weights file holds its digest: after a crash between the two
+    # writes, reading finds new weights beside an old config and refuses them.
     write_text(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

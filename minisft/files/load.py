@@ -125,10 +125,10 @@ def load_weights_(
     initial_lora: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Tensor | NF4Weight]:
-    """Fill the trained tensors from the checkpoint; return the frozen weights on the same device.
+    """Fill the trained tensors from the checkpoint; return the frozen weights, on their device.
 
     four_bit: names of the weights to hold in 4 bits. initial_lora: initial A and B of PiSSA and
-    OLoRA; missing tensors are computed and added (`take_part_`).
+    OLoRA; tensors that it lacks are computed and stored in it (`take_part_`).
     """
     device = trainable.buffer.device
     frozen: dict[str, Tensor | NF4Weight] = {}

@@ -62,9 +62,9 @@ MUTANTS = [
         "        if piece == _OPEN:\n            start = 0",
     ),
     Mutant(
-        8, "minisft/text/encoding.py",
-        "encoding = backend.encode(lead + text, add_special_tokens=False)",
-        "encoding = backend.encode(lead + text, add_special_tokens=True)",
+        8, "minisft/data/tokenize.py",
+        "add_special_tokens=not is_chat)",
+        "add_special_tokens=True)",
     ),
     Mutant(
         9, "minisft/text/tokenizer.py",
