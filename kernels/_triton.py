@@ -22,7 +22,7 @@ def materialized_once(x, PIN: tl.constexpr):
     if PIN:
         # the `mov` is 32 bits wide: one `mov` copies two 16-bit values
         PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
-        # is_pure=False: Triton would duplicate a pure `mov` together with the arithmetic
+        # is_pure=False: Triton would repeat a pure `mov`, and what computes x, at every use
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK
         )
