@@ -53,6 +53,8 @@ def train(config: TrainConfig, batch_fn: BatchFn | None = None) -> TrainOutput:
         batches = make_batches(config, data, base, plan, collator)
         facts = {"data_hash": data.hash, **base_digests(base.directory)}
         run = Run(config, out, stop, needs, tokenizer, base, state, data, plan, batches, facts)
+        # From here run.base is the only reference, so that `finish` can free the frozen weights.
+        del base
         note_memory_needs(run)
         resume_(run)
         check_run(run)

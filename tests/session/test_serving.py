@@ -1,11 +1,14 @@
 """vLLM's rules for adapters: default exports obey them, others give a warning."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 from runs import call, flags, pairs, read, train, write_model, write_rows
 
 from minisft.files.safetensors import read_header
+from minisft.session import finish
 from minisft.session.serving import VLLM_RANKS, commands, vllm_problems
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
@@ -116,3 +119,28 @@ def test_a_merged_model_of_an_earlier_state_is_said(inputs, tmp_path):
     )
     settings |= {"max_steps": 3, "save_merged": True}
     assert "earlier state" not in train(**settings).out
+
+
+def test_the_frozen_weights_are_freed_before_merging(inputs, tmp_path, monkeypatch):
+    """Merging loads the base again: both at once would need its memory twice.
+
+    Red when `train` keeps its own reference to the base, or `finish` frees nothing.
+    """
+    from minisft import run
+
+    weights, alive, load, merge = [], [], run.load_base, finish.merge
+
+    def load_base(*args):
+        base, state = load(*args)
+        weights.append(weakref.ref(base.frozen["model.embed_tokens.weight"]))
+        return base, state
+
+    def merge_later(*args, **settings):
+        gc.collect()
+        alive.append(weights[0]() is not None)
+        return merge(*args, **settings)
+
+    monkeypatch.setattr(run, "load_base", load_base)
+    monkeypatch.setattr(finish, "merge", merge_later)
+    train(**inputs, output_dir=tmp_path, lora_r=2, save_merged=True)
+    assert alive == [False]
